@@ -1,0 +1,150 @@
+"""The house stands: floors, what an import costs and brings along, and the size of the base class.
+
+The floors are read from the source by an ast walk, so an import inside a function counts as well.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "apollo_optim"
+FLOORS = {"core": 0, "optim": 1, "quant": 1, "data": 2, "plan": 2, "train": 3, "bench": 3, "cli": 4}
+# `import apollo_optim` is the library: these rooms, and nothing that they would have to drag in.
+LIBRARY = {"core", "optim", "quant"}
+
+
+def imported_modules(source: str, module: str) -> Iterator[tuple[int, str]]:
+    """Every absolute name that `module` (a dotted path; packages end in `.__init__`) imports, with its line."""
+    package = module.rpartition(".")[0].split(".")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            target = ".".join([*base, *(node.module or "").split(".")]).rstrip(".")
+            # `from apollo_optim import core` and `from .. import core` name rooms, too.
+            names = [f"{target}.{alias.name}" for alias in node.names] if target == "apollo_optim" else [target]
+            yield from ((node.lineno, name) for name in names)
+
+
+def broken_floors(source: str, module: str) -> list[str]:
+    """What in `module` breaks the floors, one line each."""
+    room = module.split(".")[1]
+    problems = []
+    for line, name in imported_modules(source, module):
+        parts = name.split(".")
+        if parts[0] != "apollo_optim" or len(parts) == 1:
+            continue
+        # What the package re-exports (`from apollo_optim import Apollo`) is the library's floor.
+        other = parts[1] if parts[1] in FLOORS else "optim"
+        if room == "__init__":
+            allowed = other in LIBRARY
+        else:
+            lower = FLOORS[other] < FLOORS[room]
+            allowed = lower or other == room or (room, other) == ("bench", "train")
+        if not allowed:
+            problems.append(f"{module}:{line} imports {name}")
+    return problems
+
+
+def modules() -> Iterator[tuple[Path, str]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path, ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def test_floors() -> None:
+    problems = [problem for path, module in modules() for problem in broken_floors(path.read_text(), module)]
+    assert not problems, "\n".join(problems)
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms <= set(FLOORS), f"rooms without a floor: {rooms - set(FLOORS)}"
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("apollo_optim.core.project", "from apollo_optim.optim import base"),
+        ("apollo_optim.core.project", "from ..optim.base import MatrixOptimizer"),
+        ("apollo_optim.core.project", "from apollo_optim import Apollo"),
+        ("apollo_optim.optim.base", "def f():\n    from .. import data"),
+        ("apollo_optim.optim.base", "import apollo_optim.quant.int8"),
+        ("apollo_optim.data.__init__", "from ..train.config import RunConfig"),
+        ("apollo_optim.train.loop", "from apollo_optim.bench.report import read_run"),
+        ("apollo_optim.__init__", "from .train import loop"),
+    ],
+)
+def test_a_broken_floor_is_seen(module: str, source: str) -> None:
+    assert broken_floors(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("apollo_optim.bench.report", "from apollo_optim.train.config import RunConfig"),
+        ("apollo_optim.optim.apollo", "from .lowrank import LowRank\nfrom ..core import project\nimport torch"),
+        ("apollo_optim.cli.main", "from apollo_optim import list_optimizers\nfrom ..train.loop import pretrain"),
+        ("apollo_optim.__init__", "from .optim.apollo import Apollo"),
+    ],
+)
+def test_a_sound_floor_is_left_alone(module: str, source: str) -> None:
+    assert not broken_floors(source, module)
+
+
+def test_core_uses_torch_alone_and_neither_nn_nor_optim() -> None:
+    stdlib = sys.stdlib_module_names | {"torch", "apollo_optim"}
+    for path, module in modules():
+        if module.split(".")[1] not in LIBRARY:
+            continue
+        for line, name in imported_modules(path.read_text(), module):
+            assert name.split(".")[0] in stdlib, f"{module}:{line} imports {name}"
+            if module.startswith("apollo_optim.core."):
+                assert not name.startswith(("torch.nn", "torch.optim")), f"{module}:{line} imports {name}"
+
+
+def test_nothing_pickles() -> None:
+    """Checkpoints are safetensors and JSON. (torch.load elsewhere would need a very good reason.)"""
+    for path, _ in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                called = f"{node.value.id}.{node.attr}"
+                assert called not in {"torch.save", "torch.load", "pickle.load", "pickle.dump", "yaml.load"}, (
+                    f"{path.relative_to(ROOT)}:{node.lineno} uses {called}"
+                )
+
+
+def test_base_stays_small() -> None:
+    base = PACKAGE / "optim" / "base.py"
+    lines = len(base.read_text().splitlines())
+    assert lines < 150, f"optim/base.py has {lines} lines: what grew belongs beside it"
+
+
+FRESH = """
+import json, sys, time
+import torch
+before, start = set(sys.modules), time.process_time()
+import apollo_optim
+apollo_optim.Apollo, apollo_optim.build_optimizer  # whatever is lazy is loaded by a first use
+print(json.dumps({"seconds": time.process_time() - start, "new": sorted(set(sys.modules) - before)}))
+"""
+
+
+def test_import_is_cheap_and_brings_nothing_along() -> None:
+    # Seconds of processor time, the better of two: another program on the machine is not our import's cost.
+    runs = [json.loads(run_python("-c", FRESH)) for _ in range(2)]
+    ours = sys.stdlib_module_names | {"apollo_optim", "torch"}
+    foreign = [name for name in runs[0]["new"] if name.split(".")[0] not in ours]
+    assert not foreign, f"import apollo_optim also imports {foreign}"
+    seconds = min(run["seconds"] for run in runs)
+    assert seconds <= 0.15, f"import apollo_optim takes {seconds:.2f} s"
+
+
+def run_python(*words: str) -> str:
+    return subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True, cwd=ROOT).stdout

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Builds wheel and sdist, looks for the licence in both, installs the wheel in a clean environment with torch alone,
+# and takes steps there with every optimizer of the registry. Usage: tools/check_wheel.sh [PYTHON with `build`]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$(realpath -s "${1:-python3}")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+"$python" -m build --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log" >&2; exit 1; }
+wheel=$(echo "$work"/dist/*.whl)
+sdist=$(echo "$work"/dist/*.tar.gz)
+"$python" -m zipfile --list "$wheel" >"$work/wheel.txt"
+tar --list --file "$sdist" >"$work/sdist.txt"
+for name in LICENSE py.typed; do
+  grep -q "$name" "$work/wheel.txt" || { echo "error: no $name in the wheel" >&2; exit 1; }
+  grep -q "$name" "$work/sdist.txt" || { echo "error: no $name in the sdist" >&2; exit 1; }
+done
+
+"$python" -m venv "$work/venv"
+# shellcheck disable=SC2086  # PIP_ARGS is a list of words
+"$work/venv/bin/pip" install --quiet --disable-pip-version-check ${PIP_ARGS:-} --constraint constraints.txt "$wheel"
+cd "$work" # so that the checkout is not importable
+"$work/venv/bin/python" - <<'PY'
+import importlib.metadata, importlib.util
+import torch
+import apollo_optim
+
+for name in ("transformers", "datasets", "safetensors", "jsonargparse", "yaml", "rich", "matplotlib"):
+    assert importlib.util.find_spec(name) is None, f"{name} is here: this environment is not torch alone"
+
+optimizers = apollo_optim.list_optimizers()
+for info in optimizers:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.ReLU(), torch.nn.Linear(96, 8))
+    optimizer = apollo_optim.build_optimizer(info.name, model, targets=("all-linear",))
+    x, y = torch.randn(64, 48), torch.randint(8, (64,))
+    losses = []
+    for _ in range(20):
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        losses.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0], (info.name, losses)
+version = importlib.metadata.version("apollo-optim")
+print(f"wheel of apollo-optim {version}: imports and steps with torch {torch.__version__} alone ({', '.join(o.name for o in optimizers)})")
+PY
+# The command without its extras says what to install, in one line.
+set +e
+message=$("$work/venv/bin/apollo-optim" pretrain 2>&1)
+code=$?
+set -e
+[[ $code == 2 && $message == *"apollo-optim[train]"* ]] || { echo "error: without extras the command said ($code): $message" >&2; exit 1; }
+echo "its command, without the extras: $message"
