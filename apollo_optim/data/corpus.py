@@ -1,0 +1,144 @@
+"""A local corpus: a fixed set of documents that is read, hashed and split once and then served from disk.
+
+Opening a corpus reads every document and writes it to one nameless temporary file. What was hashed is therefore exactly what
+is trained on, even if the files change during the run; any document is one read away in any order, whatever it came from (a
+line in a gzip file too); nothing but two integers a document stays in memory; and nothing is left behind, not even by kill -9.
+"""
+
+import hashlib
+import logging
+import os
+import random
+import tempfile
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from apollo_optim.core.errors import InputError
+from apollo_optim.data.files import Reading, local_documents, versions
+
+BLOCK = 1 << 18  # characters of text that are read, and tokenised, at a time
+CODE = ("python", "packages")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Corpus:
+    """Documents on disk, and which of them belong to which split."""
+
+    file: IO[bytes]
+    starts: "array[int]" = field(default_factory=lambda: array("Q", [0]))
+    train: "array[int]" = field(default_factory=lambda: array("Q"))
+    validation: "array[int]" = field(default_factory=lambda: array("Q"))
+    skipped: int = 0
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    def text(self, index: int) -> str:
+        start, end = self.starts[index], self.starts[index + 1]
+        return os.pread(self.file.fileno(), end - start, start).decode()
+
+
+def share(key: str) -> float:
+    """A number in [0, 100) that depends on the key alone: below validation_percent means validation."""
+    return int.from_bytes(hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:6], "big") / (1 << 48) * 100
+
+
+def open_corpus(sources: list[str], reading: Reading, validation_percent: float, cache_dir: Path) -> Corpus:
+    """Read, hash and split the documents of `sources`."""
+    if not 0 < validation_percent < 100:
+        raise InputError(f"data.validation_percent is {validation_percent}; it must lie between 0 and 100")
+    name = " ".join(sources)
+    total = hashlib.sha256()
+    lowest, highest = 100.0, 0.0
+    try:
+        corpus = Corpus(tempfile.TemporaryFile(dir=cache_dir, prefix="corpus-"))
+    except OSError as error:
+        raise InputError(f"cannot write to {cache_dir} ({error.strerror}); set data.cache_dir") from error
+    for source in sources:
+        before, seen = len(corpus.starts), set[bytes]()
+        for key, text in local_documents(source, reading):
+            if not text.strip():
+                continue
+            if source in CODE:  # libraries hold copies of the same file; a user's own repetitions are theirs to judge
+                digest = hashlib.sha256(text).digest()
+                if digest in seen:
+                    continue
+                seen.add(digest)
+            total.update(f"{key}\0{len(text)}\0".encode(errors="surrogateescape") + text)
+            position = share(key)
+            lowest, highest = min(lowest, position), max(highest, position)
+            (corpus.validation if position < validation_percent else corpus.train).append(len(corpus.starts) - 1)
+            try:
+                corpus.file.write(text)
+            except OSError as error:
+                raise InputError(f"cannot copy {source} to {cache_dir} ({error.strerror}); set data.cache_dir") from error
+            corpus.starts.append(corpus.starts[-1] + len(text))
+        if len(corpus.starts) == before:
+            why = f"; all {reading.skipped} lines are broken, the first: {reading.first_skipped}" if reading.skipped else ""
+            raise InputError(f"{source}: holds no text{why}")
+    corpus.file.flush()
+    corpus.skipped = reading.skipped
+    if reading.skipped:
+        log.warning("%s: skipped %d broken lines, the first: %s", name, reading.skipped, reading.first_skipped)
+    count = len(corpus.starts) - 1
+    # The message does the arithmetic: the smallest or largest percentage that leaves a document on the empty side.
+    if not corpus.validation:
+        raise InputError(
+            f"{name}: none of its {count} documents falls into validation at {validation_percent:g} %; set "
+            f"data.validation_percent above {lowest:.4g}, or give more documents"
+        )
+    if not corpus.train:
+        raise InputError(
+            f"{name}: all of its {count} documents fall into validation at {validation_percent:g} %; set "
+            f"data.validation_percent to {highest:.4g} or less, or give more documents"
+        )
+    corpus.identity = {
+        "name": name,
+        "sha256": total.hexdigest(),
+        "bytes": corpus.starts[-1],
+        "documents": count,
+        "validation_documents": len(corpus.validation),
+        "validation_percent": validation_percent,
+        "skipped_lines": reading.skipped,
+        **{key: value for source in sources for key, value in versions(source).items()},
+    }
+    return corpus
+
+
+def shuffled(indices: Iterable[int], seed: str) -> list[int]:
+    """The same order on every machine and Python: `Random.random()` is the one stream that Python promises to keep."""
+    number = random.Random(seed)
+    return sorted(indices, key=lambda _: number.random())
+
+
+class CorpusDocuments:
+    """The documents of one split in shuffled order, epoch after epoch, with a position that is two integers."""
+
+    def __init__(self, corpus: Corpus, indices: "array[int]", seed: str, epochs: int | None = None) -> None:
+        self.corpus, self.indices, self.seed, self.epochs = corpus, indices, seed, epochs
+        self.skipped = corpus.skipped
+        self.load_state_dict({"epoch": 0, "position": 0})
+
+    def read(self) -> list[str]:
+        """The next documents, about BLOCK characters of them; none when the last epoch is over."""
+        if self.position == len(self.order):
+            if self.epochs is not None and self.epoch + 1 >= self.epochs:
+                return []
+            self.load_state_dict({"epoch": self.epoch + 1, "position": 0})
+        texts: list[str] = []
+        size = 0
+        while size < BLOCK and self.position < len(self.order):
+            texts.append(self.corpus.text(self.order[self.position]))
+            size += len(texts[-1])
+            self.position += 1
+        return texts
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        self.order = shuffled(self.indices, f"{self.seed}/{self.epoch}")

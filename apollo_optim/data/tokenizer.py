@@ -1,0 +1,122 @@
+"""Tokenizers: a byte-level BPE trained on the corpus, or any other by name or path."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from apollo_optim.core.errors import InputError
+
+END = "<|endoftext|>"
+TRAINING_BYTES = 32 << 20  # more text than this changes a small vocabulary little and costs time
+
+log = logging.getLogger(__name__)
+
+
+def trained_bpe(texts: Callable[[], Iterable[str]], vocab_size: int, key: str, cache_dir: Path) -> Any:
+    """The byte-level BPE of a corpus: from the cache if `key` and `vocab_size` are there, else trained and put there."""
+    if vocab_size < 257:
+        raise InputError(f"data.vocab_size is {vocab_size}; a byte-level vocabulary has at least 257 entries (256 bytes, end of text)")
+    folder = cache_dir / "tokenizers" / f"bpe-{vocab_size}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not folder.exists():
+        log.info("training a tokenizer of %d entries, cached in %s", vocab_size, folder)
+        _save(_train(texts(), vocab_size), folder)
+    return load_tokenizer(str(folder))
+
+
+def _train(texts: Iterable[str], vocab_size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_at_most(texts, TRAINING_BYTES), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, clean_up_tokenization_spaces=False)
+
+
+def _at_most(texts: Iterable[str], size: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        size -= len(text.encode())
+        if size <= 0:
+            return
+
+
+def _save(tokenizer: Any, folder: Path) -> None:
+    """Appears whole or not at all; if another process was faster, its copy (the same) stays."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(dir=folder.parent, prefix=".new-")
+        try:
+            tokenizer.save_pretrained(temporary)
+            os.rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if not folder.exists():
+            raise InputError(f"cannot save the tokenizer in {folder.parent} ({error.strerror}); set data.cache_dir") from error
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """A tokenizer by name or path, refused if it has no end-of-text token to put between documents."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever the hub, the file or the parser says, in one line
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot load the tokenizer {name!r}: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer {name!r} has no end-of-text token (eos_token), which separates documents")
+    return tokenizer
+
+
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, and nothing added. The text's own `<|endoftext|>` stays text: it must not end a document."""
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # a document may be longer than the model's context: that is what rows are for
+    )
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of everything that decides how text becomes tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def token_bytes(tokenizer: Any) -> list[int]:
+    """Bytes of text that each token stands for; special tokens stand for none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    byte_level = backend is not None and "ByteLevel" in str(backend.decoder)
+    special = set(tokenizer.all_special_ids)
+    sizes = []
+    for index, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+        if token is None or index in special:
+            sizes.append(0)
+        elif byte_level:  # this alphabet writes every byte as one character
+            sizes.append(len(token))
+        elif len(token) == 6 and token.startswith("<0x"):  # SentencePiece's byte fallback
+            sizes.append(1)
+        else:
+            sizes.append(len(token.replace("\u2581", " ").encode()))
+    return sizes
