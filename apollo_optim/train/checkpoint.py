@@ -1,0 +1,347 @@
+"""Checkpoints that a kill, a full disk or a truncated copy cannot turn into a wrong run.
+
+    RUN/checkpoints/step-00000100/          one checkpoint
+        manifest.json                       format, version, and size and CRC-32 of every other file
+        config.json                         the transformers config
+        weights-00001-of-00001.safetensors  the weights in their native form
+        state-00001-of-00001.safetensors    every tensor of the training state ...
+        state.json                          ... and everything else in it, with references to the tensors
+    RUN/checkpoints/latest                  a link to the newest one, for people and tools
+
+It is written to a hidden directory, flushed to the disk, and renamed: a directory called step-* is complete. The newest step-* is
+the one that `--resume` takes. Nothing in here is pickled: a checkpoint cannot run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from apollo_optim.core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = "apollo-optim checkpoint"
+VERSION = 1
+SHARD_BYTES = 256 * 10**6  # loaded one shard at a time: the pages of a mapped file count as resident
+
+
+class SaveFailed(OSError):
+    """A checkpoint or an export could not be written; what was there before is untouched."""
+
+
+# --- which checkpoints there are ---
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """Step -> directory, in order. Only complete ones have this name."""
+    found = {}
+    for path in (run / "checkpoints").glob("step-*"):
+        if match := re.fullmatch(r"step-(\d+)", path.name):
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def newest(run: Path) -> Path | None:
+    """The checkpoint that a resumed run starts from."""
+    return next(reversed(checkpoints(run).values()), None)
+
+
+# --- writing ---
+
+
+def save(run: Path, step: int, model: torch.nn.Module, state: dict[str, Any], keep: int) -> Path:
+    """Write one checkpoint, then drop all but the newest `keep`. On failure the old ones are intact and nothing is left lying around."""
+    root = run / "checkpoints"
+    final = root / f"step-{step:08d}"
+    temporary = root / f".tmp-{final.name}"
+    with _failing_cleanly(temporary, f"the checkpoint of step {step}"):
+        sweep(run)
+        temporary.mkdir(parents=True)
+        plain, tensors = pack(state)
+        _write_shards(temporary, "weights", weights(model))
+        _write_shards(temporary, "state", tensors)
+        (temporary / "state.json").write_text(json.dumps(plain), encoding="utf-8")
+        if hasattr(model, "config"):
+            model.config.save_pretrained(temporary)
+        files = {path.name: {"bytes": path.stat().st_size, "crc32": _crc(path)} for path in sorted(temporary.iterdir())}
+        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _flush(path)
+        temporary.rename(final)
+        _flush(root)
+        link = root / ".tmp-latest"
+        link.symlink_to(final.name)
+        link.replace(root / "latest")
+    for old in list(checkpoints(run).values())[:-keep]:
+        _remove(old)
+    return final
+
+
+def sweep(run: Path) -> None:
+    """Remove what a killed process left half-written or half-deleted."""
+    for path in (run / "checkpoints").glob(".tmp-*"):
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Rename first: a directory that is called step-* is complete, even while it goes."""
+    going = checkpoint.with_name(f".tmp-old-{checkpoint.name}")
+    checkpoint.rename(going)
+    shutil.rmtree(going)
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, tied ones once."""
+    named: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        named.setdefault(id(tensor), (name, tensor))
+    return dict(named.values())
+
+
+def _write_shards(directory: Path, part: str, tensors: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        size += tensor.nbytes
+        if shards[-1] and size > SHARD_BYTES:
+            shards.append([])
+            size = tensor.nbytes
+        shards[-1].append(name)
+    for number, names in enumerate(shards, 1):
+        path = directory / f"{part}-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: _own_memory(tensors[name]) for name in names}, path)
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """As safetensors wants it: on the CPU, contiguous, not a piece of something else."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _failing_cleanly(temporary: Path, what: str) -> Iterator[None]:
+    """Whatever happens, the half-written directory goes; a failure to write becomes one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise SaveFailed(f"could not write {what} in {temporary.parent}: {reason}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# --- reading ---
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """Check the whole checkpoint, then read the training state that was given to `save`."""
+    verify(checkpoint)
+    plain = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    state = unpack(plain, dict(_read_shards(checkpoint, "state")))
+    return dict(state)
+
+
+def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
+    """Copy the weights into the model; the names and shapes must be the same."""
+    into = weights(model)
+    seen = set()
+    with torch.no_grad():
+        for name, tensor in _read_shards(checkpoint, "weights"):
+            if name not in into or into[name].shape != tensor.shape or into[name].dtype != tensor.dtype:
+                raise InputError(f"{checkpoint} belongs to another model: its {name} ({_looks(tensor)}) does not fit")
+            into[name].copy_(tensor)
+            seen.add(name)
+    if missing := into.keys() - seen:
+        raise InputError(f"{checkpoint} belongs to another model: it has no {min(missing)}")
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """The manifest, if every file is as it was written; else one line that says which is not."""
+    path = checkpoint / "manifest.json"
+    try:
+        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{checkpoint} is not a checkpoint of apollo-optim: it has no manifest.json{_way_out(checkpoint)}"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise InputError(f"{path} is damaged{_way_out(checkpoint)}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{checkpoint} is not a checkpoint of apollo-optim{_way_out(checkpoint)}")
+    if manifest["version"] > VERSION:
+        raise InputError(
+            f"{checkpoint} was written by a newer apollo-optim (format {manifest['version']}, this one reads {VERSION})"
+        )
+    for name, written in manifest["files"].items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise InputError(f"{checkpoint} is incomplete: {name} is missing{_way_out(checkpoint)}")
+        if (size := file.stat().st_size) != written["bytes"]:
+            raise InputError(f"{file} has {size} bytes instead of {written['bytes']}{_way_out(checkpoint)}")
+        if _crc(file) != written["crc32"]:
+            raise InputError(f"{file} is damaged: its checksum is wrong{_way_out(checkpoint)}")
+    return manifest
+
+
+def _way_out(checkpoint: Path) -> str:
+    older = [path for path in checkpoints(checkpoint.parent.parent).values() if path.name < checkpoint.name]
+    return f"; delete {checkpoint} to go on from {older[-1].name}" if older else ""
+
+
+def _read_shards(checkpoint: Path, part: str) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
+    for path in sorted(checkpoint.glob(f"{part}-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                yield name, file.get_tensor(name).clone()  # out of the mapped file, into aligned memory
+
+
+def _looks(tensor: torch.Tensor) -> str:
+    return f"{'x'.join(map(str, tensor.shape))} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+# --- a tree of Python values as JSON beside named tensors ---
+
+
+def pack(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Split a tree of dicts, lists, tuples, numbers, strings, dtypes and tensors into JSON and tensors."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def plain(value: Any, path: str) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, torch.Tensor):
+            tensors[path] = value
+            return {"$tensor": path}
+        if isinstance(value, torch.dtype):
+            return {"$dtype": str(value).removeprefix("torch.")}
+        if isinstance(value, dict):
+            if all(isinstance(key, str) and not key.startswith("$") for key in value):
+                return {key: plain(item, f"{path}.{key}") for key, item in value.items()}
+            return {"$items": [[plain(key, path), plain(item, f"{path}.{key}")] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)):
+            items = [plain(item, f"{path}.{number}") for number, item in enumerate(value)]
+            return {"$tuple": items} if isinstance(value, tuple) else items
+        raise InputError(
+            f"{path.lstrip('.')} is a {type(value).__name__}: only tensors, numbers, strings and containers of them can be saved"
+        )
+
+    return plain(tree, ""), {name.lstrip("."): tensor for name, tensor in tensors.items()}
+
+
+def unpack(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The inverse of `pack`."""
+    if isinstance(plain, list):
+        return [unpack(item, tensors) for item in plain]
+    if not isinstance(plain, dict):
+        return plain
+    if "$tensor" in plain:
+        return tensors[plain["$tensor"].lstrip(".")]
+    if "$dtype" in plain:
+        return getattr(torch, plain["$dtype"])
+    if "$tuple" in plain:
+        return tuple(unpack(item, tensors) for item in plain["$tuple"])
+    if "$items" in plain:
+        return {unpack(key, tensors): unpack(item, tensors) for key, item in plain["$items"]}
+    return {key: unpack(item, tensors) for key, item in plain.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """`load_state_dict`, but every tensor keeps the dtype it was saved in (torch would cast it to the parameter's)."""
+    try:
+        optimizer.load_state_dict(saved)
+    except ValueError as error:
+        raise InputError(f"the saved optimizer state does not fit this optimizer: {error}") from None
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in saved["state"].items():
+        state = optimizer.state[parameters[index]]
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor) and state[key].dtype != value.dtype:
+                state[key] = value.to(state[key].device)
+
+
+# --- the model for everybody else ---
+
+
+def export(run_dir: Path | str, step: int | None = None, out: Path | str | None = None) -> Path:
+    """Write a checkpoint (the newest, or that of `step`) as a directory that `from_pretrained` opens; RUN/model by default."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from apollo_optim.train.config import load_config
+    from apollo_optim.train.models import DTYPES
+
+    run = Path(run_dir)
+    there = checkpoints(run)
+    if not there:
+        raise InputError(f"{run} holds no checkpoint")
+    if step is not None and step not in there:
+        raise InputError(f"{run} holds no checkpoint of step {step}, only of {', '.join(map(str, there))}")
+    checkpoint = there[max(there) if step is None else step]
+    target = run / "model" if out is None else Path(out)
+    if out is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} is there already; choose another directory")
+    verify(checkpoint)
+    cfg = load_config(run / "config.yaml").model
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=cfg.trust_remote_code)
+    with torch.random.fork_rng(devices=[]):  # drawing weights that are overwritten next must not disturb anybody
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[cfg.dtype], trust_remote_code=cfg.trust_remote_code
+        )
+    load_weights(checkpoint, model)
+    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer") if (run / "tokenizer").is_dir() else None
+    write_model(model, tokenizer, target)
+    return target
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, target: Path) -> None:
+    """`save_pretrained`, but the directory appears complete or not at all."""
+    from transformers.utils import logging
+
+    temporary = target.with_name(f".tmp-{target.name}")
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with _failing_cleanly(temporary, "the exported model"):
+            shutil.rmtree(temporary, ignore_errors=True)
+            model.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+    finally:
+        if bars:
+            logging.enable_progress_bar()

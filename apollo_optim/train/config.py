@@ -1,0 +1,310 @@
+"""A run is a file: every section of it is a dataclass, every key has its explanation under it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from apollo_optim.core.errors import InputError
+from apollo_optim.data.config import DataConfig
+
+Sink = Literal["tensorboard", "wandb", "trackio"]
+
+
+@dataclass
+class ModelConfig:
+    """Which model is trained, and in which arithmetic."""
+
+    name: str = "llama-4m"
+    """A LLaMA size by name (llama-1m, llama-4m, llama-9m, llama-60m ... llama-13b), or any transformers causal LM: a directory or a
+    hub name. The architecture is taken from it, the weights are new (see `pretrained`)."""
+    pretrained: bool = False
+    """Start from the weights of `name` instead of new ones (continued pre-training; not for sizes by name)."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Single fields of the transformers config to change, e.g. {tie_word_embeddings: true, max_position_embeddings: 4096}."""
+    vocab_size: int | None = None
+    """None: as many entries as the tokenizer can produce on plain text (for T5's that is the papers' 32000); a model that is not a
+    size by name keeps its own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is pure bfloat16: no float32 copy of the weights; the optimizer rounds stochastically when it writes."""
+    attention: str | None = None
+    """attn_implementation of transformers ("sdpa", "eager", "flash_attention_2", ...); None: its default."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile the model."""
+    trust_remote_code: bool = False
+    """Let a hub model run Python code of its own. Only for authors you trust."""
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and its knobs. None everywhere means: the optimizer's own default (`apollo-optim optimizers` prints them)."""
+
+    name: str = "apollo-mini"
+    """A name from `apollo-optim optimizers`."""
+    lr: float | None = None
+    """Peak learning rate of the matrices that follow the rule."""
+    rest_lr: float | None = None
+    """Peak learning rate of embedding, head and norms (they follow AdamW); None: the same `lr`."""
+    rank: int | None = None
+    """Size of the compressed side. APOLLO: a quarter of the hidden size is the paper's; APOLLO-Mini: 1."""
+    scale: float | str | None = None
+    """A number, or "auto" (small side / rank). Its square root multiplies the step."""
+    scale_type: Literal["channel", "tensor"] | None = None
+    """One factor per channel (APOLLO) or per matrix (APOLLO-Mini)."""
+    scale_front: bool | None = None
+    """Apply sqrt(scale) before the norm-growth limiter instead of after it."""
+    proj: str | None = None
+    """gaussian (= random), sketch, rademacher or svd."""
+    update_proj_gap: int | None = None
+    """A new projection every so many steps."""
+    betas: tuple[float, float] | None = None
+    """Decay of the two moments."""
+    eps: float | None = None
+    """Added to the root of the second moment."""
+    weight_decay: float | None = None
+    """Decoupled, as in AdamW: taken from the old weight, times the lr."""
+    norm_growth: float | None = None
+    """A step's norm may grow by at most this factor from one step to the next."""
+    state_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the moments."""
+    stochastic_rounding: bool | None = None
+    """Round bfloat16 weights stochastically when they are written."""
+    seed: int | None = None
+    """Seed of the random projections and of the rounding."""
+    targets: list[str] | None = None
+    """Module names (part of a name, glob or regex, or "all-linear") whose matrices follow the rule."""
+    exclude: list[str] | None = None
+    """Module names that do not, whatever `targets` says."""
+    compile: bool | None = None
+    """torch.compile the step of the optimizer."""
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate over the run, as a factor of the peak."""
+
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After the warm-up: half a cosine, a straight line, nothing, or constant and then a straight line (warm-up, stable, decay)."""
+    warmup: float = 0.1
+    """Linear warm-up: below 1 a fraction of the run, else a number of steps."""
+    min_lr: float = 0.1
+    """Where cosine, linear and wsd end, as a fraction of the peak."""
+    decay: float = 0.2
+    """wsd only: the last part of the run in which the rate falls, as a fraction."""
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 700
+    """Optimizer steps of the whole run."""
+    batch_size: int = 16
+    """Sequences per optimizer step."""
+    micro_batch: int | None = None
+    """Sequences per forward pass (gradients are accumulated); None: all of them at once."""
+    clip: float | None = None
+    """Clip the gradients to this total norm; None: no clipping (the norm is logged either way)."""
+    seed: int = 0
+    """Seed of the initial weights and of dropout."""
+    threads: int | None = None
+    """CPU threads of torch; None: its default. Results are equal to the bit only for equal thread counts."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; None: the GPU if there is one."""
+    deterministic: bool = False
+    """On a GPU: deterministic kernels only, which `--resume` needs to be exact to the bit there (a CPU always is)."""
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on the validation split; there is always one at the end."""
+
+    every: int | None = 100
+    """Evaluate every so many steps; None: only at the end."""
+    tokens: int | None = 65536
+    """How many tokens of the validation split, from its beginning; None: all of it."""
+    batch_size: int | None = None
+    """Sequences per forward pass; None: as in training."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints: all that is needed to go on, exact to the bit. There is always one at the end."""
+
+    every: int | None = 100
+    """Save every so many steps; None: only at the end and on Ctrl-C."""
+    keep: int = 2
+    """Keep this many, the newest ones."""
+
+
+@dataclass
+class LogConfig:
+    """What is shown and recorded. `metrics.jsonl` in the run directory is always written."""
+
+    every: int = 10
+    """Record and show every so many steps."""
+    to: list[Sink] = field(default_factory=list)
+    """Also send the figures to tensorboard, wandb or trackio."""
+    display: Literal["auto", "rich", "plain", "none"] = "auto"
+    """auto: a live panel on a terminal, plain lines elsewhere."""
+
+
+@dataclass
+class RunConfig:
+    """Everything about one training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    out: str | None = None
+    """The run directory; None: out/<model>-<optimizer>."""
+
+
+# What may differ between a run and its continuation: where it lies, what is measured, kept and shown, and the number of threads. The number of
+# steps is judged by the schedule instead (loop.py): it may change as long as no step that was made would have had another rate.
+MAY_CHANGE = ("out", "eval", "checkpoint", "log", "train.threads", "train.steps", "data.cache_dir")
+
+
+def to_dict(cfg: RunConfig) -> dict[str, Any]:
+    """The config as plain data: what YAML and JSON can hold."""
+    plain: dict[str, Any] = dataclasses.asdict(cfg)
+    if cfg.optim.betas is not None:
+        plain["optim"]["betas"] = list(cfg.optim.betas)
+    return plain
+
+
+def from_dict(data: dict[str, Any]) -> RunConfig:
+    """The inverse of `to_dict`; missing keys take their defaults, unknown ones are refused."""
+    return typing.cast(RunConfig, _section(RunConfig, data, ""))
+
+
+def save_config(cfg: RunConfig, path: Path) -> None:
+    """Write the resolved config as YAML."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def load_config(path: Path | str) -> RunConfig:
+    """Read a run file."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the run file {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is not a YAML run file: {' '.join(str(error).split())}") from None
+    if data is not None and not isinstance(data, dict):
+        raise InputError(f"{path} is not a run file: expected sections such as `model:` and `train:`")
+    try:
+        return from_dict(data or {})
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys in which two plain configs differ."""
+    found: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(prefix + key)
+    return found
+
+
+def may_change(key: str) -> bool:
+    """Whether a continued run may have another value here."""
+    return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
+
+
+def check(cfg: RunConfig) -> None:
+    """Refuse numbers that make no sense, each in one line. (The optimizer and the data check their own keys.)"""
+    positive: dict[str, int | float | None] = {
+        "train.steps": cfg.train.steps,
+        "train.batch_size": cfg.train.batch_size,
+        "train.micro_batch": cfg.train.micro_batch,
+        "train.clip": cfg.train.clip,
+        "train.threads": cfg.train.threads,
+        "eval.every": cfg.eval.every,
+        "eval.tokens": cfg.eval.tokens,
+        "eval.batch_size": cfg.eval.batch_size,
+        "checkpoint.every": cfg.checkpoint.every,
+        "checkpoint.keep": cfg.checkpoint.keep,
+        "log.every": cfg.log.every,
+        "model.vocab_size": cfg.model.vocab_size,
+    }
+    for key, value in positive.items():
+        if value is not None and not value > 0:
+            raise InputError(f"{key}={value}: must be greater than 0")
+    for key, fraction in {"schedule.min_lr": cfg.schedule.min_lr, "schedule.decay": cfg.schedule.decay}.items():
+        if not 0 <= fraction <= 1:
+            raise InputError(f"{key}={fraction}: a fraction between 0 and 1")
+    if not cfg.schedule.warmup >= 0:
+        raise InputError(
+            f"schedule.warmup={cfg.schedule.warmup}: a fraction below 1 or a number of steps, not negative"
+        )
+    if cfg.schedule.warmup > cfg.train.steps:
+        raise InputError(
+            f"schedule.warmup={cfg.schedule.warmup} is longer than the run (train.steps={cfg.train.steps})"
+        )
+    for key, choice, choices in (
+        ("schedule.kind", cfg.schedule.kind, ("cosine", "linear", "constant", "wsd")),
+        ("model.dtype", cfg.model.dtype, ("float32", "bfloat16")),
+        ("log.display", cfg.log.display, ("auto", "rich", "plain", "none")),
+        *(("log.to", sink, typing.get_args(Sink)) for sink in cfg.log.to),
+    ):
+        if choice not in choices:
+            raise InputError(f"{key}={choice}: choose from {', '.join(choices)}")
+
+
+def _section(kind: type, data: Any, prefix: str) -> Any:
+    if not isinstance(data, dict):
+        raise InputError(f"{prefix.rstrip('.')}: expected keys and values, not {data!r}")
+    hints = typing.get_type_hints(kind)
+    for key in data:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            raise InputError(f"unknown key {prefix}{key}" + (f" (did you mean {prefix}{near[0]}?)" if near else ""))
+    return kind(**{key: _value(hints[key], value, prefix + key) for key, value in data.items()})
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    """Fit one value to its type; the command line (jsonargparse) is stricter than this."""
+    if dataclasses.is_dataclass(hint):
+        return _section(typing.cast(type, hint), {} if value is None else value, key + ".")
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
+    if value is None:
+        if type(None) not in options:
+            raise InputError(f"{key}: a value is missing")
+        return None
+    if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in options):
+        return tuple(value)
+    if float in options and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as text
+        except ValueError:
+            if str not in options:
+                raise InputError(f"{key}={value}: expected a number") from None
+    for wanted in (int, bool):
+        if wanted in options and float not in options and type(value) is not wanted:
+            raise InputError(f"{key}={value}: expected {'true or false' if wanted is bool else 'a whole number'}")
+    return value

@@ -1,0 +1,549 @@
+"""One training loop in plain functions.
+
+`pretrain(cfg)` reads like the story of a run: look at the directory, build everything, go back to a checkpoint if asked, then step
+by step: train, record, evaluate, save. A `Job` is what is passed around; whatever is in it that changes is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from apollo_optim.core.errors import InputError
+from apollo_optim.train import checkpoint, measure
+from apollo_optim.train.config import (
+    OptimConfig,
+    RunConfig,
+    check,
+    differences,
+    load_config,
+    may_change,
+    save_config,
+    to_dict,
+)
+from apollo_optim.train.display import Display, duration, open_display
+from apollo_optim.train.evaluate import evaluate, summed_loss, targets
+from apollo_optim.train.metrics import Metrics, check_trackers, cut_back, open_trackers
+from apollo_optim.train.models import DTYPES, build_model, usable_vocabulary
+from apollo_optim.train.schedule import factor, set_lr
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from apollo_optim.data import Batch, Data
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on; the message says at which step, and what is left of it."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: everything is saved, the message says how to go on."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    run: Path
+    """The run directory."""
+    step: int
+    tokens: int
+    loss: float
+    """Of the last evaluation, as the three below."""
+    perplexity: float
+    perplexity_reference: float
+    bits_per_byte: float
+    seconds: float
+    """Spent training: without evaluations and checkpoints."""
+    memory: dict[str, int]
+    """Bytes of weights, gradients, optimizer state, and the peak of the whole process."""
+
+
+@dataclass
+class Job:
+    """A run while it runs."""
+
+    cfg: RunConfig
+    run: Path
+    device: torch.device
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    data: Data
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """Training time so far, up to the last time that the clock was stopped."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """The last one."""
+
+
+def pretrain(cfg: RunConfig, *, resume: bool = False) -> Result:
+    """Train as `cfg` says, from the beginning or (with `resume`) from the newest checkpoint in the run directory.
+
+    >>> result = pretrain(RunConfig(model=ModelConfig("llama-1m"), out="out/first"))
+    >>> result.perplexity
+
+    A resumed run is equal to the bit to one that was never stopped: weights, optimizer, text, random numbers, figures.
+    Raises InputError for what the user can put right, TrainingFailed if the run cannot go on, Interrupted after Ctrl-C.
+    """
+    check(cfg)
+    check_trackers(list(cfg.log.to))
+    run = Path(cfg.out or default_run(cfg))
+    with claim(run, resume):
+        earlier = check_continuation(run, cfg) if resume else None
+        job = build(cfg, run)
+        if earlier is not None:
+            restore(job, earlier)
+        prepare(run, cfg, job)
+        return train(job, resumed_from=job.step if resume else None)
+
+
+# --- the run directory ---
+
+
+def default_run(cfg: RunConfig) -> str:
+    """out/<model>-<optimizer>."""
+    return f"out/{Path(cfg.model.name).name}-{cfg.optim.name}"
+
+
+@contextlib.contextmanager
+def claim(run: Path, resume: bool) -> Iterator[None]:
+    """Refuse a directory that holds another run, or (to resume) none, or one in which a process is at work."""
+    if run.exists() and not run.is_dir():
+        raise InputError(f"out={run}: that is a file, not a run directory")
+    holds = (run / "config.yaml").exists() or (run / "metrics.jsonl").exists() or bool(checkpoint.checkpoints(run))
+    if holds and not resume:
+        there = max(checkpoint.checkpoints(run), default=0)
+        raise InputError(
+            f"{run} already holds a run (step {there} is saved): add --resume to go on with it, or choose another --out"
+        )
+    if resume and not (run / "config.yaml").exists():
+        raise InputError(f"{run} holds no run to resume: leave --resume out to start one")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"cannot write to the run directory {run}: {error.strerror}") from None
+    with lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+        except ImportError:
+            pass  # not Unix
+        except OSError:
+            raise InputError(f"another process is training in {run}") from None
+        yield
+
+
+def check_continuation(run: Path, cfg: RunConfig) -> dict[str, Any] | None:
+    """The state to go on from (None: there is no checkpoint yet), if the config is the one it was made with."""
+    old = load_config(run / "config.yaml")
+    was, now = to_dict(old), to_dict(cfg)
+    changed = [key for key in differences(was, now) if not may_change(key)]
+    if changed:
+        listed = ", ".join(f"{key} (was {_at(was, key)}, is {_at(now, key)})" for key in changed)
+        raise InputError(
+            f"{run} was started with another configuration: {listed}; put it back, or choose another --out"
+        )
+    newest = checkpoint.newest(run)
+    if newest is None:
+        return None
+    state = checkpoint.load_state(newest)
+    state["checkpoint"] = newest
+    done = state["step"]
+    if done > cfg.train.steps:
+        raise InputError(f"{run} has {done} steps already, more than train.steps={cfg.train.steps}")
+    for step in range(1, done + 1):
+        if factor(step, old.train.steps, old.schedule) != factor(step, cfg.train.steps, cfg.schedule):
+            raise InputError(
+                f"train.steps cannot go from {old.train.steps} to {cfg.train.steps}: with schedule.kind={cfg.schedule.kind} the steps already "
+                "made would have had other learning rates (it can with constant, or with wsd before its decay)"
+            )
+    return state
+
+
+def _at(plain: dict[str, Any], key: str) -> Any:
+    value: Any = plain
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def prepare(run: Path, cfg: RunConfig, job: Job) -> None:
+    """What lies beside the results. Written when everything is built: a typing error leaves no run behind."""
+    try:
+        checkpoint.sweep(run)
+        cut_back(run / "metrics.jsonl", job.step)
+        temporary = run / ".tmp-config.yaml"
+        save_config(dataclasses.replace(cfg, out=str(run)), temporary)
+        temporary.replace(run / "config.yaml")
+        job.data.tokenizer.save_pretrained(run / "tokenizer")
+    except OSError as error:
+        raise InputError(f"cannot write to the run directory {run}: {error.strerror}") from None
+
+
+# --- building ---
+
+
+def build(cfg: RunConfig, run: Path) -> Job:
+    """Data, model and optimizer at step 0."""
+    from apollo_optim.data import open_data
+
+    device = choose_device(cfg)
+    data = open_data(cfg.data)
+    torch.manual_seed(cfg.train.seed)
+    random.seed(cfg.train.seed)
+    model = build_model(cfg.model, usable_vocabulary(data.tokenizer), cfg.data.seq_len, data.tokenizer).to(device)
+    model.train()
+    if cfg.model.compile:
+        model.compile()  # in place: the names of the parameters stay
+    return Job(cfg, run, device, model, make_optimizer(cfg.optim, model), data)
+
+
+def choose_device(cfg: RunConfig) -> torch.device:
+    """As configured, else the GPU if there is one; sets threads and determinism."""
+    if cfg.train.threads is not None:
+        torch.set_num_threads(cfg.train.threads)
+    try:
+        device = torch.device(cfg.train.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"train.device={cfg.train.device}: {str(error).splitlines()[0]}") from None
+    if cfg.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
+def make_optimizer(cfg: OptimConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """By its name in the registry; keys that are None are left to its defaults."""
+    from apollo_optim import build_optimizer
+
+    knobs = {key: value for key, value in dataclasses.asdict(cfg).items() if value is not None and key != "name"}
+    if cfg.state_dtype is not None:
+        knobs["state_dtype"] = DTYPES[cfg.state_dtype]
+    return build_optimizer(cfg.name, model, **knobs)
+
+
+# --- the state of a run ---
+
+
+def snapshot(job: Job) -> dict[str, Any]:
+    """Everything that changes while a run runs, but for the weights."""
+    return {
+        "step": job.step,
+        "tokens": job.tokens,
+        "seconds": job.seconds,
+        "evaluation": job.evaluation,
+        "identity": job.data.identity,
+        "data": job.data.train.state_dict(),
+        "optimizer": job.optimizer.state_dict(),
+        "random": {
+            "python": random.getstate(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(job.device) if job.device.type == "cuda" else None,
+        },
+    }
+
+
+def restore(job: Job, state: dict[str, Any]) -> None:
+    """Go back to a snapshot."""
+    if changed := differences(state["identity"], job.data.identity):
+        listed = ", ".join(
+            f"{key} (was {_at(state['identity'], key)}, is {_at(job.data.identity, key)})" for key in changed
+        )
+        raise InputError(f"the text is not the one that {job.run} was trained on: {listed}")
+    checkpoint.load_weights(state["checkpoint"], job.model)
+    checkpoint.restore_optimizer(job.optimizer, state["optimizer"])
+    job.data.train.load_state_dict(state["data"])
+    job.step, job.tokens, job.seconds, job.evaluation = (
+        state[key] for key in ("step", "tokens", "seconds", "evaluation")
+    )
+    random.setstate(state["random"]["python"])
+    torch.set_rng_state(state["random"]["torch"])
+    if state["random"]["cuda"] is not None and job.device.type == "cuda":
+        torch.cuda.set_rng_state(state["random"]["cuda"], job.device)
+
+
+# --- the loop ---
+
+
+def train(job: Job, resumed_from: int | None) -> Result:
+    """From where the job is to the end of the run."""
+    cfg = job.cfg
+    title = f"{cfg.model.name}, {cfg.optim.name}, {cfg.train.steps} steps of {cfg.train.batch_size} x {cfg.data.seq_len} tokens"
+    display = open_display(cfg.log.display, title, cfg.train.steps)
+    trackers = open_trackers(list(cfg.log.to), job.run, to_dict(cfg), job.step)
+    metrics = Metrics(job.run / "metrics.jsonl", trackers)
+    try:
+        introduce(job, metrics, display, resumed_from)
+        with stop_signals() as stop:
+            run_steps(job, metrics, display, stop)
+            return finish(job, metrics, display)
+    except checkpoint.SaveFailed as error:
+        raise TrainingFailed(f"step {job.step}: {error}; {last_good(job.run)}") from error
+    except OSError as error:
+        raise TrainingFailed(
+            f"step {job.step}: cannot write to {job.run}: {error.strerror or error}; {last_good(job.run)}"
+        ) from error
+    finally:
+        display.close()
+        metrics.close()
+
+
+def introduce(job: Job, metrics: Metrics, display: Display, resumed_from: int | None) -> None:
+    """The first line of the log, and what a reader wants to know before the first step."""
+    from apollo_optim import describe
+
+    parameters = sum(p.numel() for p in {id(p): p for p in job.model.parameters()}.values())
+    metrics.write(
+        "start",
+        time=time.time(),
+        config=to_dict(job.cfg),
+        corpus=job.data.identity,
+        versions=measure.versions(),
+        hardware=measure.hardware(job.device),
+        params=parameters,
+        memory=measure.memory(job.model, job.optimizer),
+        resumed_from=resumed_from,
+    )
+    display.note(f"{parameters:,} parameters in {job.cfg.model.dtype} on {job.device}; results in {job.run}")
+    display.note(describe(job.optimizer))
+    if resumed_from is not None:
+        display.note(
+            f"resumed after step {resumed_from}"
+            if resumed_from
+            else "resumed, but no checkpoint was saved yet: starting anew"
+        )
+
+
+def run_steps(job: Job, metrics: Metrics, display: Display, stop: Stop) -> None:
+    """Train, record, evaluate, save; until the last step or a signal."""
+    cfg, last = job.cfg, job.cfg.train.steps
+    rows = job.data.validation(cfg.eval.tokens)
+    bytes_per_token = job.data.bytes_per_token(rows)
+    clock = Clock()
+    first, mark = job.step + 1, (job.step, job.tokens, job.seconds)
+    for job.step in range(first, last + 1):
+        set_lr(job.optimizer, factor(job.step, last, cfg.schedule))
+        logged = job.step % cfg.log.every == 0 or job.step in (1, last)
+        loss, norm = one_step(job, job.data.train.next(cfg.train.batch_size), logged)
+        if job.step == first:
+            sizes = measure.memory(job.model, job.optimizer)
+            metrics.write("memory", step=job.step, **sizes)
+            display.memory(sizes)
+        job.optimizer.zero_grad(set_to_none=True)
+        evaluated = job.step == last or (cfg.eval.every is not None and job.step % cfg.eval.every == 0)
+        saved = (
+            job.step == last
+            or bool(stop.requested)
+            or (cfg.checkpoint.every is not None and job.step % cfg.checkpoint.every == 0)
+        )
+        if not (logged or evaluated or saved):
+            continue
+        grad_norm = norm.get() if norm is not None else math.nan  # waits for the device: the time below is the true one
+        job.seconds += clock.lap()
+        if logged:
+            passed_steps, passed_tokens, passed = (
+                now - then for now, then in zip((job.step, job.tokens, job.seconds), mark, strict=True)
+            )
+            mark = (job.step, job.tokens, job.seconds)
+            lr, lr_rest = learning_rates(job.optimizer)
+            record = metrics.write(
+                "step",
+                step=job.step,
+                tokens=job.tokens,
+                loss=loss,
+                lr=lr,
+                lr_rest=lr_rest,
+                grad_norm=grad_norm,
+                tokens_per_s=passed_tokens / passed,
+                seconds=job.seconds,
+            )
+            display.step(
+                record | {"peak_gpu": measure.peak_gpu_memory(job.device)}, passed / passed_steps * (last - job.step)
+            )
+        if evaluated:
+            figures = evaluate(
+                job.model, rows, cfg.eval.batch_size or cfg.train.micro_batch or cfg.train.batch_size, bytes_per_token
+            )
+            if not math.isfinite(figures.loss):
+                raise TrainingFailed(
+                    f"the validation loss is {figures.loss} after step {job.step}; {last_good(job.run)}"
+                )
+            job.evaluation = dataclasses.asdict(figures)
+            display.evaluation(
+                metrics.write("eval", step=job.step, tokens=job.tokens, **job.evaluation, seconds=job.seconds)
+            )
+        if saved:
+            save(job, metrics)
+        if stop.requested and job.step < last:
+            command = f"apollo-optim pretrain --config {job.run / 'config.yaml'} --resume"
+            display.note(f"{stop.requested}: saved after step {job.step}; go on with: {command}")
+            raise Interrupted(
+                f"stopped by {stop.requested} after step {job.step}, everything is saved; go on with: {command}"
+            )
+        clock.lap()  # evaluating and saving are not training
+
+
+def one_step(job: Job, batch: Batch, want_norm: bool) -> tuple[float, Reading | None]:
+    """One optimizer step: the loss of the whole batch before it, and the norm of its gradient (if wanted, or needed to clip).
+
+    Every prediction of the batch weighs the same, however the batch is cut into micro-batches. A loss that is not finite
+    stops the run before the weights are touched.
+    """
+    from apollo_optim.data import check_vocabulary
+
+    cfg = job.cfg.train
+    check_vocabulary(batch, job.model.config.get_text_config().vocab_size, job.data.tokenizer)
+    predictions = max(targets(batch.labels), 1)
+    size = cfg.micro_batch or cfg.batch_size
+    summed = torch.zeros((), device=job.device)
+    pieces = list(zip(batch.input_ids.split(size), batch.labels.split(size), strict=True))
+    for number, (input_ids, labels) in enumerate(pieces, 1):
+        loss = summed_loss(
+            job.model, input_ids.to(job.device, non_blocking=True), labels.to(job.device, non_blocking=True)
+        )
+        loss = loss / predictions
+        summed += loss.detach()
+        if number == len(pieces):
+            reading = Reading(summed)  # set out before the last backward: it has arrived when the step needs it
+        loss.backward()  # type: ignore[no-untyped-call]
+    norm = None
+    if want_norm or cfg.clip is not None:
+        gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm(gradients)
+        if cfg.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(job.model.parameters(), cfg.clip, total)
+        norm = Reading(total)
+    value = reading.get()
+    if not math.isfinite(value):
+        raise TrainingFailed(f"the loss is {value} at step {job.step}: stopped before its update; {last_good(job.run)}")
+    job.optimizer.step()
+    job.tokens += int((batch.labels != -100).sum())
+    return value, norm
+
+
+class Reading:
+    """A number on its way from the device. It sets out at once and is waited for when it is read, so that the device is never idle."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._value = value.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if value.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def get(self) -> float:
+        """The number."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._value)
+
+
+class Clock:
+    """A stop watch."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        before, self._since = self._since, time.perf_counter()
+        return self._since - before
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """Of the matrices, and of the rest (the same where all parameters are in one group)."""
+    groups = optimizer.param_groups
+    matrices = next((g for g in groups if g.get("name") == "matrices"), groups[0])
+    rest = next((g for g in groups if g is not matrices), matrices)
+    return float(matrices["lr"]), float(rest["lr"])
+
+
+def save(job: Job, metrics: Metrics) -> None:
+    """A checkpoint, unless the weights are already spoilt: the last one saved must be a good one."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in job.model.parameters()):
+        raise TrainingFailed(f"the weights are not finite any more after step {job.step}; {last_good(job.run)}")
+    metrics.flush()
+    checkpoint.save(job.run, job.step, job.model, snapshot(job), job.cfg.checkpoint.keep)
+
+
+def last_good(run: Path) -> str:
+    """What is left, for an error message."""
+    newest = checkpoint.newest(run)
+    return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+
+
+def finish(job: Job, metrics: Metrics, display: Display) -> Result:
+    """The model for everybody else, and the last line of the log."""
+    checkpoint.write_model(job.model, job.data.tokenizer, job.run / "model")
+    sizes = measure.memory(job.model, job.optimizer)
+    # Gradients are set free after every step; what they take while they live is what counts.
+    sizes["gradients"] = measure.tensor_bytes(p for p in job.model.parameters() if p.requires_grad)
+    sizes["peak"] = measure.peak_memory()
+    gpu = measure.peak_gpu_memory(job.device)
+    if gpu is not None:
+        sizes["peak_gpu"] = gpu
+    result = Result(
+        run=job.run,
+        step=job.step,
+        tokens=job.tokens,
+        seconds=job.seconds,
+        memory=sizes,
+        **{key: job.evaluation[key] for key in ("loss", "perplexity", "perplexity_reference", "bits_per_byte")},
+    )
+    metrics.write("end", **{key: value for key, value in dataclasses.asdict(result).items() if key != "run"})
+    display.note(
+        f"done: {result.tokens:,} tokens in {duration(result.seconds)}, perplexity {result.perplexity:.2f}; {job.run / 'model'}"
+    )
+    return result
+
+
+# --- signals ---
+
+
+@dataclass
+class Stop:
+    """Whether somebody asked to stop, and how."""
+
+    requested: str = ""
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """The first Ctrl-C or SIGTERM only asks: the step is finished and saved. A second one acts as it always does."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may listen
+        return
+    names = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+    before = {number: signal.getsignal(number) for number in names}
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: Any) -> None:
+        stop.requested = names[signal.Signals(number)]
+        put_back()
+
+    for number in names:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        put_back()

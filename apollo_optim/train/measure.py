@@ -1,0 +1,90 @@
+"""What is really there: bytes of weights, gradients and optimizer state, peak memory, the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of all of them, each counted once (tied weights share their memory)."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes that exist at this moment. Gradients and state appear with the first step."""
+    parameters = list(model.parameters())
+    return {
+        "weights": tensor_bytes(parameters),
+        "gradients": tensor_bytes(p.grad for p in parameters if p.grad is not None),
+        "optimizer": tensor_bytes(_tensors(list(optimizer.state.values()))),
+    }
+
+
+def _tensors(tree: Any) -> Iterable[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def peak_memory() -> int:
+    """The most memory this process ever had resident, in bytes (VmHWM on Linux)."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_gpu_memory(device: torch.device) -> int | None:
+    """The most memory torch ever had allocated on this GPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of everything that a figure may depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "apollo-optim"):
+        try:
+            found[package.replace("-", "_")] = version(package)
+        except PackageNotFoundError:
+            found[package.replace("-", "_")] = None
+    return found
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The machine, in the few words that a reader of a log needs."""
+    found: dict[str, Any] = {
+        "device": str(device),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            found["cpu"] = next(
+                (line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), found["cpu"]
+            )
+    except OSError:
+        pass  # not Linux
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found

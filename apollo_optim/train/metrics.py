@@ -1,0 +1,168 @@
+"""What a run leaves behind: one JSON object a line in metrics.jsonl, always; trackers besides, if asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from apollo_optim.core.errors import InputError
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+class Tracker(Protocol):
+    """Somebody else's board."""
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """Take the figures of one step."""
+
+    def close(self) -> None:
+        """There will be no more."""
+
+
+class Metrics:
+    """The log of one run, open for appending. Every line is flushed, so that a killed process loses none."""
+
+    def __init__(self, path: Path, trackers: list[Tracker]) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._trackers = trackers
+
+    def write(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Append one line; numbers of steps and evaluations also go to the trackers. Returns the record."""
+        record = {"event": event, **fields}
+        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.flush()
+        if event in ("step", "eval"):
+            prefix = "eval/" if event == "eval" else "train/"
+            figures = {
+                prefix + key: value
+                for key, value in fields.items()
+                if key != "step" and isinstance(value, (int, float))
+            }
+            for tracker in self._trackers:
+                tracker.write(fields["step"], figures)
+        return record
+
+    def flush(self) -> None:
+        """Onto the disk itself: before a checkpoint says that the log reaches this far."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file and the trackers."""
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop all that was recorded after `step`, and what a kill left of the last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        beyond = record.get("step", 0) > step or (record.get("resumed_from") or 0) > step
+        if line.endswith("\n") and not beyond and record.get("event") != "end":
+            kept.append(line)
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+# --- trackers ---
+
+
+def check_trackers(names: list[str]) -> None:
+    """Say what is missing before anything is computed."""
+    for name in names:
+        try:
+            importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+        except ImportError:
+            raise InputError(
+                f"log.to={name} needs the package {PACKAGES[name]}: pip install {PACKAGES[name]}"
+            ) from None
+
+
+def open_trackers(names: list[str], run: Path, config: dict[str, Any], step: int) -> list[Tracker]:
+    """Those that were asked for; `step` is the one that a resumed run continues from, else 0."""
+    check_trackers(names)
+    return [{"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}[name](run, config, step) for name in names]
+
+
+class TensorBoard:
+    """RUN/tensorboard, for `tensorboard --logdir`."""
+
+    def __init__(self, run: Path, config: dict[str, Any], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+        self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```", step)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """One point of every curve."""
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write the rest out."""
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases; project, entity and mode come from its own environment variables."""
+
+    def __init__(self, run: Path, config: dict[str, Any], step: int) -> None:
+        import wandb
+
+        # One id for a run and its continuations, kept beside the results.
+        note = run / "wandb-id"
+        if not (step and note.exists()):
+            note.write_text(wandb.util.generate_id())
+        project = os.environ.get("WANDB_PROJECT", "apollo-optim")
+        self._run: Any = wandb.init(
+            project=project, name=run.name, id=note.read_text(), resume="allow", dir=str(run), config=config
+        )
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """One point of every curve."""
+        self._run.log(figures, step=step)
+
+    def close(self) -> None:
+        """Say goodbye."""
+        self._run.finish()
+
+
+class Trackio:
+    """Trackio, the local-first tracker with W&B's interface."""
+
+    def __init__(self, run: Path, config: dict[str, Any], step: int) -> None:
+        import trackio
+
+        self._trackio: Any = trackio
+        trackio.init(project="apollo-optim", name=run.name, resume="allow" if step else "never", config=config)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """One point of every curve."""
+        self._trackio.log(figures, step=step)
+
+    def close(self) -> None:
+        """Say goodbye."""
+        self._trackio.finish()

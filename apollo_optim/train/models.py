@@ -1,0 +1,142 @@
+"""Models are transformers'; only a table of LLaMA sizes is ours (2302.13971; the sizes below 7B are those of GaLore, 2403.03507)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from apollo_optim.core.errors import InputError
+from apollo_optim.train.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A LLaMA by its numbers; the head is not tied to the embedding."""
+
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    vocab: int = 32000
+    context: int = 2048
+
+
+SIZES: dict[str, Size] = {
+    "llama-1m": Size(128, 352, 2, 2, vocab=4096),
+    "llama-4m": Size(192, 512, 4, 4, vocab=4096),
+    "llama-9m": Size(256, 688, 8, 4, vocab=4096),
+    "llama-60m": Size(512, 1376, 8, 8),
+    "llama-130m": Size(768, 2048, 12, 12),
+    "llama-350m": Size(1024, 2736, 24, 16),
+    "llama-1b": Size(2048, 5461, 24, 32),
+    "llama-7b": Size(4096, 11008, 32, 32),
+    "llama-13b": Size(5120, 13824, 40, 40),
+}
+
+
+def build_model(
+    cfg: ModelConfig,
+    vocab_size: int | None = None,
+    seq_len: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
+    """A causal language model with new weights (or those of `cfg.name` if `cfg.pretrained`), drawn from torch's global generator.
+
+    A size by name takes its vocabulary from `cfg.vocab_size`, else `vocab_size`, else the table; its special tokens from the tokenizer.
+    A sequence longer than the model's context is refused here, before anything is computed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = model_config(cfg, vocab_size, tokenizer)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if seq_len is not None and context is not None and seq_len > context:
+        raise InputError(
+            f"data.seq_len={seq_len} is longer than the context of {cfg.name}, {context} tokens: shorten it, or, "
+            f"for new weights, set model.config.max_position_embeddings={seq_len}"
+        )
+    options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "trust_remote_code": cfg.trust_remote_code}
+    if cfg.attention is not None:
+        options["attn_implementation"] = cfg.attention
+    try:
+        if cfg.pretrained:
+            model = AutoModelForCausalLM.from_pretrained(cfg.name, config=config, **options)
+        else:
+            # Not `.to(bfloat16)` afterwards: that would round the rotary frequencies too.
+            model = AutoModelForCausalLM.from_config(config, **options)
+    except (ValueError, ImportError, OSError) as error:
+        raise InputError(f"cannot build the model {cfg.name}: {_one_line(error)}") from error
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model  # type: ignore[no-any-return]
+
+
+def model_config(
+    cfg: ModelConfig, vocab_size: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PretrainedConfig:
+    """The transformers config that `cfg` means."""
+    from transformers import AutoConfig, LlamaConfig
+
+    if cfg.name in SIZES:
+        if cfg.pretrained:
+            raise InputError(
+                f"model.pretrained: {cfg.name} is a size, it has no weights; give a directory or a hub name"
+            )
+        size = SIZES[cfg.name]
+        fields: dict[str, Any] = {
+            "vocab_size": cfg.vocab_size or vocab_size or size.vocab,
+            "hidden_size": size.hidden,
+            "intermediate_size": size.ffn,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.heads,
+            "max_position_embeddings": size.context,
+            "tie_word_embeddings": False,
+            **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")},
+        }
+        _check_fields(LlamaConfig(), cfg.config)
+        return LlamaConfig(**fields | cfg.config)
+    if not Path(cfg.name).exists() and cfg.name.startswith("llama-"):
+        raise InputError(f"model.name={cfg.name}: no such size; there are {', '.join(SIZES)}")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(cfg.name, trust_remote_code=cfg.trust_remote_code)
+    except (OSError, ValueError) as error:
+        sizes = ", ".join(SIZES)
+        raise InputError(
+            f"model.name={cfg.name}: neither a size ({sizes}) nor a readable model: {_one_line(error)}"
+        ) from error
+    if cfg.vocab_size is not None:
+        config.get_text_config().vocab_size = cfg.vocab_size
+    _check_fields(config, cfg.config)
+    for key, value in cfg.config.items():
+        setattr(config, key, value)
+    return config
+
+
+def _check_fields(config: PretrainedConfig, changes: dict[str, Any]) -> None:
+    for key in changes:
+        if not hasattr(config, key):
+            raise InputError(f"model.config.{key}: {type(config).__name__} has no such field")
+
+
+def usable_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many entries plain text can reach: without special tokens at the end that only a task would use.
+
+    T5's tokenizer has 32,100 entries, the last 100 of which are sentinels: the papers' models have a vocabulary of 32,000.
+    """
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    unused = set(tokenizer.all_special_ids) - named
+    size = len(tokenizer)
+    while size - 1 in unused:
+        size -= 1
+    return size
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
