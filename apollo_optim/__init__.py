@@ -1,1 +1,47 @@
-"""APOLLO: AdamW-level training at SGD-level memory (arXiv 2412.05270)."""
+"""APOLLO: AdamW-level training at SGD-level memory (arXiv 2412.05270).
+
+from apollo_optim import ApolloMini, param_groups
+optimizer = ApolloMini(param_groups(model, rank=1), lr=1e-2)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from apollo_optim.core.errors import InputError
+
+if TYPE_CHECKING:
+    from apollo_optim.optim import (
+        AdamW,
+        Apollo,
+        ApolloMini,
+        OptimizerInfo,
+        build_optimizer,
+        describe,
+        list_optimizers,
+        param_groups,
+    )
+
+__all__ = [
+    "AdamW",
+    "Apollo",
+    "ApolloMini",
+    "InputError",
+    "OptimizerInfo",
+    "build_optimizer",
+    "describe",
+    "list_optimizers",
+    "param_groups",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """The library comes with the first use of a name: `apollo-optim --help` does not wait two seconds for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from apollo_optim import optim
+
+    return getattr(optim, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

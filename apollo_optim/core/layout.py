@@ -1,0 +1,141 @@
+"""The one file that knows a tensor can be sharded. For plain tensors all of it is a no-op.
+
+A low-rank state is (.., c, r). Whatever way its weight is split, the state is split by channels (or, in a stack, by
+expert), so every rank keeps its part and norms along r stay local. ``torch.distributed.tensor`` is imported only once a
+DTensor is met: it costs a second and 500 modules.
+"""
+
+from collections.abc import Callable
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(t: Tensor) -> "TypeGuard[DTensor]":
+    """Is ``t`` a DTensor? Asked without importing its module."""
+    return hasattr(t, "placements")
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's part of ``t``."""
+    return t.to_local() if is_sharded(t) else t
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of ``t``, on every rank."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
+def offsets(t: Tensor) -> tuple[int, ...]:
+    """Where this rank's part starts in the whole tensor, one index per dimension."""
+    if not is_sharded(t):
+        return (0,) * t.ndim
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = t.device_mesh, t.placements
+    return tuple(compute_local_shape_and_global_offset(t.shape, mesh, placements)[1])
+
+
+def flat_index(t: Tensor) -> Tensor:
+    """The global flat position of every element of this rank's part: what the rounding bits are drawn for."""
+    dtype = torch.int32 if prod(t.shape) < 1 << 31 else torch.int64
+    part, index = local(t), torch.zeros((), dtype=dtype, device=t.device)
+    for start, here, everywhere in zip(offsets(t), part.shape, t.shape, strict=True):
+        index = index[..., None] * everywhere + torch.arange(start, start + here, dtype=dtype, device=t.device)
+    return index
+
+
+def zeros(shape: tuple[int, ...], view_ck: Tensor, dtype: torch.dtype) -> Tensor:
+    """State for a weight seen as ``view_ck``: (.., c, r) split by channels, (..) split by expert.
+
+    Never ``new_zeros``: on a DTensor that replicates, on a low-bit weight it quantises.
+    """
+    if not is_sharded(view_ck):
+        return torch.zeros(shape, dtype=dtype, device=view_ck.device)
+    from torch.distributed.tensor import Replicate
+
+    placements = by_channel(view_ck)
+    if len(shape) < view_ck.ndim:
+        batch = view_ck.ndim - 2
+        placements = [p if p.is_shard() and p.dim < batch else Replicate() for p in placements]
+    return _assembled(lambda size: torch.zeros(size, dtype=dtype, device=view_ck.device), shape, view_ck, placements)
+
+
+def zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """State of the parameter's own shape and split."""
+    if not is_sharded(p):
+        return torch.zeros(p.shape, dtype=dtype, device=p.device)
+    placements = list(p.placements)
+    return _assembled(lambda size: torch.zeros(size, dtype=dtype, device=p.device), tuple(p.shape), p, placements)
+
+
+def by_channel(view_ck: "DTensor") -> list[Any]:
+    """The view's own placements, with a split of the compressed side turned into one of the channels."""
+    from torch.distributed.tensor import Shard
+
+    channels = view_ck.ndim - 2
+    placements: tuple[Any, ...] = view_ck.placements
+    return [Shard(channels) if p.is_shard() and p.dim == channels + 1 else p for p in placements]
+
+
+def projected(view_ck: Tensor, rank: int, product: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Tensor:
+    """``product(part, offsets)`` of every rank's part of (.., c, k), put together to (.., c, r) split by channels.
+
+    On a split compressed side a rank's product is a sum in waiting: one reduce-scatter hands each rank its channels.
+    """
+    if not is_sharded(view_ck):
+        return product(view_ck, offsets(view_ck))
+    from torch.distributed.tensor import Partial
+
+    compressed = view_ck.ndim - 1
+    placements = view_ck.placements
+    waiting = [Partial() if p.is_shard() and p.dim == compressed else p for p in placements]
+    part = product(local(view_ck), offsets(view_ck))
+    return settled(_assembled(lambda _: part, (*view_ck.shape[:-1], rank), view_ck, waiting))
+
+
+def settled(t: Tensor) -> Tensor:
+    """No sums in waiting: (.., c, x) goes back to its channels, what has no channels is made whole on every rank."""
+    if not is_sharded(t):
+        return t
+    from torch.distributed.tensor import Replicate, Shard
+
+    channels = t.ndim - 2
+    final = Shard(channels) if channels >= 0 and t.shape[channels] > 1 else Replicate()
+    placements = [final if p.is_partial() else p for p in t.placements]
+    return t.redistribute(placements=placements)
+
+
+def spread(factor: Tensor, like: Tensor) -> Tensor:
+    """A factor (a bool too) split so that each rank holds what its part of ``like`` is to be combined with."""
+    if not is_sharded(factor):
+        return factor
+    if not is_sharded(like):
+        return whole(factor)
+    from torch.distributed.tensor import Replicate
+
+    def place(p: Any) -> Any:
+        return p if p.is_shard() and p.dim < factor.ndim and factor.shape[p.dim] > 1 else Replicate()
+
+    placements = [place(p) for p in like.placements]
+    return factor.redistribute(placements=placements)
+
+
+def _assembled(
+    make: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...], like: "DTensor", placements: list[Any]
+) -> Tensor:
+    """A DTensor of global ``shape`` on the mesh of ``like`` out of each rank's part, uneven splits included."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh = like.device_mesh
+    size = compute_local_shape_and_global_offset(shape, mesh, placements)[0]
+    stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+    return DTensor.from_local(
+        make(tuple(size)), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )

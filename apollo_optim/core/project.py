@@ -1,0 +1,82 @@
+"""Down to r columns: the projections that low-rank rules share.
+
+Shapes in this file, for a weight of m x n:
+    c = max(m, n)   the channels, kept
+    k = min(m, n)   the side that is compressed
+    r               the rank
+Rules see the *channel view* G_ck of a gradient: a transpose where the weight is wide and never a copy, so none of them
+has a left and a right variant. Leading axes (``..``, the experts of a stack) are batches.
+
+A basis is dense, P (.., k, r), or a sketch, given by its signs alone, (.., k). All but ``svd`` satisfy E[P P^T] = I.
+"""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from apollo_optim.core import layout
+from apollo_optim.core.random import Key, normal_pairs, signs
+
+Projection = Literal["gaussian", "sketch", "rademacher", "svd"]
+PROJECTIONS: tuple[str, ...] = get_args(Projection)
+
+
+def channel_view(t: Tensor) -> Tensor:
+    """(.., m, n) longer side first: (.., c, k). Square matrices keep their rows as channels."""
+    return t if t.shape[-2] >= t.shape[-1] else t.mT
+
+
+def random_basis(view_ck: Tensor, rank: int, proj: str, key: Key) -> Tensor:
+    """The basis of this key for a gradient seen as ``view_ck``, whole on every rank, fp32.
+
+    ``gaussian``: N(0, 1/r), the paper's. ``rademacher``: +-1/sqrt(r). ``sketch`` (CountSketch; Kane & Nelson 2014):
+    entry j of the small side goes to column j mod r with a random sign; one pass over G and no matrix product.
+    """
+    batch, k = view_ck.shape[:-2], view_ck.shape[-1]
+    stack = batch.numel()
+
+    def positions(n: int) -> Tensor:
+        return torch.arange(stack * n, dtype=torch.int64, device=view_ck.device)
+
+    if proj == "sketch":
+        return signs(positions(k), key).view(*batch, k)
+    if proj == "rademacher":
+        return signs(positions(k * rank), key).view(*batch, k, rank) / math.sqrt(rank)
+    half = (k * rank + 1) // 2  # each hash pair gives two normals: one for either half of a matrix
+    pairs = torch.cat([t.view(stack, half) for t in normal_pairs(positions(half), key)], dim=1)
+    return pairs[:, : k * rank].reshape(*batch, k, rank) / math.sqrt(rank)
+
+
+def svd_basis(grad_ck: Tensor, rank: int) -> Tensor:
+    """The top r right singular vectors P (.., k, r), each signed so that its largest entry is positive, fp32."""
+    finite_ck = layout.whole(grad_ck).float().nan_to_num(0.0, 0.0, 0.0)  # svd raises on others; the step is skipped
+    _, _, vh = torch.linalg.svd(finite_ck, full_matrices=False)
+    basis: Tensor = vh[..., :rank, :].mT
+    peak = basis.gather(-2, basis.abs().argmax(-2, keepdim=True))
+    return basis * peak.sign()
+
+
+def down(grad_ck: Tensor, basis: Tensor, rank: int) -> Tensor:
+    """R = G P, (.., c, k) -> (.., c, r), fp32, split by channels if G is split at all."""
+    sketched = basis.ndim < grad_ck.ndim
+
+    def product(part: Tensor, at: tuple[int, ...]) -> Tensor:
+        *starts, _, first = at
+        stack = tuple(slice(s, s + n) for s, n in zip(starts, part.shape[:-2], strict=True))
+        small = slice(first, first + part.shape[-1])
+        if sketched:
+            return _bucket_sums(part.float() * basis[(*stack, small)].unsqueeze(-2), first, rank)
+        return part.float() @ basis[(*stack, small)]
+
+    return layout.projected(grad_ck, rank, product)
+
+
+def _bucket_sums(signed_ck: Tensor, first: int, rank: int) -> Tensor:
+    """Column j, the whole matrix's number ``first + j``, added to bucket number mod r: (.., c, k) -> (.., c, r)."""
+    k = signed_ck.shape[-1]
+    rounds = k // rank
+    sums = signed_ck[..., : rounds * rank].reshape(*signed_ck.shape[:-1], rounds, rank).sum(-2)
+    sums[..., : k - rounds * rank] += signed_ck[..., rounds * rank :]
+    return sums.roll(first % rank, -1) if first % rank else sums

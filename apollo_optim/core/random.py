@@ -1,0 +1,87 @@
+"""The one source of random numbers: a counter-based integer hash. A file format, with golden values.
+
+A projection, a sign or a rounding bit is ``h(key, index)``: no generator, no stream, no state. So it is the same on
+every device and every shard, in any order, eager or compiled, and a checkpoint need not hold it. ``torch.Generator``
+promises none of this (its streams differ by device, size and release).
+
+Keys are pairs of 32-bit words made on the host from a parameter's seed and a counter (``key_at``); indices are global
+flat positions. Everything on the device is int32 arithmetic modulo 2^32, which every backend has.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Key = tuple["int | Tensor", "int | Tensor"]  # two int32 words; 0-D tensors where a compiled step must not specialise
+
+# What a key is drawn for. Part of the format: never renumber.
+PURPOSES = {"projection": 0, "weight": 1, "exp_avg": 2, "exp_avg_sq": 3}
+Purpose = Literal["projection", "weight", "exp_avg", "exp_avg_sq"]
+
+_64_BITS = (1 << 64) - 1
+
+
+def _mix64(z: int) -> int:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood, 2014), on Python ints."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _64_BITS
+    return z ^ (z >> 31)
+
+
+def mix_seed(*words: int) -> int:
+    """One 63-bit seed out of several integers, order mattering: (group seed, position) -> a parameter's seed."""
+    state = 0
+    for word in words:
+        state = _mix64((state + 0x9E3779B97F4A7C15 + (word & _64_BITS)) & _64_BITS)
+    return state >> 1
+
+
+def key_at(seed: int, purpose: Purpose, counter: int) -> tuple[int, int]:
+    """The key of one draw: ``counter`` is the refresh for a projection and the step for rounding bits."""
+    z = mix_seed(seed, PURPOSES[purpose], counter)
+    return _as_int32(z & 0xFFFFFFFF), _as_int32((z >> 31) & 0xFFFFFFFF)
+
+
+def _as_int32(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def hash32(index: Tensor, key: Key) -> Tensor:
+    """32 random bits for every index.
+
+    ``index``: int64 or int32, any shape, >= 0. Returns int32 of the same shape, uniform over all 2^32 words.
+    The mixer is "lowbias32" (C. Wellons, 2018, public domain); the second key word goes in between its two
+    multiplications, so that two keys never give permutations of one another's stream.
+    """
+    key0, key1 = key
+    x = index.to(torch.int32) ^ key0
+    x = (x ^ _shift(x, 16)) * 0x7FEB352D
+    if index.dtype == torch.int64:  # beyond 2^32 elements the high word counts too; for all others it is 0
+        x = x ^ ((index >> 32).to(torch.int32) * 0x9E3779B)
+    x = x ^ key1
+    x = (x ^ _shift(x, 15)) * _as_int32(0x846CA68B)
+    return x ^ _shift(x, 16)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """A logical right shift: int32's own keeps the sign."""
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def signs(index: Tensor, key: Key) -> Tensor:
+    """+1.0 or -1.0 for every index, fp32: the hash's top bit."""
+    return 1.0 - 2.0 * _shift(hash32(index, key), 31).float()
+
+
+def uniform(index: Tensor, key: Key) -> Tensor:
+    """In (0, 1), fp32, never 0 or 1: the hash's top 23 bits, centred in their cells."""
+    return (_shift(hash32(index, key), 9).float() + 0.5) * 2.0**-23
+
+
+def normal_pairs(index: Tensor, key: Key) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals for every index (Box & Muller, 1958), fp32."""
+    radius = (-2.0 * uniform(2 * index, key).log()).sqrt()
+    angle = (2.0 * math.pi) * uniform(2 * index + 1, key)
+    return radius * angle.cos(), radius * angle.sin()

@@ -1,0 +1,41 @@
+"""How large a step: ratios of norms, and the limit on their growth.
+
+Every tensor here may have leading batch axes (a stack of expert matrices); c and r are the last two.
+"""
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from apollo_optim.core.layout import settled
+from apollo_optim.core.moments import Number
+
+TINY = 1e-8
+
+
+def channel_norms(t: Tensor) -> Tensor:
+    """(.., c, k) -> (.., c, 1), fp32."""
+    return settled(vector_norm(t, dim=-1, keepdim=True, dtype=torch.float32))
+
+
+def tensor_norm(norms_c1: Tensor) -> Tensor:
+    """The norm of a whole matrix from its channels': (.., c, 1) -> (..)."""
+    return settled(vector_norm(norms_c1, dim=(-2, -1)))
+
+
+def ratio(direction_norm: Tensor, grad_norm: Tensor) -> Tensor:
+    """s = ||N|| / ||R||, per channel or per tensor (APOLLO, eq. 5 and section 4.2)."""
+    return direction_norm / (grad_norm + TINY)
+
+
+def limit_growth(norm: Tensor, prev_norm: Tensor, growth: Number) -> tuple[Tensor, Tensor]:
+    """Fira's norm-growth limiter (2410.01623): a step's norm may grow by at most ``growth``.
+
+    Returns the factor for the step and the norm to remember, both of ``norm``'s shape. A remembered norm of zero
+    means "no limit yet"; a step whose norm is zero is not remembered. So neither a zero gradient at the start (torch's
+    checkpoint code takes such a step to create the state) nor one in mid-run freezes the tensor or drops the limit.
+    The branches are ``where``s: no host sync.
+    """
+    limited = torch.where(prev_norm > 0, torch.minimum(norm, prev_norm * growth), norm)
+    factor = torch.where(norm > 0, limited / norm, torch.ones_like(norm))
+    return factor, torch.where(norm > 0, limited, prev_norm)

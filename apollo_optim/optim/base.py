@@ -1,0 +1,149 @@
+"""The shell our optimizers share: a rule for the matrices that ask for it, AdamW for the rest."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from apollo_optim.core import layout
+from apollo_optim.core.compile import can_compile, compiled
+from apollo_optim.core.errors import InputError
+from apollo_optim.core.project import channel_view
+from apollo_optim.core.random import mix_seed
+from apollo_optim.optim.knobs import check_group, decide_rank
+from apollo_optim.optim.step import (
+    Group,
+    Numbers,
+    Spec,
+    State,
+    Step,
+    advance,
+    as_matrix,
+    follows_rule,
+    numbers_of,
+    spec_of,
+)
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """A matrix in a group with a ``rank`` follows the rule; every other parameter, AdamW.
+
+    A subclass writes ``init_rule``, which makes its state (shapes alone decide it, so it runs on the meta device too),
+    and ``direction``, a pure function from a gradient and that state to a ``Step``.
+    """
+
+    knobs: ClassVar[frozenset[str]]
+    compile = False
+
+    def __init__(self, params: Iterable[Any], defaults: Group, *, compile: bool = False) -> None:
+        self.compile = compile
+        self._compiled: dict[Any, Callable[..., None]] = {}
+        super().__init__(*decide_rank(params, defaults, type(self).__name__))
+
+    @classmethod
+    def init_rule(cls, view_ck: Tensor, group: Group) -> State:
+        raise NotImplementedError
+
+    @classmethod
+    def direction(cls, grad_ck: Tensor, state: State, n: Numbers, spec: Spec) -> Step:
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: Group) -> None:
+        check_group(param_group, self.knobs, type(self).__name__)
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient. Returns the closure's loss, if there is a closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.step_one(p, group)
+        return loss
+
+    @torch.no_grad()
+    def step_one(self, p: Tensor, group: Group) -> None:
+        """One parameter's step: the body of ``step``, and what a backward hook calls."""
+        if p.grad is None or p.grad.is_sparse:
+            raise InputError(f"{type(self).__name__} needs a dense gradient, got {p.grad} for a {tuple(p.shape)} one")
+        state = self.state[p]
+        if not state:
+            state.update(self.init_state(p, group, self._position(p)))
+        state["step"] += 1
+        step = int(state["step"].item())  # on the CPU: no device waits for it
+        spec, numbers = spec_of(p, group, step), numbers_of(p, group, step, state["seed"])
+        tensors = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
+        if self.compile and not layout.is_sharded(p) and can_compile(p.device.type):
+            key = (p.shape, p.stride(), p.dtype, p.grad.stride(), p.grad.dtype, p.device, spec, *_dtypes(tensors))
+            run = self._compiled.get(key) or self._compiled.setdefault(key, compiled(advance))
+            run(self.direction, p, p.grad, tensors, numbers.as_tensors(), spec)
+        else:
+            advance(self.direction, p, p.grad, tensors, numbers, spec)
+
+    def init_state(self, p: Tensor, group: Group, position: int = 0) -> State:
+        """All this parameter will ever keep: later steps add no key and change no shape.
+
+        Runs on the meta device too, so that plans and tables count the bytes of the code that will run.
+        """
+        dtype: torch.dtype = group["state_dtype"]
+        matrix = as_matrix(p.detach(), spec_of(p, group, 1).conv)
+        if follows_rule(p, group):
+            view_ck = channel_view(matrix)
+            rule_state, stack = self.init_rule(view_ck, group), tuple(view_ck.shape[:-2])
+        else:
+            view_ck, stack = matrix, ()
+            rule_state = {name: layout.zeros_like(p.detach(), dtype) for name in ("exp_avg", "exp_avg_sq")}
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+            "seed": mix_seed(group["seed"], position),
+            "skipped": layout.zeros(stack, view_ck, torch.int32),
+            **rule_state,
+        }
+
+    def _position(self, p: Tensor) -> int:
+        everything = (q for group in self.param_groups for q in group["params"])
+        return next(i for i, q in enumerate(everything) if q is p)
+
+    def load_state_dict(self, state_dict: State) -> None:
+        """As torch's, but every tensor keeps the dtype it was saved in, and a foreign state is refused.
+
+        torch casts all of them except ``step`` to their parameter's dtype, which rounds the fp32 moments of a bf16
+        weight. Raises InputError, before anything is changed, where a state is not this optimizer's.
+        """
+        pairs = [
+            (i, p, saved)
+            for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False)
+            for i, p in zip(saved["params"], group["params"], strict=False)
+        ]
+        for i, p, saved in pairs:
+            if i in state_dict["state"]:
+                self._check_saved(i, state_dict["state"][i], p, saved)
+        super().load_state_dict(state_dict)
+        for i, p, _ in pairs:
+            for name, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and name != "step":
+                    self.state[p][name] = value.detach().to(p.device, copy=True)
+
+    def _check_saved(self, i: Any, saved: State, p: Tensor, group: Group) -> None:
+        missing = [key for key in self.defaults if key not in group]
+        if missing:
+            raise InputError(f"this state is not {type(self).__name__}'s: its param_groups lack {', '.join(missing)}")
+        expected = self.init_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group)
+        ours, theirs = ({k: tuple(getattr(v, "shape", ())) for k, v in s.items()} for s in (expected, saved))
+        if ours != theirs:
+            raise InputError(
+                f"the saved state of parameter {i}, {tuple(p.shape)}, does not fit {type(self).__name__}: expected "
+                f"{ours}, found {theirs}. Build the model and its param_groups as they were when it was saved."
+            )
+
+    def __getstate__(self) -> State:
+        return {**super().__getstate__(), "compile": self.compile, "_compiled": {}}
+
+
+def _dtypes(tensors: dict[str, Tensor]) -> list[torch.dtype]:
+    return [t.dtype for t in tensors.values()]

@@ -1,0 +1,109 @@
+"""Every optimizer by name: to be registered is to be tested, planned, benched and documented."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from apollo_optim.core.errors import InputError
+from apollo_optim.optim.adamw import AdamW
+from apollo_optim.optim.apollo import Apollo, ApolloMini
+from apollo_optim.optim.base import MatrixOptimizer
+from apollo_optim.optim.groups import param_groups
+from apollo_optim.optim.knobs import KNOBS, nearest
+from apollo_optim.optim.step import follows_rule
+
+
+class OptimizerInfo(NamedTuple):
+    name: str
+    cls: type[Apollo] | type[AdamW]
+    summary: str
+    paper: str
+    defaults: dict[str, Any]  # what this entry sets; the class's own defaults fill the rest
+
+
+_REGISTRY = {
+    info.name: info
+    for info in (
+        OptimizerInfo(
+            "apollo",
+            Apollo,
+            "The gradient, each channel rescaled as Adam would have rescaled its random sketch; state 2nr per matrix.",
+            "arXiv 2412.05270",
+            {"rank": "auto"},
+        ),
+        OptimizerInfo(
+            "apollo-mini",
+            ApolloMini,
+            "APOLLO with one factor per matrix and rank 1; state 2n per matrix.",
+            "arXiv 2412.05270, section 4.3",
+            {"rank": 1},
+        ),
+        OptimizerInfo(
+            "apollo-svd",
+            Apollo,
+            "APOLLO on the gradient's top singular vectors, refreshed every 200 steps; state 2nr + dr per matrix.",
+            "arXiv 2412.05270, section 5",
+            {"rank": "auto", "proj": "svd"},
+        ),
+        OptimizerInfo("adamw", AdamW, "torch.optim.AdamW's arithmetic; state 2dn per matrix.", "arXiv 1711.05101", {}),
+    )
+}
+
+
+def list_optimizers() -> list[OptimizerInfo]:
+    """What ``build_optimizer`` knows, in the order of registration."""
+    return list(_REGISTRY.values())
+
+
+def build_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    rest_lr: float | None = None,
+    rank: int | str | None = None,
+    targets: str | Sequence[str] = ("attn", "mlp"),
+    exclude: str | Sequence[str] = (),
+    no_decay: str | Sequence[str] = ("bias", "norm"),
+    compile: bool = False,
+    **knobs: Any,
+) -> MatrixOptimizer:
+    """The optimizer of this name on ``param_groups(model, ...)``; ``None`` means its own default.
+
+    Args:
+        name: One of ``list_optimizers()``.
+        lr: Of the matrices, and of everything else unless ``rest_lr`` says otherwise.
+        rank: A whole number, or "auto" (a quarter of the most common small side).
+        **knobs: Any group key of the optimizer; see its docstring.
+
+    Raises InputError for an unknown name or knob (naming the nearest), a target that matches nothing, or a rank at
+    which no matrix would follow the rule.
+    """
+    if name not in _REGISTRY:
+        raise InputError(f"no optimizer is called {name!r}. {nearest(name, _REGISTRY)}")
+    info = _REGISTRY[name]
+    for key in knobs:
+        if key not in info.cls.knobs or key not in KNOBS:
+            raise InputError(f"optimizer {name!r} takes no {key!r}. {nearest(key, info.cls.knobs)}")
+    settings = {**info.defaults, **knobs} | ({} if lr is None else {"lr": lr})
+    if "rank" not in info.cls.knobs and rank is not None:
+        raise InputError(f"optimizer {name!r} has no rank: leave the key out")
+    default_rank = settings.pop("rank", None)
+    groups = param_groups(
+        model,
+        rank=default_rank if rank is None else rank,
+        targets=targets,
+        exclude=exclude,
+        no_decay=no_decay,
+        rest_lr=rest_lr,
+        **settings,
+    )
+    optimizer = info.cls(groups, compile=compile)
+    in_force = [follows_rule(p, group) for group in optimizer.param_groups for p in group["params"]]
+    if default_rank is not None and not any(in_force):
+        raise InputError(
+            f"{name}: no matrix follows the rule at rank {optimizer.param_groups[0].get('rank')}: every small side is "
+            "no larger. Choose a smaller rank"
+        )
+    return optimizer

@@ -1,0 +1,174 @@
+"""One parameter's step as a pure function of tensors: the definition, and what is compiled."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from apollo_optim.core.layout import flat_index, local, settled, spread
+from apollo_optim.core.moments import Number, bias_corrections, updated
+from apollo_optim.core.project import channel_view
+from apollo_optim.core.random import Key, Purpose, hash32, key_at
+from apollo_optim.core.rounding import store
+from apollo_optim.core.write import write
+
+Group = dict[str, Any]
+State = dict[str, Any]
+ROUNDED: tuple[Purpose, ...] = ("weight", "exp_avg", "exp_avg_sq")
+
+
+_KEYS = ("projection", "rounding")
+
+
+class Numbers(NamedTuple):
+    """What changes from step to step. Python numbers in an eager step, 0-D tensors in a compiled one."""
+
+    lr: Number
+    weight_decay: Number
+    new1: Number  # 1 - beta1: a new gradient's weight in the first average
+    new2: Number
+    eps: Number
+    correction1: Number  # 1 - beta1^t
+    correction2: Number  # sqrt(1 - beta2^t)
+    alpha: Number  # sqrt(scale)
+    growth: Number
+    projection: Key
+    rounding: dict[str, Key]
+
+    def as_tensors(self) -> "Numbers":
+        """0-D CPU tensors: no value of theirs is compiled in, and none has to be copied to a device."""
+
+        def key(words: Key) -> Key:
+            return torch.tensor(words[0], dtype=torch.int32), torch.tensor(words[1], dtype=torch.int32)
+
+        plain = {k: torch.as_tensor(v, dtype=torch.float32) for k, v in self._asdict().items() if k not in _KEYS}
+        return Numbers(
+            **plain, projection=key(self.projection), rounding={k: key(words) for k, words in self.rounding.items()}
+        )
+
+
+class Spec(NamedTuple):
+    """What stays: the constants that a compiled step is specialised on."""
+
+    rule: bool  # the optimizer's rule, or AdamW
+    conv: bool
+    rank: int
+    proj: str
+    tensorwise: bool
+    scale_front: bool
+    limited: bool
+    refresh: bool  # this step draws a basis that is state (svd)
+    stochastic: bool
+    maximize: bool
+
+
+class Step(NamedTuple):
+    """What a rule returns. A step is a pair, ``factor * tensor``: nothing full-size is built before the write."""
+
+    tensor: Tensor
+    factor: Number
+    norm: Tensor  # the gradient's, one per matrix: is it finite, so that the step may be taken?
+    state: dict[str, Tensor]  # the new values; the caller stores them
+
+
+Rule = Callable[[Tensor, State, Numbers, Spec], Step]
+
+
+def matrix_shape(shape: tuple[int, ...], view: str | None) -> tuple[int, ...]:
+    """(.., m, n): 2-D as it is, 3-D a stack of matrices unless viewed as "conv", convolutions (out, the rest)."""
+    if len(shape) == 2 or (len(shape) == 3 and view != "conv"):
+        return shape
+    return shape[0], torch.Size(shape[1:]).numel()
+
+
+def follows_rule(p: Tensor, group: Group) -> bool:
+    """Does ``p`` follow the rule of its optimizer? Decided by the group and the *global* shape alone.
+
+    A matrix whose small side is no larger than the rank does not: there would be nothing to compress.
+    """
+    if group.get("rank") is None or p.ndim < 2 or p.numel() == 0:
+        return False
+    return min(matrix_shape(tuple(p.shape), group["view"])[-2:]) > int(group["rank"])
+
+
+def as_matrix(t: Tensor, conv: bool) -> Tensor:
+    return t.flatten(1) if conv else t
+
+
+def spec_of(p: Tensor, group: Group, step: int) -> Spec:
+    rule = follows_rule(p, group)
+    proj = group["proj"] if rule else ""
+    return Spec(
+        rule=rule,
+        conv=rule and len(matrix_shape(tuple(p.shape), group["view"])) != p.ndim,
+        rank=group["rank"] if rule else 0,
+        proj=proj,
+        tensorwise=rule and group["scale_type"] == "tensor",
+        scale_front=rule and group["scale_front"],
+        limited=rule and group["norm_growth"] is not None,
+        refresh=proj == "svd" and (step - 1) % group["update_proj_gap"] == 0,
+        stochastic=group["stochastic_rounding"],
+        maximize=group.get("maximize", False),
+    )
+
+
+def numbers_of(p: Tensor, group: Group, step: int, seed: int) -> Numbers:
+    rule = follows_rule(p, group)
+    scale = group["scale"] if rule else 1.0
+    if scale == "auto":  # E[s^R / s] ~ sqrt(r / d): what the projection shrinks (APOLLO, theorem 4.2)
+        scale = min(matrix_shape(tuple(p.shape), group["view"])[-2:]) / group["rank"]
+    refresh = (step - 1) // group["update_proj_gap"] if rule else 0
+    correction1, correction2 = bias_corrections(step, group["betas"])
+    return Numbers(
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        new1=1 - group["betas"][0],
+        new2=1 - group["betas"][1],
+        eps=group["eps"],
+        correction1=correction1,
+        correction2=correction2,
+        alpha=scale**0.5,
+        growth=(group["norm_growth"] or 0.0) if rule else 0.0,
+        projection=key_at(seed, "projection", refresh),
+        rounding={purpose: key_at(seed, purpose, step) for purpose in ROUNDED},
+    )
+
+
+def advance(rule: Rule, p: Tensor, grad: Tensor, state: State, n: Numbers, spec: Spec) -> None:
+    """Take one step: ``p`` and the tensors of ``state`` are written in place, each once.
+
+    A gradient whose norm is not finite leaves its matrix as it was - weight, moments and limit - and is counted in
+    ``state["skipped"]``. That is a ``where``, not a branch: no value is ever read back by the host.
+    """
+    grad = -grad if spec.maximize else grad
+    if spec.rule:
+        matrix = as_matrix(grad, spec.conv)
+        view_ck = channel_view(matrix)
+        taken = rule(view_ck, state, n, spec)
+        if view_ck is not matrix:
+            taken = taken._replace(tensor=taken.tensor.mT, factor=taken.factor.mT)  # type: ignore[union-attr]
+    else:
+        taken = adamw(grad, state, n, spec)
+    usable = torch.isfinite(taken.norm)
+    for name, value in taken.state.items():
+        old = state[name]
+        rounds = spec.stochastic and old.dtype is torch.bfloat16
+        bits = hash32(flat_index(old), n.rounding[name]) if rounds else None
+        store(local(old), local(torch.where(spread(_fit(usable, value), value), value, old.float())), bits)
+    state["skipped"].add_(~usable)
+    key = n.rounding["weight"] if spec.stochastic else None
+    write(p, taken.tensor, taken.factor, _fit(usable, taken.tensor), n.lr, n.weight_decay, key)
+
+
+def _fit(per_matrix: Tensor, t: Tensor) -> Tensor:
+    return per_matrix[(..., *[None] * (t.ndim - per_matrix.ndim))]
+
+
+def adamw(grad: Tensor, state: State, n: Numbers, spec: Spec) -> Step:
+    """torch.optim.AdamW's arithmetic (1711.05101): eps after the bias correction."""
+    exp_avg, exp_avg_sq = updated(grad, state["exp_avg"], state["exp_avg_sq"], n.new1, n.new2)
+    direction = exp_avg / (exp_avg_sq.sqrt() / n.correction2 + n.eps)
+    norm = settled(vector_norm(grad, dtype=torch.float32))
+    return Step(direction, 1 / n.correction1, norm, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq})
