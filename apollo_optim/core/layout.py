@@ -93,7 +93,7 @@ def projected(view_ck: Tensor, rank: int, product: Callable[[Tensor, tuple[int, 
     from torch.distributed.tensor import Partial
 
     compressed = view_ck.ndim - 1
-    placements = view_ck.placements
+    placements: tuple[Any, ...] = view_ck.placements
     waiting = [Partial() if p.is_shard() and p.dim == compressed else p for p in placements]
     part = product(local(view_ck), offsets(view_ck))
     return settled(_assembled(lambda _: part, (*view_ck.shape[:-1], rank), view_ck, waiting))
