@@ -8,8 +8,8 @@
         state.json                          ... and everything else in it, with references to the tensors
     RUN/checkpoints/latest                  a link to the newest one, for people and tools
 
-It is written to a hidden directory, flushed to the disk, and renamed: a directory called step-* is complete. The newest step-* is
-the one that `--resume` takes. Nothing in here is pickled: a checkpoint cannot run code.
+It is written to a hidden directory, flushed to the disk, and renamed: a directory called step-* is complete. The newest
+step-* is the one that `--resume` takes. Nothing in here is pickled: a checkpoint cannot run code.
 """
 
 from __future__ import annotations
@@ -60,8 +60,11 @@ def newest(run: Path) -> Path | None:
 # --- writing ---
 
 
-def save(run: Path, step: int, model: torch.nn.Module, state: dict[str, Any], keep: int) -> Path:
-    """Write one checkpoint, then drop all but the newest `keep`. On failure the old ones are intact and nothing is left lying around."""
+def save(run: Path, step: int, model: PreTrainedModel, state: dict[str, Any], keep: int) -> Path:
+    """Write one checkpoint, then drop all but the newest `keep`.
+
+    On failure (SaveFailed) the old ones are intact and nothing is left lying around.
+    """
     root = run / "checkpoints"
     final = root / f"step-{step:08d}"
     temporary = root / f".tmp-{final.name}"
@@ -72,8 +75,7 @@ def save(run: Path, step: int, model: torch.nn.Module, state: dict[str, Any], ke
         _write_shards(temporary, "weights", weights(model))
         _write_shards(temporary, "state", tensors)
         (temporary / "state.json").write_text(json.dumps(plain), encoding="utf-8")
-        if hasattr(model, "config"):
-            model.config.save_pretrained(temporary)
+        model.config.save_pretrained(temporary)
         files = {path.name: {"bytes": path.stat().st_size, "crc32": _crc(path)} for path in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -256,13 +258,14 @@ def pack(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
             items = [plain(item, f"{path}.{number}") for number, item in enumerate(value)]
             return {"$tuple": items} if isinstance(value, tuple) else items
         raise InputError(
-            f"{path.lstrip('.')} is a {type(value).__name__}: only tensors, numbers, strings and containers of them can be saved"
+            f"{path.lstrip('.')} is a {type(value).__name__}: only tensors, numbers, strings and containers of them "
+            "can be saved"
         )
 
     return plain(tree, ""), {name.lstrip("."): tensor for name, tensor in tensors.items()}
 
 
-def unpack(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def unpack(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:  # noqa: PLR0911 (one for each kind)
     """The inverse of `pack`."""
     if isinstance(plain, list):
         return [unpack(item, tensors) for item in plain]
@@ -297,7 +300,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
 
 
 def export(run_dir: Path | str, step: int | None = None, out: Path | str | None = None) -> Path:
-    """Write a checkpoint (the newest, or that of `step`) as a directory that `from_pretrained` opens; RUN/model by default."""
+    """Write a checkpoint (the newest, or that of `step`) as a directory that `from_pretrained` opens.
+
+    It goes to RUN/model, or to `out`. Returns where it is.
+
+    >>> model = AutoModelForCausalLM.from_pretrained(export("out/first"))
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from apollo_optim.train.config import load_config
@@ -317,7 +325,7 @@ def export(run_dir: Path | str, step: int | None = None, out: Path | str | None 
     cfg = load_config(run / "config.yaml").model
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=cfg.trust_remote_code)
     with torch.random.fork_rng(devices=[]):  # drawing weights that are overwritten next must not disturb anybody
-        model = AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=DTYPES[cfg.dtype], trust_remote_code=cfg.trust_remote_code
         )
     load_weights(checkpoint, model)
@@ -332,7 +340,7 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
 
     temporary = target.with_name(f".tmp-{target.name}")
     bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with _failing_cleanly(temporary, "the exported model"):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -344,4 +352,4 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
             temporary.rename(target)
     finally:
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -21,15 +21,15 @@ class ModelConfig:
     """Which model is trained, and in which arithmetic."""
 
     name: str = "llama-4m"
-    """A LLaMA size by name (llama-1m, llama-4m, llama-9m, llama-60m ... llama-13b), or any transformers causal LM: a directory or a
-    hub name. The architecture is taken from it, the weights are new (see `pretrained`)."""
+    """A LLaMA size by name (llama-1m, llama-4m, llama-9m, llama-60m ... llama-13b), or any transformers causal LM:
+    a directory or a hub name. The architecture is taken from it, the weights are new (see `pretrained`)."""
     pretrained: bool = False
     """Start from the weights of `name` instead of new ones (continued pre-training; not for sizes by name)."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Single fields of the transformers config to change, e.g. {tie_word_embeddings: true, max_position_embeddings: 4096}."""
+    """Fields of the transformers config to change, as {tie_word_embeddings: true, max_position_embeddings: 4096}."""
     vocab_size: int | None = None
-    """None: as many entries as the tokenizer can produce on plain text (for T5's that is the papers' 32000); a model that is not a
-    size by name keeps its own."""
+    """None: as many entries as the tokenizer can produce on plain text (for T5's that is the papers' 32000); a model
+    that is not a size by name keeps its own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is pure bfloat16: no float32 copy of the weights; the optimizer rounds stochastically when it writes."""
     attention: str | None = None
@@ -44,7 +44,7 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """The optimizer and its knobs. None everywhere means: the optimizer's own default (`apollo-optim optimizers` prints them)."""
+    """The optimizer and its knobs. None is the optimizer's own default (`apollo-optim optimizers` prints them)."""
 
     name: str = "apollo-mini"
     """A name from `apollo-optim optimizers`."""
@@ -52,8 +52,8 @@ class OptimConfig:
     """Peak learning rate of the matrices that follow the rule."""
     rest_lr: float | None = None
     """Peak learning rate of embedding, head and norms (they follow AdamW); None: the same `lr`."""
-    rank: int | None = None
-    """Size of the compressed side. APOLLO: a quarter of the hidden size is the paper's; APOLLO-Mini: 1."""
+    rank: int | str | None = None
+    """Size of the compressed side, or "auto" (a quarter of it, as in the paper). APOLLO-Mini: 1."""
     scale: float | str | None = None
     """A number, or "auto" (small side / rank). Its square root multiplies the step."""
     scale_type: Literal["channel", "tensor"] | None = None
@@ -82,6 +82,8 @@ class OptimConfig:
     """Module names (part of a name, glob or regex, or "all-linear") whose matrices follow the rule."""
     exclude: list[str] | None = None
     """Module names that do not, whatever `targets` says."""
+    no_decay: list[str] | None = None
+    """Parameter names without weight decay."""
     compile: bool | None = None
     """torch.compile the step of the optimizer."""
 
@@ -91,7 +93,8 @@ class ScheduleConfig:
     """The learning rate over the run, as a factor of the peak."""
 
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """After the warm-up: half a cosine, a straight line, nothing, or constant and then a straight line (warm-up, stable, decay)."""
+    """After the warm-up: half a cosine, a straight line, nothing, or nothing and then a straight line (wsd: warm-up,
+    stable, decay)."""
     warmup: float = 0.1
     """Linear warm-up: below 1 a fraction of the run, else a number of steps."""
     min_lr: float = 0.1
@@ -172,8 +175,9 @@ class RunConfig:
     """The run directory; None: out/<model>-<optimizer>."""
 
 
-# What may differ between a run and its continuation: where it lies, what is measured, kept and shown, and the number of threads. The number of
-# steps is judged by the schedule instead (loop.py): it may change as long as no step that was made would have had another rate.
+# What may differ between a run and its continuation: where it lies, what is measured, kept and shown, and the number of
+# threads. The number of steps is judged by the schedule instead (loop.py): it may change as long as no step that was
+# made would have had another rate.
 MAY_CHANGE = ("out", "eval", "checkpoint", "log", "train.threads", "train.steps", "data.cache_dir")
 
 
@@ -305,6 +309,6 @@ def _value(hint: Any, value: Any, key: str) -> Any:
             if str not in options:
                 raise InputError(f"{key}={value}: expected a number") from None
     for wanted in (int, bool):
-        if wanted in options and float not in options and type(value) is not wanted:
+        if wanted in options and float not in options and str not in options and type(value) is not wanted:
             raise InputError(f"{key}={value}: expected {'true or false' if wanted is bool else 'a whole number'}")
     return value

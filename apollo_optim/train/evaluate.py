@@ -26,7 +26,7 @@ class Evaluation:
     perplexity: float
     """exp(loss)."""
     perplexity_reference: float
-    """The figure that the evaluation loop of GaLore, Fira, APOLLO and others prints: the losses of n batches, summed, divided by n + 1.
+    """What the evaluation of GaLore, Fira, APOLLO and others prints: exp(the summed losses of n batches / (n + 1)).
     It is too low, by an amount that depends on n; it is here so that tables can be compared, and for nothing else."""
     bits_per_byte: float
     """loss / ln 2 / bytes per token: comparable between tokenizers."""
@@ -59,10 +59,13 @@ def summed_loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.T
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, rows: list[Batch], batch_size: int, bytes_per_token: float) -> Evaluation:
-    """Evaluate on `rows`, `batch_size` of them at a time. Leaves the model in the mode it was in; draws no random numbers."""
+    """Evaluate on `rows`, `batch_size` of them at a time.
+
+    Leaves the model in the mode it was in, and draws no random numbers: training goes on as if nothing had been.
+    """
     device = next(model.parameters()).device
     was_training = model.training
-    model.eval()
+    model.train(False)
     losses, counts = [], []
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]

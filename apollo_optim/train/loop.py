@@ -1,7 +1,7 @@
 """One training loop in plain functions.
 
-`pretrain(cfg)` reads like the story of a run: look at the directory, build everything, go back to a checkpoint if asked, then step
-by step: train, record, evaluate, save. A `Job` is what is passed around; whatever is in it that changes is in the checkpoint.
+`pretrain(cfg)` reads like the story of a run: look at the directory, build everything, go back to a checkpoint if
+asked, then step by step: train, record, evaluate, save. A `Job` is passed around; whatever in it changes is saved.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from apollo_optim import build_optimizer, describe
+from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
+from apollo_optim.optim.base import MatrixOptimizer
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.config import (
     OptimConfig,
@@ -34,7 +37,7 @@ from apollo_optim.train.config import (
     to_dict,
 )
 from apollo_optim.train.display import Display, duration, open_display
-from apollo_optim.train.evaluate import evaluate, summed_loss, targets
+from apollo_optim.train.evaluate import IGNORED, evaluate, summed_loss, targets
 from apollo_optim.train.metrics import Metrics, check_trackers, cut_back, open_trackers
 from apollo_optim.train.models import DTYPES, build_model, usable_vocabulary
 from apollo_optim.train.schedule import factor, set_lr
@@ -156,9 +159,7 @@ def check_continuation(run: Path, cfg: RunConfig) -> dict[str, Any] | None:
     changed = [key for key in differences(was, now) if not may_change(key)]
     if changed:
         listed = ", ".join(f"{key} (was {_at(was, key)}, is {_at(now, key)})" for key in changed)
-        raise InputError(
-            f"{run} was started with another configuration: {listed}; put it back, or choose another --out"
-        )
+        raise InputError(f"{run} was started with another config: {listed}; put it back, or choose another --out")
     newest = checkpoint.newest(run)
     if newest is None:
         return None
@@ -170,8 +171,8 @@ def check_continuation(run: Path, cfg: RunConfig) -> dict[str, Any] | None:
     for step in range(1, done + 1):
         if factor(step, old.train.steps, old.schedule) != factor(step, cfg.train.steps, cfg.schedule):
             raise InputError(
-                f"train.steps cannot go from {old.train.steps} to {cfg.train.steps}: with schedule.kind={cfg.schedule.kind} the steps already "
-                "made would have had other learning rates (it can with constant, or with wsd before its decay)"
+                f"train.steps cannot go from {old.train.steps} to {cfg.train.steps}: with schedule {cfg.schedule.kind} "
+                "the steps already made would have had other learning rates (constant can, and wsd before its decay)"
             )
     return state
 
@@ -207,9 +208,10 @@ def build(cfg: RunConfig, run: Path) -> Job:
     data = open_data(cfg.data)
     torch.manual_seed(cfg.train.seed)
     random.seed(cfg.train.seed)
-    model = build_model(cfg.model, usable_vocabulary(data.tokenizer), cfg.data.seq_len, data.tokenizer).to(device)
+    model = build_model(cfg.model, usable_vocabulary(data.tokenizer), cfg.data.seq_len, data.tokenizer)
+    torch.nn.Module.to(model, device)
     model.train()
-    if cfg.model.compile:
+    if cfg.model.compile and can_compile(device.type):
         model.compile()  # in place: the names of the parameters stay
     return Job(cfg, run, device, model, make_optimizer(cfg.optim, model), data)
 
@@ -231,8 +233,6 @@ def choose_device(cfg: RunConfig) -> torch.device:
 
 def make_optimizer(cfg: OptimConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
     """By its name in the registry; keys that are None are left to its defaults."""
-    from apollo_optim import build_optimizer
-
     knobs = {key: value for key, value in dataclasses.asdict(cfg).items() if value is not None and key != "name"}
     if cfg.state_dtype is not None:
         knobs["state_dtype"] = DTYPES[cfg.state_dtype]
@@ -285,7 +285,8 @@ def restore(job: Job, state: dict[str, Any]) -> None:
 def train(job: Job, resumed_from: int | None) -> Result:
     """From where the job is to the end of the run."""
     cfg = job.cfg
-    title = f"{cfg.model.name}, {cfg.optim.name}, {cfg.train.steps} steps of {cfg.train.batch_size} x {cfg.data.seq_len} tokens"
+    rows = f"{cfg.train.batch_size} x {cfg.data.seq_len} tokens"
+    title = f"{cfg.model.name}, {cfg.optim.name}, {cfg.train.steps} steps of {rows}"
     display = open_display(cfg.log.display, title, cfg.train.steps)
     trackers = open_trackers(list(cfg.log.to), job.run, to_dict(cfg), job.step)
     metrics = Metrics(job.run / "metrics.jsonl", trackers)
@@ -294,6 +295,9 @@ def train(job: Job, resumed_from: int | None) -> Result:
         with stop_signals() as stop:
             run_steps(job, metrics, display, stop)
             return finish(job, metrics, display)
+    except TrainingFailed as error:
+        metrics.write("failed", step=job.step, reason=str(error))
+        raise
     except checkpoint.SaveFailed as error:
         raise TrainingFailed(f"step {job.step}: {error}; {last_good(job.run)}") from error
     except OSError as error:
@@ -307,8 +311,6 @@ def train(job: Job, resumed_from: int | None) -> Result:
 
 def introduce(job: Job, metrics: Metrics, display: Display, resumed_from: int | None) -> None:
     """The first line of the log, and what a reader wants to know before the first step."""
-    from apollo_optim import describe
-
     parameters = sum(p.numel() for p in {id(p): p for p in job.model.parameters()}.values())
     metrics.write(
         "start",
@@ -322,13 +324,10 @@ def introduce(job: Job, metrics: Metrics, display: Display, resumed_from: int | 
         resumed_from=resumed_from,
     )
     display.note(f"{parameters:,} parameters in {job.cfg.model.dtype} on {job.device}; results in {job.run}")
-    display.note(describe(job.optimizer))
+    if isinstance(job.optimizer, MatrixOptimizer):
+        display.note(describe(job.optimizer))
     if resumed_from is not None:
-        display.note(
-            f"resumed after step {resumed_from}"
-            if resumed_from
-            else "resumed, but no checkpoint was saved yet: starting anew"
-        )
+        display.note(f"resumed after step {resumed_from}" + ("" if resumed_from else ": no checkpoint was saved yet"))
 
 
 def run_steps(job: Job, metrics: Metrics, display: Display, stop: Stop) -> None:
@@ -336,75 +335,58 @@ def run_steps(job: Job, metrics: Metrics, display: Display, stop: Stop) -> None:
     cfg, last = job.cfg, job.cfg.train.steps
     rows = job.data.validation(cfg.eval.tokens)
     bytes_per_token = job.data.bytes_per_token(rows)
-    clock = Clock()
-    first, mark = job.step + 1, (job.step, job.tokens, job.seconds)
+    first, watch = job.step + 1, Watch(job)
     for job.step in range(first, last + 1):
         set_lr(job.optimizer, factor(job.step, last, cfg.schedule))
-        logged = job.step % cfg.log.every == 0 or job.step in (1, last)
-        loss, norm = one_step(job, job.data.train.next(cfg.train.batch_size), logged)
+        logged = due(job.step, cfg.log.every, last) or job.step == 1
+        loss, norm = one_step(job, next_batch(job, metrics), logged)
         if job.step == first:
             sizes = measure.memory(job.model, job.optimizer)
             metrics.write("memory", step=job.step, **sizes)
             display.memory(sizes)
         job.optimizer.zero_grad(set_to_none=True)
-        evaluated = job.step == last or (cfg.eval.every is not None and job.step % cfg.eval.every == 0)
-        saved = (
-            job.step == last
-            or bool(stop.requested)
-            or (cfg.checkpoint.every is not None and job.step % cfg.checkpoint.every == 0)
-        )
-        if not (logged or evaluated or saved):
+        evaluated = due(job.step, cfg.eval.every, last)
+        saved = due(job.step, cfg.checkpoint.every, last)
+        if not (logged or evaluated or saved or stop.requested):
             continue
-        grad_norm = norm.get() if norm is not None else math.nan  # waits for the device: the time below is the true one
-        job.seconds += clock.lap()
-        if logged:
-            passed_steps, passed_tokens, passed = (
-                now - then for now, then in zip((job.step, job.tokens, job.seconds), mark, strict=True)
-            )
-            mark = (job.step, job.tokens, job.seconds)
-            lr, lr_rest = learning_rates(job.optimizer)
-            record = metrics.write(
-                "step",
-                step=job.step,
-                tokens=job.tokens,
-                loss=loss,
-                lr=lr,
-                lr_rest=lr_rest,
-                grad_norm=grad_norm,
-                tokens_per_s=passed_tokens / passed,
-                seconds=job.seconds,
-            )
-            display.step(
-                record | {"peak_gpu": measure.peak_gpu_memory(job.device)}, passed / passed_steps * (last - job.step)
-            )
+        watch.stop()
+        if logged and norm is not None:
+            record_step(job, metrics, display, watch, loss, norm.get())
         if evaluated:
-            figures = evaluate(
-                job.model, rows, cfg.eval.batch_size or cfg.train.micro_batch or cfg.train.batch_size, bytes_per_token
-            )
-            if not math.isfinite(figures.loss):
-                raise TrainingFailed(
-                    f"the validation loss is {figures.loss} after step {job.step}; {last_good(job.run)}"
-                )
-            job.evaluation = dataclasses.asdict(figures)
-            display.evaluation(
-                metrics.write("eval", step=job.step, tokens=job.tokens, **job.evaluation, seconds=job.seconds)
-            )
-        if saved:
+            record_evaluation(job, metrics, display, rows, bytes_per_token)
+        stopping = stop.requested  # read once: what is asked for from here on is done one step later
+        if saved or stopping:
             save(job, metrics)
-        if stop.requested and job.step < last:
-            command = f"apollo-optim pretrain --config {job.run / 'config.yaml'} --resume"
-            display.note(f"{stop.requested}: saved after step {job.step}; go on with: {command}")
-            raise Interrupted(
-                f"stopped by {stop.requested} after step {job.step}, everything is saved; go on with: {command}"
+        if stopping and job.step < last:
+            goodbye = (
+                f"{stopping}: saved after step {job.step}; go on with: apollo-optim pretrain --out {job.run} --resume"
             )
-        clock.lap()  # evaluating and saving are not training
+            display.note(goodbye)
+            raise Interrupted(goodbye)
+        watch.start()
+
+
+def due(step: int, every: int | None, last: int) -> bool:
+    """Every so many steps, and at the last one."""
+    return step == last or (every is not None and step % every == 0)
+
+
+def next_batch(job: Job, metrics: Metrics) -> Batch:
+    """The rows of this step; if the text has come to an end, what was trained so far is saved first."""
+    try:
+        return job.data.train.next(job.cfg.train.batch_size)
+    except InputError:
+        job.step -= 1
+        if job.step not in checkpoint.checkpoints(job.run):
+            save(job, metrics)
+        raise
 
 
 def one_step(job: Job, batch: Batch, want_norm: bool) -> tuple[float, Reading | None]:
-    """One optimizer step: the loss of the whole batch before it, and the norm of its gradient (if wanted, or needed to clip).
+    """One optimizer step: the loss of the whole batch before it, and the norm of the gradient (if wanted or clipped).
 
-    Every prediction of the batch weighs the same, however the batch is cut into micro-batches. A loss that is not finite
-    stops the run before the weights are touched.
+    Every prediction of the batch weighs the same, however the batch is cut into micro-batches. A loss that is not
+    finite stops the run before the weights are touched.
     """
     from apollo_optim.data import check_vocabulary
 
@@ -413,7 +395,7 @@ def one_step(job: Job, batch: Batch, want_norm: bool) -> tuple[float, Reading | 
     predictions = max(targets(batch.labels), 1)
     size = cfg.micro_batch or cfg.batch_size
     summed = torch.zeros((), device=job.device)
-    pieces = list(zip(batch.input_ids.split(size), batch.labels.split(size), strict=True))
+    pieces = list(zip(torch.split(batch.input_ids, size), torch.split(batch.labels, size), strict=True))
     for number, (input_ids, labels) in enumerate(pieces, 1):
         loss = summed_loss(
             job.model, input_ids.to(job.device, non_blocking=True), labels.to(job.device, non_blocking=True)
@@ -434,16 +416,16 @@ def one_step(job: Job, batch: Batch, want_norm: bool) -> tuple[float, Reading | 
     if not math.isfinite(value):
         raise TrainingFailed(f"the loss is {value} at step {job.step}: stopped before its update; {last_good(job.run)}")
     job.optimizer.step()
-    job.tokens += int((batch.labels != -100).sum())
+    job.tokens += int((batch.labels != IGNORED).sum())
     return value, norm
 
 
 class Reading:
-    """A number on its way from the device. It sets out at once and is waited for when it is read, so that the device is never idle."""
+    """A number on its way from the device: it sets out at once and is waited for when it is read."""
 
     def __init__(self, value: torch.Tensor) -> None:
         self._value = value.to("cpu", non_blocking=True)
-        self._arrived = torch.cuda.Event() if value.is_cuda else None
+        self._arrived = torch.cuda.Event() if value.is_cuda else None  # type: ignore[no-untyped-call]
         if self._arrived is not None:
             self._arrived.record()
 
@@ -454,16 +436,59 @@ class Reading:
         return float(self._value)
 
 
-class Clock:
-    """A stop watch."""
+class Watch:
+    """Counts the seconds of training into the job; evaluations and checkpoints are made while it stands still."""
 
-    def __init__(self) -> None:
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._mark = (job.step, job.tokens, job.seconds)
+        self.start()
+
+    def start(self) -> None:
+        """Go on."""
         self._since = time.perf_counter()
 
-    def lap(self) -> float:
-        """Seconds since the last call."""
-        before, self._since = self._since, time.perf_counter()
-        return self._since - before
+    def stop(self) -> None:
+        """Wait for the device, so that all the time it took is counted, and stand still."""
+        if self._job.device.type == "cuda":
+            torch.cuda.synchronize(self._job.device)
+        self._job.seconds += time.perf_counter() - self._since
+
+    def pace(self) -> tuple[float, float]:
+        """Tokens per second since the last call, and the seconds that are left if it goes on like that."""
+        job, now = self._job, (self._job.step, self._job.tokens, self._job.seconds)
+        steps, tokens, seconds = (a - b for a, b in zip(now, self._mark, strict=True))
+        self._mark = now
+        return tokens / seconds, seconds / steps * (job.cfg.train.steps - job.step)
+
+
+def record_step(job: Job, metrics: Metrics, display: Display, watch: Watch, loss: float, grad_norm: float) -> None:
+    """One line of the log."""
+    tokens_per_s, left = watch.pace()
+    lr, lr_rest = learning_rates(job.optimizer)
+    record = metrics.write(
+        "step",
+        step=job.step,
+        tokens=job.tokens,
+        loss=loss,
+        lr=lr,
+        lr_rest=lr_rest,
+        grad_norm=grad_norm,
+        tokens_per_s=tokens_per_s,
+        seconds=job.seconds,
+    )
+    display.step(record | {"peak_gpu": measure.peak_gpu_memory(job.device)}, left)
+
+
+def record_evaluation(job: Job, metrics: Metrics, display: Display, rows: list[Batch], bytes_per_token: float) -> None:
+    """Evaluate, and one line of the log. A loss that is not finite means that the weights are spoilt."""
+    size = job.cfg.eval.batch_size or job.cfg.train.micro_batch or job.cfg.train.batch_size
+    figures = evaluate(job.model, rows, size, bytes_per_token)
+    if not math.isfinite(figures.loss):
+        raise TrainingFailed(f"the validation loss is {figures.loss} after step {job.step}; {last_good(job.run)}")
+    job.evaluation = dataclasses.asdict(figures)
+    record = metrics.write("eval", step=job.step, tokens=job.tokens, **job.evaluation, seconds=job.seconds)
+    display.evaluation(record)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
@@ -508,7 +533,8 @@ def finish(job: Job, metrics: Metrics, display: Display) -> Result:
     )
     metrics.write("end", **{key: value for key, value in dataclasses.asdict(result).items() if key != "run"})
     display.note(
-        f"done: {result.tokens:,} tokens in {duration(result.seconds)}, perplexity {result.perplexity:.2f}; {job.run / 'model'}"
+        f"done: {result.tokens:,} tokens in {duration(result.seconds)}, "
+        f"perplexity {result.perplexity:.2f}; {job.run / 'model'}"
     )
     return result
 

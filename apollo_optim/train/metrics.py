@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,7 +105,7 @@ def check_trackers(names: list[str]) -> None:
 def open_trackers(names: list[str], run: Path, config: dict[str, Any], step: int) -> list[Tracker]:
     """Those that were asked for; `step` is the one that a resumed run continues from, else 0."""
     check_trackers(names)
-    return [{"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}[name](run, config, step) for name in names]
+    return [TRACKERS[name](run, config, step) for name in names]
 
 
 class TensorBoard:
@@ -113,7 +114,7 @@ class TensorBoard:
     def __init__(self, run: Path, config: dict[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
         self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```", step)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
@@ -166,3 +167,10 @@ class Trackio:
     def close(self) -> None:
         """Say goodbye."""
         self._trackio.finish()
+
+
+TRACKERS: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "trackio": Trackio,
+}

@@ -1,4 +1,4 @@
-"""Models are transformers'; only a table of LLaMA sizes is ours (2302.13971; the sizes below 7B are those of GaLore, 2403.03507)."""
+"""Models are transformers'; only a table of LLaMA sizes is ours (2302.13971; below 7B GaLore's, 2403.03507)."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def build_model(
     seq_len: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """A causal language model with new weights (or those of `cfg.name` if `cfg.pretrained`), drawn from torch's global generator.
+    """A causal language model with new weights from torch's global generator, or, if `pretrained`, those of `cfg.name`.
 
-    A size by name takes its vocabulary from `cfg.vocab_size`, else `vocab_size`, else the table; its special tokens from the tokenizer.
-    A sequence longer than the model's context is refused here, before anything is computed.
+    A size by name takes its vocabulary from `cfg.vocab_size`, else `vocab_size`, else the table; its special tokens
+    from the tokenizer. A sequence longer than the model's context is refused here, before anything is computed.
     """
     from transformers import AutoModelForCausalLM
 
@@ -65,17 +65,18 @@ def build_model(
     options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "trust_remote_code": cfg.trust_remote_code}
     if cfg.attention is not None:
         options["attn_implementation"] = cfg.attention
+    model: PreTrainedModel
     try:
         if cfg.pretrained:
             model = AutoModelForCausalLM.from_pretrained(cfg.name, config=config, **options)
         else:
             # Not `.to(bfloat16)` afterwards: that would round the rotary frequencies too.
-            model = AutoModelForCausalLM.from_config(config, **options)
+            model = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
     except (ValueError, ImportError, OSError) as error:
         raise InputError(f"cannot build the model {cfg.name}: {_one_line(error)}") from error
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model  # type: ignore[no-any-return]
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+    return model
 
 
 def model_config(
@@ -128,7 +129,7 @@ def _check_fields(config: PretrainedConfig, changes: dict[str, Any]) -> None:
 def usable_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many entries plain text can reach: without special tokens at the end that only a task would use.
 
-    T5's tokenizer has 32,100 entries, the last 100 of which are sentinels: the papers' models have a vocabulary of 32,000.
+    T5's tokenizer has 32,100 entries, the last 100 of which are sentinels: the papers' models have 32,000.
     """
     named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     unused = set(tokenizer.all_special_ids) - named

@@ -34,6 +34,6 @@ def warmup_steps(steps: int, cfg: ScheduleConfig) -> int:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set every group to its own peak times `value`; the peak is remembered as `initial_lr`, as torch's schedulers do."""
+    """Set every group to its own peak times `value`; the peak is kept as `initial_lr`, as by torch's schedulers."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * value
