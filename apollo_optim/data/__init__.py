@@ -5,8 +5,9 @@
 >>> rows = data.validation(tokens=100_000)
 """
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.data.batches import IGNORED, Batch, Batches, check_vocabulary
+from apollo_optim.data.batches import IGNORED, Batch, Batches, Documents, check_vocabulary
 from apollo_optim.data.config import DataConfig
 from apollo_optim.data.corpus import CorpusDocuments, open_corpus, shuffled
 from apollo_optim.data.files import Reading, is_local
+from apollo_optim.data.stream import StreamDocuments, open_builder
 from apollo_optim.data.tokenizer import fingerprint, load_tokenizer, token_bytes, trained_bpe
 
 __all__ = ["IGNORED", "Batch", "Batches", "Data", "DataConfig", "check_vocabulary", "open_data"]
@@ -30,9 +32,9 @@ class Data:
     tokenizer: Any
     """A `transformers` tokenizer with an end-of-text token."""
     train: Batches
-    """Training batches without end, and their position."""
+    """Training batches, and their position."""
     identity: dict[str, Any]
-    """What this text is, as plain JSON: name, SHA-256, bytes, documents, versions, tokenizer."""
+    """What this text is, as plain JSON: name, sha256, bytes, versions, ...; for a stream its split and revision."""
     open_validation: Callable[[], Batches]
     """Opens the evaluation text from its beginning."""
 
@@ -45,15 +47,15 @@ class Data:
         rows = self.open_validation().rows(tokens)
         if not rows:
             raise InputError(
-                f"the validation text of {self.identity['name']} is shorter than one row of {self.train.seq_len} tokens; "
-                "lower data.seq_len or raise data.validation_percent"
+                f"the validation text of {self.identity['name']} is shorter than one row of {self.train.seq_len} "
+                "tokens; lower data.seq_len or give more of it (data.validation_percent)"
             )
         return rows
 
     def bytes_per_token(self, validation: list[Batch]) -> float:
         """Bytes of text behind each predicted token of these rows: bits per byte = loss / ln 2 / bytes per token.
 
-        Unlike perplexity, bits per byte can be compared between tokenizers. End-of-text tokens are predicted but hold no text.
+        Unlike perplexity, bits per byte can be compared between tokenizers. End-of-text tokens hold no text.
         """
         sizes = torch.tensor(token_bytes(self.tokenizer))
         targets = torch.cat([row.labels[1:] for row in validation])
@@ -61,15 +63,17 @@ class Data:
         return float(sizes[targets].sum()) / max(1, len(targets))
 
 
-def cache_dir(cfg: DataConfig) -> Path:
-    """Where trained tokenizers are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    path = Path(cfg.cache_dir or Path(base, "apollo-optim")).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the cache directory {path} ({error.strerror}); set data.cache_dir") from error
-    return path
+@dataclass
+class _Text:
+    """Documents, wherever they come from."""
+
+    identity: dict[str, Any]
+    key: dict[str, Any]
+    """What decides which documents come: the part of the identity without which a position means nothing."""
+    train: Documents
+    open_validation: Callable[[], Documents]
+    sample: Callable[[], Iterable[str]]
+    """Training text in a fixed order, for a tokenizer to be trained on."""
 
 
 def open_data(cfg: DataConfig) -> Data:
@@ -81,37 +85,80 @@ def open_data(cfg: DataConfig) -> Data:
     """
     if cfg.seq_len < 2:
         raise InputError(f"data.seq_len is {cfg.seq_len}; a row needs at least 2 tokens")
+    cache = _cache_dir(cfg)
+    text = _open_text(cfg, cache)
+    if cfg.tokenizer == "bpe":
+        tokenizer = trained_bpe(text.sample, cfg.vocab_size, json.dumps(text.key, sort_keys=True), cache)
+    else:
+        tokenizer = load_tokenizer(cfg.tokenizer, cfg.trust_remote_code)
+    sha256 = fingerprint(tokenizer)
+    identity = {**text.identity, "tokenizer": {"name": cfg.tokenizer, "entries": len(tokenizer), "sha256": sha256}}
+    about = {**text.key, "tokenizer": sha256, "mode": cfg.mode, "seq_len": cfg.seq_len, "seed": cfg.seed}
+
+    def batches(documents: Documents) -> Batches:
+        return Batches(documents, tokenizer, cfg.seq_len, cfg.mode, about)
+
+    return Data(tokenizer, batches(text.train), identity, lambda: batches(text.open_validation()))
+
+
+def _open_text(cfg: DataConfig, cache: Path) -> _Text:
     sources = [cfg.source] if isinstance(cfg.source, str) else list(cfg.source)
     if not sources or not all(sources):
         raise InputError("data.source is empty; name a corpus, a file or a dataset")
-    if not all(map(is_local, sources)):
-        raise InputError("streams: to come")
-    cache = cache_dir(cfg)
-    corpus = open_corpus(sources, Reading(cfg.text_key, cfg.on_bad_line), cfg.validation_percent, cache)
-    identity = corpus.identity
-    if cfg.tokenizer == "bpe":
-        key = f"{identity['sha256']}/{cfg.validation_percent}"
-        tokenizer = trained_bpe(lambda: map(corpus.text, shuffled(corpus.train, "tokenizer")), cfg.vocab_size, key, cache)
-    else:
-        tokenizer = load_tokenizer(cfg.tokenizer, cfg.trust_remote_code)
-    identity["tokenizer"] = {"name": cfg.tokenizer, "entries": len(tokenizer), "sha256": fingerprint(tokenizer)}
-    about = {
-        "name": identity["name"],
-        "sha256": identity["sha256"],
-        "tokenizer": identity["tokenizer"]["sha256"],
-        "validation_percent": cfg.validation_percent,
-        "seed": cfg.seed,
-        "mode": cfg.mode,
-        "seq_len": cfg.seq_len,
-    }
+    streams = [source for source in sources if not is_local(source)]
+    if not streams:
+        return _open_local(cfg, sources, cache)
+    if len(sources) > 1:
+        raise InputError(f"data.source lists {streams[0]!r}, which is no file; a dataset can only be used alone")
+    return _open_stream(cfg, streams[0].removeprefix("hf:"))
 
-    def batches(documents: CorpusDocuments) -> Batches:
-        return Batches(documents, tokenizer, cfg.seq_len, cfg.mode, about)
 
-    # The evaluation order is the same for every seed, so that runs are compared on the same rows.
-    return Data(
-        tokenizer,
-        batches(CorpusDocuments(corpus, corpus.train, str(cfg.seed))),
-        identity,
-        lambda: batches(CorpusDocuments(corpus, corpus.validation, "validation", epochs=1)),
+def _open_local(cfg: DataConfig, sources: list[str], cache: Path) -> _Text:
+    corpus = open_corpus(sources, _reading(cfg), cfg.validation_percent, cache)
+    return _Text(
+        corpus.identity,
+        {key: corpus.identity[key] for key in ("sha256", "validation_percent")},
+        CorpusDocuments(corpus, corpus.train, str(cfg.seed)),
+        # One order for every seed, so that all runs are compared on the same rows.
+        lambda: CorpusDocuments(corpus, corpus.validation, "validation", epochs=1),
+        lambda: map(corpus.text, shuffled(corpus.train, "tokenizer")),
     )
+
+
+def _open_stream(cfg: DataConfig, name: str) -> _Text:
+    builder = open_builder(name, cfg.subset)
+
+    def documents(split: str | None) -> StreamDocuments:
+        if split is None:
+            raise InputError(
+                f"{name}: data.validation_split is null; name the split to evaluate on, or do not evaluate"
+            )
+        return StreamDocuments(builder, name, split, _reading(cfg))
+
+    def sample() -> Iterator[str]:
+        stream = documents(cfg.split)
+        while texts := stream.read():
+            yield from texts
+
+    identity = {
+        "name": name,
+        "subset": cfg.subset,
+        "split": cfg.split,
+        "text_key": cfg.text_key,
+        "revision": builder.hash,
+    }
+    return _Text(identity, identity, documents(cfg.split), lambda: documents(cfg.validation_split), sample)
+
+
+def _reading(cfg: DataConfig) -> Reading:
+    return Reading(cfg.text_key, cfg.on_bad_line)
+
+
+def _cache_dir(cfg: DataConfig) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = Path(cfg.cache_dir or Path(base, "apollo-optim")).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the cache directory {path} ({error.strerror}); set data.cache_dir") from error
+    return path

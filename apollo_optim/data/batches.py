@@ -1,8 +1,9 @@
 """Documents to rows of tokens, with a position that is exact to the token.
 
-documents -> (a block of texts) -> tokenised together -> rows. The position is where the current block began in the documents,
-the document within the block, and the tokens of it that are used up. Coming back means reading that block again, so no tokens
-are stored, and any source of documents with a position of its own will do: a shuffled corpus and a stream look the same here.
+documents -> (a block of texts) -> tokenised together -> rows. The position is where the current block began in the
+documents, the document within the block, and the tokens of it that are used up. Coming back means reading that block
+again, so no tokens are stored, and any source of documents with a position of its own will do: a shuffled corpus and a
+stream look the same here.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,9 @@ IGNORED = -100  # a label that counts for nothing
 class Documents(Protocol):
     """A source of documents with a position."""
 
-    skipped: int
+    @property
+    def skipped(self) -> int:
+        """Broken lines, and rows without text, left out so far."""
 
     def read(self) -> list[str]:
         """The next few documents; none at the end."""
@@ -29,7 +32,7 @@ class Documents(Protocol):
 
 
 class Batch(NamedTuple):
-    """Rows of tokens. The model shifts by itself; a label of -100 is padding. One row of a batch has one dimension less."""
+    """Rows of tokens; a single row is a Batch of 1-D tensors. The model shifts by itself; -100 labels are padding."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -69,7 +72,7 @@ class Batches:
             rows = [self._row() for _ in range(count)]
         except EndOfText:
             raise InputError(
-                f"{self.about.get('name')}: the text ended after {self.tokens} tokens; train for fewer steps or give more text"
+                f"the text ended after {self.tokens} tokens; train for fewer steps or give more text"
             ) from None
         self._saved = self._position()  # only here: an interrupt in the middle of a batch loses nothing
         return _batch(rows, self.seq_len)
@@ -151,7 +154,7 @@ class Batches:
 
 
 def _batch(rows: list[list[int]], seq_len: int) -> Batch:
-    """Padding repeats the row's last token, the end of text; being behind everything it is seen by no other position."""
+    """Padding repeats the end-of-text token; being behind everything, it is seen by no position that counts."""
     input_ids = torch.tensor([row + [row[-1]] * (seq_len - len(row)) for row in rows])
     labels = torch.tensor([row + [IGNORED] * (seq_len - len(row)) for row in rows])
     return Batch(input_ids, labels)
@@ -160,8 +163,8 @@ def _batch(rows: list[list[int]], seq_len: int) -> Batch:
 def check_vocabulary(batch: Batch, vocab_size: int, tokenizer: Any = None) -> None:
     """Refuse a token id that occurs and that the model has no embedding for.
 
-    A tokenizer may be larger than the model as long as the surplus never occurs: T5's has 32,100 entries for the papers'
-    models of 32,000, and the last 100 are sentinels.
+    A tokenizer may be larger than the model as long as the surplus never occurs: T5's has 32,100 entries for the
+    papers' models of 32,000, and the last 100 are sentinels.
     """
     largest = int(batch.input_ids.max())
     if largest >= vocab_size:

@@ -9,10 +9,10 @@ class DataConfig:
     """The text, the tokenizer, and how documents become rows."""
 
     source: str | list[str] = "python"
-    """Where the text comes from: `python` (the source of the standard library; always there), `packages` (the Python source
-    of the installed torch and transformers, about 100 MB), a local file, directory or glob (txt, md, py, jsonl, jsonl.gz,
-    parquet), a list of these, or the name of a Hugging Face dataset, which is streamed (`allenai/c4`). A prefix settles a
-    doubt: `./python` is a path, `hf:name` is a dataset."""
+    """Where the text comes from: `python` (the source of the standard library; always there), `packages` (the Python
+    source of the installed torch and transformers, about 100 MB), a local file, directory or glob (txt, md, py, jsonl,
+    jsonl.gz, parquet), a list of these, or the name of a Hugging Face dataset, which is streamed (`allenai/c4`).
+    A prefix settles a doubt: `./python` is a path, `hf:name` is a dataset."""
 
     subset: str | None = None
     """Configuration of a Hugging Face dataset, such as `en` for `allenai/c4`."""
@@ -21,21 +21,21 @@ class DataConfig:
     """Split of a Hugging Face dataset to train on."""
 
     validation_split: str | None = "validation"
-    """Split of a Hugging Face dataset to evaluate on; null where there is none. Local text is split by `validation_percent`."""
+    """Split of a Hugging Face dataset to evaluate on; null if there is none. Local text: see `validation_percent`."""
 
     text_key: str = "text"
     """Key or column that holds the text in jsonl, parquet and Hugging Face datasets."""
 
     mode: Literal["pack", "pad"] = "pack"
-    """`pack` joins documents, with an end-of-text token between them, and cuts the result into rows: no position is wasted.
-    `pad` puts one document into one row, cut or padded, as in the papers."""
+    """`pack` joins documents, with an end-of-text token between them, and cuts the result into rows: no position is
+    wasted. `pad` puts one document into one row, cut or padded, as in the papers."""
 
     seq_len: int = 256
     """Tokens in a row. The model shifts by itself, so a row teaches seq_len - 1 predictions."""
 
     tokenizer: str = "bpe"
-    """`bpe` trains a byte-level BPE on the training text and caches it; anything else is the name or path of a tokenizer
-    (`google-t5/t5-base` for the papers' protocol)."""
+    """`bpe` trains a byte-level BPE on the training text and caches it; anything else is the name or path of a
+    tokenizer (`google-t5/t5-base` for the papers' protocol)."""
 
     vocab_size: int = 4096
     """Entries of the tokenizer that `bpe` trains."""
@@ -47,7 +47,8 @@ class DataConfig:
     """A broken jsonl line or a row without text: `skip` counts and reports it, `error` stops."""
 
     validation_percent: float = 2.0
-    """Share of the documents of local text kept for evaluation, chosen by a hash of each document's path."""
+    """Share of the documents of local text kept for evaluation, chosen by a hash of each document's path. A txt or md
+    file above 64 KiB counts as several documents."""
 
     cache_dir: str | None = None
     """Trained tokenizers live here. null is $XDG_CACHE_HOME/apollo-optim, or ~/.cache/apollo-optim."""

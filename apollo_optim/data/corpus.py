@@ -1,8 +1,9 @@
 """A local corpus: a fixed set of documents that is read, hashed and split once and then served from disk.
 
-Opening a corpus reads every document and writes it to one nameless temporary file. What was hashed is therefore exactly what
-is trained on, even if the files change during the run; any document is one read away in any order, whatever it came from (a
-line in a gzip file too); nothing but two integers a document stays in memory; and nothing is left behind, not even by kill -9.
+Opening a corpus reads every document and writes it to one nameless temporary file. What was hashed is therefore
+exactly what is trained on, even if the files change during the run; any document is one read away in any order, even a
+line of a gzip file; nothing but a few integers a document stays in memory; and nothing is left behind, not even by
+kill -9.
 """
 
 import hashlib
@@ -11,13 +12,13 @@ import os
 import random
 import tempfile
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.data.files import Reading, local_documents, versions
+from apollo_optim.data.files import Document, Reading, local_documents, versions
 
 BLOCK = 1 << 18  # characters of text that are read, and tokenised, at a time
 CODE = ("python", "packages")
@@ -36,14 +37,26 @@ class Corpus:
     skipped: int = 0
     identity: dict[str, Any] = field(default_factory=dict)
 
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
     def text(self, index: int) -> str:
         start, end = self.starts[index], self.starts[index + 1]
         return os.pread(self.file.fileno(), end - start, start).decode()
 
+    def add(self, text: bytes, validation: bool) -> None:
+        (self.validation if validation else self.train).append(len(self))
+        self.file.write(text)
+        self.starts.append(self.starts[-1] + len(text))
+
 
 def share(key: str) -> float:
     """A number in [0, 100) that depends on the key alone: below validation_percent means validation."""
-    return int.from_bytes(hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:6], "big") / (1 << 48) * 100
+    return int.from_bytes(hashlib.sha256(_bytes(key)).digest()[:6], "big") / (1 << 48) * 100
+
+
+def _bytes(key: str) -> bytes:
+    return key.encode(errors="surrogateescape")  # a file name need not be UTF-8
 
 
 def open_corpus(sources: list[str], reading: Reading, validation_percent: float, cache_dir: Path) -> Corpus:
@@ -54,58 +67,62 @@ def open_corpus(sources: list[str], reading: Reading, validation_percent: float,
     total = hashlib.sha256()
     lowest, highest = 100.0, 0.0
     try:
-        corpus = Corpus(tempfile.TemporaryFile(dir=cache_dir, prefix="corpus-"))
-    except OSError as error:
-        raise InputError(f"cannot write to {cache_dir} ({error.strerror}); set data.cache_dir") from error
-    for source in sources:
-        before, seen = len(corpus.starts), set[bytes]()
-        for key, text in local_documents(source, reading):
-            if not text.strip():
-                continue
-            if source in CODE:  # libraries hold copies of the same file; a user's own repetitions are theirs to judge
-                digest = hashlib.sha256(text).digest()
-                if digest in seen:
-                    continue
-                seen.add(digest)
-            total.update(f"{key}\0{len(text)}\0".encode(errors="surrogateescape") + text)
-            position = share(key)
-            lowest, highest = min(lowest, position), max(highest, position)
-            (corpus.validation if position < validation_percent else corpus.train).append(len(corpus.starts) - 1)
-            try:
-                corpus.file.write(text)
-            except OSError as error:
-                raise InputError(f"cannot copy {source} to {cache_dir} ({error.strerror}); set data.cache_dir") from error
-            corpus.starts.append(corpus.starts[-1] + len(text))
-        if len(corpus.starts) == before:
-            why = f"; all {reading.skipped} lines are broken, the first: {reading.first_skipped}" if reading.skipped else ""
-            raise InputError(f"{source}: holds no text{why}")
-    corpus.file.flush()
-    corpus.skipped = reading.skipped
+        corpus = Corpus(tempfile.TemporaryFile(dir=cache_dir, prefix="corpus-"))  # noqa: SIM115 (for the whole run)
+        for source in sources:
+            for key, text in _worth_reading(source, reading):
+                position = share(key)
+                lowest, highest = min(lowest, position), max(highest, position)
+                total.update(_bytes(f"{key}\0{len(text)}\0"))
+                total.update(text)
+                corpus.add(text, validation=position < validation_percent)
+        corpus.file.flush()
+    except OSError as error:  # of writing: what cannot be read has its own message
+        raise InputError(f"cannot copy the text to {cache_dir} ({error.strerror}); set data.cache_dir") from error
     if reading.skipped:
         log.warning("%s: skipped %d broken lines, the first: %s", name, reading.skipped, reading.first_skipped)
-    count = len(corpus.starts) - 1
-    # The message does the arithmetic: the smallest or largest percentage that leaves a document on the empty side.
-    if not corpus.validation:
-        raise InputError(
-            f"{name}: none of its {count} documents falls into validation at {validation_percent:g} %; set "
-            f"data.validation_percent above {lowest:.4g}, or give more documents"
-        )
-    if not corpus.train:
-        raise InputError(
-            f"{name}: all of its {count} documents fall into validation at {validation_percent:g} %; set "
-            f"data.validation_percent to {highest:.4g} or less, or give more documents"
-        )
+    if len(corpus) == 1:
+        raise InputError(f"{name}: a single document cannot be split into training and validation text; give more")
+    for part, documents, bound in (
+        ("validation", corpus.validation, f"at least {lowest + 0.001:.3f}"),
+        ("training", corpus.train, f"at most {highest:.3f}"),
+    ):
+        if not documents:
+            raise InputError(
+                f"{name}: the {part} split is empty, with {len(corpus)} documents and {validation_percent:g} % of them "
+                f"for validation; set data.validation_percent to {bound}, or give more documents"
+            )
+    corpus.skipped = reading.skipped
     corpus.identity = {
         "name": name,
         "sha256": total.hexdigest(),
         "bytes": corpus.starts[-1],
-        "documents": count,
+        "documents": len(corpus),
         "validation_documents": len(corpus.validation),
         "validation_percent": validation_percent,
         "skipped_lines": reading.skipped,
-        **{key: value for source in sources for key, value in versions(source).items()},
     }
+    for source in sources:
+        corpus.identity.update(versions(source))
     return corpus
+
+
+def _worth_reading(source: str, reading: Reading) -> Iterator[Document]:
+    """The documents that are not blank, and of a library each content once; none at all is an error."""
+    seen: set[bytes] = set()
+    empty = True
+    for document in local_documents(source, reading):
+        if not document.text.strip():
+            continue
+        if source in CODE:  # libraries hold copies of the same file; a user's own repetitions are theirs to judge
+            digest = hashlib.sha256(document.text).digest()
+            if digest in seen:
+                continue
+            seen.add(digest)
+        empty = False
+        yield document
+    if empty:
+        first = f"; skipped {reading.skipped} broken lines, the first: {reading.first_skipped}"
+        raise InputError(f"{source}: holds no text{first if reading.skipped else ''}")
 
 
 def shuffled(indices: Iterable[int], seed: str) -> list[int]:

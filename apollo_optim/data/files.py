@@ -1,7 +1,7 @@
 """Local text as documents: which files, and what is in them.
 
-Everything yields `Document(key, text)` in a fixed order. The key is the path relative to what was asked for (plus a line or
-section number), so that hashes of it do not depend on where the text lies on this machine.
+Everything yields `Document(key, text)` in a fixed order. The key is the path relative to what was asked for (plus a
+line or section number), so that hashes of it do not depend on where the text lies on this machine.
 """
 
 import glob
@@ -50,7 +50,7 @@ class Reading:
 
 
 def missing_key(where: str, key: str, keys: Iterable[str]) -> InputError:
-    return InputError(f"{where}: no {key!r} here; the keys are {', '.join(sorted(keys)) or '(none)'}; set data.text_key")
+    return InputError(f"{where}: no key {key!r}; the keys are {', '.join(sorted(keys)) or '(none)'}; set data.text_key")
 
 
 def text_of(record: object, key: str) -> str:
@@ -74,7 +74,7 @@ def _decodable(path: Path, text: bytes, offset: int = 0) -> bytes:
     except UnicodeDecodeError as error:
         at = offset + error.start
         raise InputError(
-            f"{path}: byte {at} (0x{text[error.start]:02x}) is not valid UTF-8; convert the file to UTF-8 or leave it out"
+            f"{path}: byte {at} (0x{text[error.start]:02x}) is not valid UTF-8; convert the file or leave it out"
         ) from error
     return text
 
@@ -84,7 +84,7 @@ def _whole(path: Path, key: str, reading: Reading) -> Iterator[Document]:
 
 
 def _sections(path: Path, key: str, reading: Reading) -> Iterator[Document]:
-    """A text file as one document, or as sections if it is long: one big file still shuffles, splits and fits in memory."""
+    """A text file as one document, or as sections if it is long: a big file too can be shuffled, split, and held."""
     number, offset, rest = 0, 0, b""
     with path.open("rb") as file:
         while block := file.read(SECTION):
@@ -188,7 +188,7 @@ def is_local(source: str) -> bool:
         or os.path.exists(os.path.expanduser(source))
         or source.startswith(("/", "./", "../", "~"))
         or source.count("/") > 1
-        or os.path.splitext(source)[1] in {os.path.splitext(suffix)[1] for suffix in READERS}
+        or reader(Path(source)) is not None
     )
 
 
@@ -196,10 +196,12 @@ def local_documents(source: str, reading: Reading) -> Iterator[Document]:
     """The documents of one local source: `python`, `packages`, a file, a directory or a glob."""
     try:
         if source == "python":
-            return _code(Path(sysconfig.get_path("stdlib")), "", reading)
-        if source == "packages":
-            return (document for name in PACKAGES for document in _code(_package(name), name + "/", reading))
-        return _files(source, reading)
+            yield from _code(Path(sysconfig.get_path("stdlib")), "", reading)
+        elif source == "packages":
+            for name in PACKAGES:
+                yield from _code(_package(name), name + "/", reading)
+        else:
+            yield from _files(source, reading)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or source}: {error.strerror}") from error
 
@@ -216,7 +218,7 @@ def versions(source: str) -> dict[str, str]:
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)  # finds it without importing it
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"the corpus `packages` is the source of {' and '.join(PACKAGES)}, but {name} is not installed")
+        raise InputError(f"the corpus `packages` is the source of {' and '.join(PACKAGES)}; {name} is not installed")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -255,8 +257,8 @@ def _files(source: str, reading: Reading) -> Iterator[Document]:
             raise InputError(f"{source}: no file matches")
         root = Path(os.path.commonpath([path.parent for path in found]))
     elif root.is_dir():
-        found = [path for path in _walk(root, lambda name: name.startswith(".") or name == "__pycache__") if reader(path)]
-        found = [path for path in found if not path.name.startswith(".")]
+        found = _walk(root, lambda name: name.startswith(".") or name == "__pycache__")
+        found = [path for path in found if reader(path) and not path.name.startswith(".")]
         if not found:
             raise InputError(f"{source}: no text in this directory; files of type {_types()} are read")
     elif root.exists():

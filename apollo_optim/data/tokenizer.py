@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def trained_bpe(texts: Callable[[], Iterable[str]], vocab_size: int, key: str, cache_dir: Path) -> Any:
-    """The byte-level BPE of a corpus: from the cache if `key` and `vocab_size` are there, else trained and put there."""
+    """The byte-level BPE of a corpus (`key` names it): from the cache, or trained and put there."""
     if vocab_size < 257:
-        raise InputError(f"data.vocab_size is {vocab_size}; a byte-level vocabulary has at least 257 entries (256 bytes, end of text)")
+        raise InputError(f"data.vocab_size is {vocab_size}; 256 bytes and the end of text need at least 257 entries")
     folder = cache_dir / "tokenizers" / f"bpe-{vocab_size}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not folder.exists():
         log.info("training a tokenizer of %d entries, cached in %s", vocab_size, folder)
@@ -43,7 +43,8 @@ def _train(texts: Iterable[str], vocab_size: int) -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator(_at_most(texts, TRAINING_BYTES), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, clean_up_tokenization_spaces=False)
+    wrap: Any = PreTrainedTokenizerFast  # untyped there
+    return wrap(tokenizer_object=bpe, eos_token=END, clean_up_tokenization_spaces=False)
 
 
 def _at_most(texts: Iterable[str], size: int) -> Iterator[str]:
@@ -66,7 +67,7 @@ def _save(tokenizer: Any, folder: Path) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         if not folder.exists():
-            raise InputError(f"cannot save the tokenizer in {folder.parent} ({error.strerror}); set data.cache_dir") from error
+            raise InputError(f"cannot write to {folder.parent} ({error.strerror}); set data.cache_dir") from error
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
@@ -84,7 +85,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, and nothing added. The text's own `<|endoftext|>` stays text: it must not end a document."""
+    """Token ids of each text, nothing added. A text's own `<|endoftext|>` stays text: it must not end a document."""
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
