@@ -1,0 +1,174 @@
+"""The race: the same small LLaMA trained by every optimizer, each with the same budget for its learning rates.
+
+    python -m apollo_optim.bench.race --out results/race/llama-4m
+
+The protocol, fixed before the first run:
+
+1. Search. Every method gets the same number of short runs (a fifth of the horizon, its own full cosine, seed 0) over
+   the learning rate of the matrices x that of the rest, *separately*: the two centres below, then moves by a factor
+   of two, first along the matrices, then along the rest, then wherever the best point has a neighbour not yet tried.
+2. Final. The best pair of each method at full length with every seed. A seed fixes the initial weights and the order
+   of the data, so that differences between methods are paired.
+
+Weight decay is 0 for all. Everything that ends is one line in `OUT/trials.jsonl`, final runs leave their whole log
+beside it; what is there is never run again, and a run that was cut off goes on from its checkpoint.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from apollo_optim.train.config import RunConfig
+
+CENTRES = {"adamw": (1e-3, 1e-2), "apollo": (1e-2, 1e-2), "apollo-mini": (1e-2, 1e-2)}
+BATCH, SEQ_LEN, EVAL_TOKENS = 16, 256, 131_072
+
+
+@dataclass(frozen=True)
+class Trial:
+    model: str
+    method: str
+    lr: float
+    rest_lr: float
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-lr{self.lr:g}-rest{self.rest_lr:g}-seed{self.seed}-steps{self.steps}"
+
+
+def config_of(trial: Trial, out: Path) -> RunConfig:
+    cfg = RunConfig(out=str(out))
+    cfg.model.name = trial.model
+    cfg.data.source, cfg.data.seq_len, cfg.data.seed = "packages", SEQ_LEN, trial.seed
+    cfg.optim.name, cfg.optim.lr, cfg.optim.rest_lr = trial.method, trial.lr, trial.rest_lr
+    cfg.optim.weight_decay, cfg.optim.seed = 0.0, trial.seed
+    cfg.train.steps, cfg.train.batch_size, cfg.train.micro_batch = trial.steps, BATCH, 8
+    cfg.train.seed, cfg.train.threads = trial.seed, 1
+    cfg.eval.every, cfg.eval.tokens = max(trial.steps // 7, 1), EVAL_TOKENS
+    cfg.checkpoint.every, cfg.checkpoint.keep = 100, 1
+    cfg.log.display = "none"
+    return cfg
+
+
+def run_trial(trial: Trial, work: Path) -> dict[str, Any]:
+    """One run, from its checkpoint if it was cut off; a line for ``trials.jsonl``."""
+    from apollo_optim.train.loop import pretrain
+
+    out = work / trial.name
+    done = pretrain(config_of(trial, out), resume=(out / "checkpoints" / "latest").exists())
+    start = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    return {
+        **asdict(trial),
+        **{key: getattr(done, key) for key in ("loss", "perplexity", "perplexity_reference", "bits_per_byte")},
+        "tokens": done.tokens,
+        "seconds": done.seconds,
+        "memory": done.memory,
+        **{key: start[key] for key in ("corpus", "versions", "hardware")},
+    }
+
+
+class Race:
+    """Results on disk, and the workers that add to them."""
+
+    def __init__(self, out: Path, work: Path, jobs: int) -> None:
+        self.out, self.work, self.jobs = out, work, jobs
+        self.log = out / "trials.jsonl"
+        out.mkdir(parents=True, exist_ok=True)
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        rows = [json.loads(line) for line in lines]
+        self.done = {Trial(**{key: row[key] for key in Trial.__dataclass_fields__}): row for row in rows}
+
+    def run(self, trials: list[Trial], *, keep_log: bool = False) -> None:
+        """Run those that are not done yet, ``jobs`` at a time, one thread each."""
+        missing = [trial for trial in trials if trial not in self.done]
+        with ProcessPoolExecutor(self.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+            waiting = {pool.submit(run_trial, trial, self.work): trial for trial in missing}
+            from concurrent.futures import as_completed
+
+            for future in as_completed(waiting):
+                trial, row = waiting[future], future.result()
+                if keep_log:
+                    shutil.copy(self.work / trial.name / "metrics.jsonl", self.out / f"{trial.name}.jsonl")
+                with self.log.open("a") as log:
+                    log.write(json.dumps(row) + "\n")
+                self.done[trial] = row
+                shutil.rmtree(self.work / trial.name)
+                print(f"{trial.name}: perplexity {row['perplexity']:.2f} ({row['seconds']:.0f} s)", flush=True)
+
+    def loss(self, trial: Trial) -> float:
+        return float(self.done[trial]["loss"])
+
+
+def search(race: Race, model: str, steps: int, methods: list[str]) -> dict[str, Trial]:
+    """The best pair of learning rates of each method, seven short runs for each."""
+    tried = {method: [Trial(model, method, *CENTRES[method], 0, steps)] for method in methods}
+    race.run([trial for trials in tried.values() for trial in trials])
+    for axes in (("lr",), ("rest_lr",), ("lr", "rest_lr")):
+        batch = []
+        for trials in tried.values():
+            best = min(trials, key=race.loss)
+            moves = [Trial(**{**asdict(best), a: getattr(best, a) * f}) for a in axes for f in (2.0, 0.5)]
+            batch += [(trials, move) for move in [m for m in moves if m not in trials][:2]]
+        race.run([move for _, move in batch])
+        for trials, move in batch:
+            trials.append(move)
+    return {method: min(trials, key=race.loss) for method, trials in tried.items()}
+
+
+def table(race: Race, finals: dict[str, list[Trial]]) -> str:
+    """Mean perplexity over the seeds with its spread, and the paired difference to the first method."""
+    base = next(iter(finals))
+    lines = [
+        "| method | lr matrices | lr rest | perplexity, each seed | mean | sd | against " + base + ", paired | "
+        "bits per byte | optimizer state, MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, trials in finals.items():
+        rows = [race.done[trial] for trial in trials]
+        ppl = [row["perplexity"] for row in rows]
+        against = [a / race.done[b]["perplexity"] - 1 for a, b in zip(ppl, finals[base], strict=True)]
+        spread = f"{min(against):+.1%} to {max(against):+.1%}"
+        lines.append(
+            f"| {method} | {trials[0].lr:g} | {trials[0].rest_lr:g} | {', '.join(f'{p:.2f}' for p in ppl)} | "
+            f"{statistics.mean(ppl):.2f} | {statistics.stdev(ppl) if len(ppl) > 1 else float('nan'):.2f} | "
+            f"{'-' if method == base else f'{statistics.mean(against):+.1%} ({spread})'} | "
+            f"{statistics.mean(row['bits_per_byte'] for row in rows):.3f} | {rows[0]['memory']['optimizer'] / 1e6:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/race/llama-4m"), help="where results are kept")
+    parser.add_argument("--work", type=Path, default=Path("out/race"), help="where unfinished runs live")
+    parser.add_argument("--model", default="llama-4m")
+    parser.add_argument("--methods", nargs="+", default=list(CENTRES), choices=list(CENTRES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    args = parser.parse_args(argv)
+    race = Race(args.out, args.work, args.jobs)
+    best = search(race, args.model, args.steps // 5, args.methods)
+    finals = {
+        method: [Trial(args.model, method, trial.lr, trial.rest_lr, seed, args.steps) for seed in args.seeds]
+        for method, trial in best.items()
+    }
+    # seed by seed, so that a race cut short has compared all methods on the seeds it reached
+    race.run([trials[i] for i in range(len(args.seeds)) for trials in finals.values()], keep_log=True)
+    text = table(race, finals)
+    (args.out / "table.md").write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
