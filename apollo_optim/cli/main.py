@@ -1,0 +1,77 @@
+"""The command `apollo-optim`: finds the subcommand, and turns what went wrong into one line and an exit code.
+
+Only the subcommand that is asked for is imported, so that `--help` answers at once.
+
+Exit codes: 0 done; 1 the run failed (a loss that is not a number, a full disk); 2 the input is wrong; 130 interrupted.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ..core.errors import InputError
+from .words import complain, nearest
+
+COMMANDS = {
+    "pretrain": "train a causal language model from a run file",
+    "optimizers": "list the optimizers, their defaults and their papers",
+    "sample": "let a trained model write text",
+    "report": "draw loss and memory of one run or several, and print the table",
+    "export": "write a checkpoint as a Hugging Face directory",
+}
+
+HELP = f"""usage: apollo-optim COMMAND [...]
+
+Train language models with APOLLO: AdamW-level training at SGD-level memory.
+
+commands:
+{"".join(f"  {name:<12}{summary}{chr(10)}" for name, summary in COMMANDS.items())}
+  apollo-optim COMMAND --help says more.
+
+examples:
+  apollo-optim pretrain                                     a small LLaMA on Python source, nothing to download
+  apollo-optim pretrain --config runs/llama-60m-apollo.yaml --out out/60m
+  apollo-optim pretrain --out out/60m --resume              go on after a stop
+  apollo-optim sample out/60m --prompt "def main("
+  apollo-optim report out/60m out/60m-adamw                 side by side
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(words)
+    except InputError as error:
+        return complain(error, 2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("apollo_optim"):
+            raise
+        return complain(f"this needs {error.name}, which is not installed: pip install 'apollo-optim[train]'", 2)
+    except KeyboardInterrupt as stop:
+        # The loop has saved, and says how to go on; elsewhere there is nothing to say.
+        print(*stop.args, file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # `apollo-optim optimizers | head`: the reader has seen enough. Python would complain at exit when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return complain(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
+
+
+def run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"apollo-optim {version('apollo-optim')}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        raise InputError(f"unknown command {name}{nearest(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
+    module = importlib.import_module(f".{name}", __package__)
+    code: int = module.run(rest)
+    return code

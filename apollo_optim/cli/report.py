@@ -1,0 +1,30 @@
+"""`apollo-optim report`: the table on the terminal; the picture, the page and the table in a directory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .words import Parser
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "apollo-optim report",
+        "Draw loss against tokens and time and the memory of runs, from their metrics.jsonl; print the table.\n"
+        "Runs on different text, or with different tokenizers, are not put side by side.",
+        "examples:\n  apollo-optim report out/demo\n  apollo-optim report out/adamw out/apollo --out out/comparison",
+    )
+    parser.add_argument("run", nargs="+", metavar="DIR", help="a run directory")
+    parser.add_argument("--out", help="where to write report.png, .html and .md (DIR/report; several runs: ./report)")
+    args = parser.parse(argv)
+    from rich.console import Console
+
+    from ..bench import report
+
+    runs = [report.read_run(path) for path in args.run]
+    written = report.write_report(runs, args.out or (runs[0].path / "report" if len(runs) == 1 else Path("report")))
+    console = Console()
+    console.print(report.rich_table(runs))
+    console.print(report.NOTE, style="dim", highlight=False)
+    # print, not the console: a path that is wrapped can't be copied.
+    print(f"\npicture: {written.picture}\npage:    {written.page}\ntable:   {written.table}")
+    return 0

@@ -1,0 +1,46 @@
+"""Reading a command line: what is wrong with it, said in one line, and what was probably meant."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from ..core.errors import InputError
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """ " (did you mean ...?)", or nothing where no word is near."""
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def complain(error: object, code: int) -> int:
+    """Say what is wrong, and with which exit code the command ends."""
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints as `InputError`: the command prints all of them in one way."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None, *, add_help: bool = True) -> None:
+        super().__init__(
+            prog,
+            description=description,
+            epilog=epilog,
+            add_help=add_help,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        args, rest = self.parse_known_args(argv)
+        for word in rest:
+            flag = word.partition("=")[0]
+            near = nearest(flag, self._option_string_actions)
+            raise InputError(f"unknown argument {flag}{near}; see {self.prog} --help")
+        return args

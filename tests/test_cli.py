@@ -1,0 +1,252 @@
+"""The command: words in, exit codes out, one line for what is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from apollo_optim.cli import pretrain, sample
+from apollo_optim.cli.main import COMMANDS, main
+from apollo_optim.cli.words import nearest
+from apollo_optim.core.errors import InputError
+from apollo_optim.train.config import RunConfig
+
+TINY = [
+    "--model.name=llama-1m",
+    "--train.steps=3",
+    "--train.batch_size=2",
+    "--train.threads=1",
+    "--data.seq_len=16",
+    "--data.vocab_size=300",
+    "--eval.tokens=64",
+    "--log.every=1",
+    "--log.display=plain",
+]
+
+
+def test_help_answers_at_once_without_torch() -> None:
+    code = (
+        "import sys, time; start = time.process_time()\n"
+        "from apollo_optim.cli.main import main\n"
+        "assert main(['--help']) == 0\n"
+        "heavy = {'torch', 'transformers', 'jsonargparse', 'matplotlib'} & set(sys.modules)\n"
+        "print(time.process_time() - start, *heavy)"
+    )
+    words = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    *text, last = words.splitlines()
+    seconds, *heavy = last.split()
+    assert not heavy
+    assert float(seconds) <= 0.5
+    assert all(any(line.strip().startswith(name) for line in text) for name in COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("apollo-optim 0.")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("pretran", "unknown command pretran (did you mean pretrain?)"),
+        ("zzz", "unknown command zzz; there are pretrain, optimizers"),
+        ("report --otu x DIR", "unknown argument --otu (did you mean --out?)"),
+        ("report", "required: DIR"),
+        ("report nowhere", "nowhere: no metrics.jsonl there"),
+        ("sample nowhere", "nowhere: there is no such directory"),
+        ("sample DIR --max-tokens 0", "--max-tokens 0: at least 1"),
+        ("sample DIR --temperature -1", "--temperature -1.0: 0 or more"),
+        ("sample DIR --seed x", "argument --seed: invalid int value: 'x'"),
+        ("export nowhere", "nowhere holds no checkpoint"),
+        ("optimizers all", "unknown argument all"),
+        ("pretrain --optim.lrr 3", "unknown key --optim.lrr (did you mean --optim.lr?)"),
+        ("pretrain --model llama-1m", "unknown key --model (did you mean --model.name?)"),
+        ("pretrain --optim.lr much", "optim.lr=much: expected float | null"),
+        ("pretrain --train.steps 3.5", "train.steps=3.5: expected int"),
+        ("pretrain --schedule.kind cosin", "schedule.kind=cosin: expected Literal['cosine', 'linear', "),
+        ("pretrain --config nowhere.yaml", "cannot read the run file nowhere.yaml"),
+        ("pretrain --config", "argument --config: expected one argument"),
+        ("pretrain llama-60m", "llama-60m"),
+        ("pretrain --out nowhere --resume", "nowhere"),
+    ],
+)
+def test_wrong_words_get_one_line_and_exit_2(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lrr: 3}", "unknown key optim.lrr (did you mean optim.lr?)"),
+        ("optm: {lr: 3}", "unknown key optm (did you mean optim?)"),
+        ("optim: {lr: much}", "optim.lr=much: expected a number"),
+        ("log: {display: loud}", "log.display=loud: expected Literal"),
+        ("train: {steps: [", "is not a YAML run file"),
+        ("- a\n- b", "is not a run file"),
+        ("model: !!python/object/apply:os.getcwd []", "is not a YAML run file"),
+    ],
+)
+def test_a_wrong_run_file_is_told_in_one_line(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert main(["pretrain", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_words_change_the_run_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: {name: apollo, lr: 1e-3, betas: [0.9, 0.95]}\nmodel: {config: {rope_theta: 5.0}}\n")
+    words = ["--config", str(path), "--optim.lr", "3e-4", "--optim.targets", "[attn]", "--optim.scale", "auto"]
+    cfg, resume = pretrain.parse([*words, "--model.config.rms_norm_eps", "1e-5", "--eval.every", "null"])
+    assert (cfg.optim.name, cfg.optim.lr, cfg.optim.betas) == ("apollo", 3e-4, (0.9, 0.95))
+    assert (cfg.optim.targets, cfg.optim.scale, cfg.eval.every, resume) == (["attn"], "auto", None, False)
+    assert cfg.model.config == {"rope_theta": 5.0, "rms_norm_eps": 1e-5}
+    assert pretrain.parse([])[0] == RunConfig()
+
+
+def test_help_teaches_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for key, _ in pretrain.keys(RunConfig):
+        assert f"--{key} " in text or f"--{key}," in text, key
+    assert "Peak learning rate of the matrices" in text
+    assert "--config runs/llama-60m-apollo.yaml" in text
+
+
+def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["pretrain"]) == 2
+    assert "jsonargparse, which is not installed: pip install 'apollo-optim[train]'" in capsys.readouterr().err
+
+
+def test_a_failed_run_exits_1_and_an_interrupted_one_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from apollo_optim.train import loop
+
+    failures = {loop.TrainingFailed("step 7: NaN"): 1, loop.Interrupted("go on with"): 130, OSError(28, "full"): 1}
+    for error, code in failures.items():
+
+        def fail(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(loop, "pretrain", fail)
+        assert main(["pretrain"]) == code
+        assert str(error.args[-1]) in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from apollo_optim.train import loop
+
+    def bug(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(loop, "pretrain", bug)
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["pretrain"])
+
+
+def test_optimizers_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
+    from apollo_optim import list_optimizers
+
+    assert main(["optimizers"]) == 0
+    text = capsys.readouterr().out
+    assert all(info.name in text for info in list_optimizers())
+
+
+def test_nearest_keeps_silent_where_nothing_is_near() -> None:
+    assert nearest("pretran", COMMANDS) == " (did you mean pretrain?)"
+    assert nearest("qqq", COMMANDS) == ""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A little text, and where the tokenizer trained on it may lie."""
+    root = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (root / f"{i}.md").write_text("\n".join(f"line {j} of text {i}: {i * j}" for j in range(60)))
+    return ["--data.source", f"{root}/*.md", "--data.validation_percent", "20", "--data.cache_dir", str(root / "cache")]
+
+
+@pytest.fixture(scope="module")
+def run(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["pretrain", *TINY, *corpus, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_from_words_to_picture(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"] == 3
+    assert main(["report", str(run)]) == 0
+    text = capsys.readouterr().out
+    end = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{end['perplexity']:.2f}" in text
+    assert f"{run}/report/report.png" in text
+    assert (run / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sample_is_decided_by_its_seed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def text(*words: str) -> str:
+        assert main(["sample", str(run), "--prompt", "line 1", "--max-tokens", "8", *words]) == 0
+        return capsys.readouterr().out
+
+    assert text("--seed", "1") == text("--seed", "1") != text("--seed", "2")
+    assert text("--temperature", "0") == text("--temperature", "0", "--seed", "5")
+    assert text().startswith("line 1")
+
+
+def test_sample_agrees_with_transformers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Our own loop with its cache against `generate`, greedily."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    ids = tokenizer("line 1", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = model.generate(ids, attention_mask=ids * 0 + 1, max_new_tokens=12, do_sample=False)
+    assert main(["sample", str(run), "--prompt", "line 1", "--max-tokens", "12", "--temperature", "0"]) == 0
+    ours = capsys.readouterr().out.removesuffix("\n")
+    assert tokenizer.decode(ids[0], skip_special_tokens=True).startswith(ours.rstrip("�"))
+
+
+def test_sample_ends_with_the_context(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = sample.load(run / "model")
+    model.config.max_position_embeddings = 12
+    list(sample.generate(model, tokenizer, "line", max_tokens=100, temperature=0, seed=0))
+    assert "context of 12 tokens" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"the model's context only 12: shorten the prompt"):
+        list(sample.generate(model, tokenizer, "line 1 " * 20, max_tokens=1, temperature=0, seed=0))
+
+
+def test_export_and_a_run_without_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "model").rename(tmp_path / "model")
+    try:
+        assert main(["sample", str(run), "--max-tokens", "3"]) == 0
+        assert not (run / "model").exists()  # sampling writes nothing into the run
+        assert main(["export", str(run), "--step", "2"]) == 2
+        assert "no checkpoint of step 2" in capsys.readouterr().err
+        assert main(["export", str(run)]) == 0
+        assert (run / "model" / "config.json").exists()
+    finally:
+        if not (run / "model").exists():
+            (tmp_path / "model").rename(run / "model")
+
+
+def test_resume_needs_no_run_file(run: Path, corpus: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", *TINY, *corpus, "--out", str(run)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main(["pretrain", "--out", str(run), "--resume"]) == 0
+    assert main(["pretrain", "--out", str(run), "--resume", "--optim.lr", "0.5"]) == 2
+    assert "optim.lr" in capsys.readouterr().err

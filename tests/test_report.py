@@ -1,0 +1,157 @@
+"""The report says what the logs say, and refuses what cannot be compared."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apollo_optim.bench.report import (
+    draw,
+    labels,
+    markdown_table,
+    read_run,
+    running_mean,
+    table_rows,
+    write_report,
+)
+from apollo_optim.core.errors import InputError
+
+Event = dict[str, Any]
+
+
+def log_of(
+    optimizer: str = "apollo", sha256: str | None = "a" * 64, tokenizer: str = "b" * 64, **corpus: Any
+) -> list[Event]:
+    """A run of ten steps as the loop writes it."""
+    identity = {"name": "python", "sha256": sha256, "tokenizer": {"name": "bpe", "sha256": tokenizer}, **corpus}
+    memory = {"weights": 13_600_000, "gradients": 13_600_000, "optimizer": 7_000_000}
+    events: list[Event] = [
+        {
+            "event": "start", "time": 0.0, "config": {"model": {"name": "llama-4m"}, "optim": {"name": optimizer}},
+            "corpus": identity, "versions": {"torch": "2.13.0"}, "hardware": {"cpu": "<b>a cpu</b>"},
+            "params": 3_400_000, "memory": {**memory, "optimizer": 0}, "resumed_from": None,
+        },
+        {"event": "memory", "step": 1, **memory},
+    ]  # fmt: skip
+    for step in range(1, 11):
+        at = {"step": step, "tokens": 4096 * step, "loss": 8.0 - step / 2, "seconds": step / 2}
+        events.append({"event": "step", **at, "lr": 0.001 * step, "lr_rest": 0.002 * step, "grad_norm": 1.0})
+        if step % 5 == 0:
+            figures = {"perplexity": math.exp(at["loss"]), "perplexity_reference": 1.0, "bits_per_byte": 2.5}
+            events.append({"event": "eval", **at, **figures})
+    events.append({"event": "end", "step": 10, "loss": 3.0, "seconds": 5.0, "memory": {**memory, "peak": 900_000_000}})
+    return events
+
+
+def write_log(path: Path, events: list[Event], tail: str = "") -> Path:
+    path.mkdir(parents=True)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + tail)
+    return path
+
+
+def test_the_table_holds_the_figures_of_the_log(tmp_path: Path) -> None:
+    titles, [row] = table_rows([read_run(write_log(tmp_path / "run", log_of()))])
+    cells = dict(zip(titles, row, strict=True))
+    assert cells == {
+        "run": "apollo", "model": "llama-4m", "params": "3,400,000", "lr": "0.01", "lr of the rest": "0.02",
+        "steps": "10", "tokens": "40,960", "loss": "3.0000", "perplexity": f"{math.exp(3.0):.2f}", "bits/byte": "2.500",
+        "ppl n/(n+1)*": "1.00", "tokens/s": "8,192", "time": "5.0s", "weights": "13.6 MB", "gradients": "13.6 MB",
+        "optimizer": "7 MB", "peak": "900 MB",
+    }  # fmt: skip
+
+
+def test_a_run_that_goes_on_is_drawn_and_marked(tmp_path: Path) -> None:
+    run = read_run(write_log(tmp_path / "run", log_of()[:8], tail='{"event": "st'))
+    titles, [row] = table_rows([run])
+    assert row[0] == "apollo (not ended)"
+    assert "peak" not in titles  # not measured yet: no column for it
+    assert row[titles.index("optimizer")] == "7 MB"  # as counted after the first step, not the 0 of the start
+    assert len(run.steps) == 5
+    assert draw([run]).axes
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = write_log(tmp_path / "run", log_of()[:3], tail='{"event": "st\n{"event": "end"}\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 4: not an event"):
+        read_run(path)
+
+
+def test_runs_are_told_apart(tmp_path: Path) -> None:
+    optimizers = {"a": "adamw", "b": "apollo"}
+    runs = [read_run(write_log(tmp_path / name, log_of(optimizer))) for name, optimizer in optimizers.items()]
+    assert labels(runs) == ["adamw", "apollo"]
+    again = read_run(write_log(tmp_path / "seed-1", log_of("apollo")))
+    assert labels([*runs, again]) == ["a", "b", "seed-1"]
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"sha256": "c" * 64}, "corpora"),
+        ({"tokenizer": "c" * 64}, "tokenizers"),
+        ({"sha256": None, "subset": "en"}, "corpora"),
+    ],
+)
+def test_different_text_is_refused(tmp_path: Path, other: dict[str, Any], what: str) -> None:
+    runs = [read_run(write_log(tmp_path / "one", log_of())), read_run(write_log(tmp_path / "two", log_of(**other)))]
+    with pytest.raises(InputError, match=f"different {what}.*one.*two"):
+        write_report(runs, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_streams_are_compared_by_what_was_asked_for(tmp_path: Path) -> None:
+    logs = [log_of(sha256=None, name="allenai/c4", subset=subset) for subset in ("en", "en", "de")]
+    english, same, german = (read_run(write_log(tmp_path / str(i), log)) for i, log in enumerate(logs))
+    write_report([english, same], tmp_path / "report")
+    with pytest.raises(InputError, match="different corpora"):
+        write_report([english, german], tmp_path / "report")
+
+
+def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
+    runs = [read_run(write_log(tmp_path / name, log_of(name))) for name in ("adamw", "apollo", "apollo-mini")]
+    written = write_report(runs, tmp_path / "deep" / "report")
+    assert written.picture.read_bytes().startswith(b"\x89PNG")
+    page = written.page.read_text()
+    assert 'src="data:image/png;base64,' in page
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert "&lt;b&gt;a cpu&lt;/b&gt;" in page  # what comes from a log is text, not HTML
+    assert "| apollo-mini | llama-4m | 3,400,000 |" in written.table.read_text()
+    assert markdown_table(runs).count("\n| adamw |") == 1
+
+
+def test_one_legend_and_no_pair_by_colour_alone(tmp_path: Path) -> None:
+    runs = [read_run(write_log(tmp_path / str(i), log_of())) for i in range(12)]
+    figure = draw(runs)
+    assert len(figure.legends) == 1
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    lines = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines}
+    assert len(looks) == 12
+    assert len({style for _, style in looks}) > 1
+
+
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [(None, "no metrics.jsonl"), ([], "no start event"), (log_of()[:1], "no step is logged yet")],
+)
+def test_nothing_to_report(tmp_path: Path, events: list[Event] | None, message: str) -> None:
+    path = tmp_path / "run"
+    if events is None:
+        path.mkdir()
+    else:
+        write_log(path, events)
+    with pytest.raises(InputError, match=message):
+        write_report([read_run(path)], tmp_path / "report")
+
+
+def test_a_loss_that_is_no_number_is_left_out(tmp_path: Path) -> None:
+    events = log_of()
+    events[-2]["loss"] = events[-3]["loss"] = None
+    draw([read_run(write_log(tmp_path / "run", events))])
+
+
+def test_running_mean() -> None:
+    assert running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
