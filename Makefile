@@ -35,11 +35,13 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/pip
 
 demo: $(VENV)/.train
 	@$(SAY) "training a small LLaMA on the Python standard library's own source with APOLLO-Mini"
+	@rm -rf out/demo
 	$(BIN)/apollo-optim pretrain --config runs/demo.yaml $(DEMO_ARGS)
 	@$(SAY) "what it writes now"
 	$(BIN)/apollo-optim sample out/demo --prompt 'def read(self, path):' --max-tokens 120 --seed 1
 	@$(SAY) "the table and the picture"
-	$(BIN)/apollo-optim report out/demo --out out/demo/report
+	$(BIN)/apollo-optim report out/demo
+	@$(SAY) "done: open out/demo/report/report.html, or the picture alone, out/demo/report/report.png"
 
 test: $(VENV)/.dev
 	@$(SAY) "running the tests"

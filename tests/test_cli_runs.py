@@ -1,0 +1,83 @@
+"""The run files say what the papers say, and each of them is a run that can be built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from apollo_optim import build_optimizer
+from apollo_optim.cli import pretrain
+from apollo_optim.train.loop import make_optimizer
+from apollo_optim.train.models import SIZES, build_model
+
+RUNS = Path(__file__).resolve().parent.parent / "runs"
+FILES = sorted(RUNS.glob("*.yaml"))
+
+# Published: steps, APOLLO's rank, Mini's scale; AdamW's lr, which below sequence 1024 is ours.
+PUBLISHED = {
+    "60m": (10_000, 128, 128, 1e-3),
+    "130m": (20_000, 192, 192, 1e-3),
+    "350m": (60_000, 256, 128, 1e-3),
+    "1b": (100_000, 256, 128, 7e-4),
+    "7b": (150_000, 256, 128, 7e-4),
+    "13b": (150_000, 256, 128, 7e-4),
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_run_file_is_a_run(path: Path) -> None:
+    cfg, _ = pretrain.parse(["--config", str(path)])
+    assert path.read_text().startswith("# ")
+    assert cfg.model.name in SIZES
+    assert cfg.train.micro_batch is not None
+    assert cfg.train.batch_size % cfg.train.micro_batch == 0
+    assert (cfg.schedule.kind, cfg.schedule.warmup, cfg.schedule.min_lr) == ("cosine", 0.1, 0.1)
+    if path.stem != "demo":
+        assert (cfg.data.source, cfg.data.subset, cfg.data.mode) == ("allenai/c4", "en", "pad")
+        assert cfg.data.tokenizer.endswith("t5-base")
+        assert cfg.model.dtype == "bfloat16"
+        assert cfg.train.batch_size * cfg.data.seq_len == 512 * 256
+        assert path.stem.startswith(cfg.model.name)
+        assert f"-{cfg.optim.name}" in path.stem
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_papers_hyper_parameters(size: str) -> None:
+    steps, rank, scale, lr = PUBLISHED[size]
+    apollo, mini, adamw = (
+        pretrain.parse(["--config", str(RUNS / f"llama-{size}-{name}.yaml")])[0]
+        for name in ("apollo", "apollo-mini", "adamw")
+    )
+    assert {cfg.train.steps for cfg in (apollo, mini, adamw)} == {steps}
+    assert (apollo.optim.lr, apollo.optim.rank, apollo.optim.scale) == (0.01, rank, 1)
+    assert (mini.optim.lr, mini.optim.rank, mini.optim.scale) == (0.01, 1, scale)
+    assert bool(mini.optim.scale_front) == (size in ("60m", "130m"))
+    assert adamw.optim.lr == lr
+
+
+LONG = [("apollo", 0.01, 2), ("apollo-mini", 0.01, 384), ("adamw", 0.005, None)]
+
+
+@pytest.mark.parametrize(("name", "lr", "scale"), LONG)
+def test_the_runs_of_sequence_1024(name: str, lr: float, scale: float | None) -> None:
+    cfg, _ = pretrain.parse(["--config", str(RUNS / f"llama-350m-seq1024-{name}.yaml")])
+    assert (cfg.data.seq_len, cfg.optim.lr, cfg.optim.scale) == (1024, lr, scale)
+
+
+@pytest.mark.parametrize("name", ["demo", "llama-60m-adamw", "llama-60m-apollo", "llama-60m-apollo-mini"])
+def test_model_and_optimizer_can_be_built(name: str) -> None:
+    cfg, _ = pretrain.parse(["--config", str(RUNS / f"{name}.yaml")])
+    with torch.device("meta"):
+        model = build_model(cfg.model, None, cfg.data.seq_len)
+    optimizer = make_optimizer(cfg.optim, model)
+    matrices = [group for group in optimizer.param_groups if group["name"] == "matrices"]
+    assert sum(len(group["params"]) for group in matrices) == 7 * SIZES[cfg.model.name].layers
+    assert {group["lr"] for group in optimizer.param_groups} == {cfg.optim.lr}
+
+
+def test_sizes_are_what_their_names_say() -> None:
+    for name, millions in {"llama-60m": 58, "llama-130m": 134, "llama-4m": 3.4}.items():
+        with torch.device("meta"):
+            model = build_model(pretrain.parse(["--model.name", name])[0].model)
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.03)
+        build_optimizer("apollo", model)
