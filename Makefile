@@ -1,13 +1,15 @@
 # Every target sets up .venv by itself, once, and again when pyproject.toml or constraints.txt change.
 #   make demo     train a small LLaMA on real text with APOLLO-Mini: text, table, picture (about 6 minutes on 2 cores)
 #   make test     the test suite                make lint   ruff and mypy --strict
-#   make bench    import and step costs         make docs   the documentation as a web site
+#   make bench    the race of the optimizers on a small LLaMA (hours; goes on where it was)
+#   make docs     the documentation as a web site
 #   make wheel    wheel and sdist, tried in a clean environment with torch alone
 #   make clean    what the targets above made, .venv excepted; make distclean takes .venv, too
 PYTHON ?= python3
 PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?= --out out/race
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +20,7 @@ SAY := printf '\n\033[1m==> %s\033[0m\n'
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '2,7s/^# *//p' Makefile
+	@sed -n '2,8s/^# *//p' Makefile
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -54,8 +56,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	@$(SAY) "what an import and a step cost here"
-	$(BIN)/python tools/costs.py
+	@$(SAY) "racing the optimizers (hours on two cores; Ctrl-C is safe, the same command goes on)"
+	$(BIN)/python -m apollo_optim.bench.race $(BENCH_ARGS)
 
 docs: $(VENV)/.dev
 	@$(SAY) "building the documentation"
