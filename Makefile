@@ -9,7 +9,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-BENCH_ARGS ?= --out out/race
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
