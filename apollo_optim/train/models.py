@@ -75,7 +75,9 @@ def build_model(
     except (ValueError, ImportError, OSError) as error:
         raise InputError(f"cannot build the model {cfg.name}: {_one_line(error)}") from error
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        # Its name until transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 

@@ -1,0 +1,229 @@
+"""Kill runs with `kill -9` at random moments, some of them in the middle of a save, resume them, compare to the bit.
+
+    python -m apollo_optim.bench.kill [--runs 10] [--during-save 3]
+
+Two runs are never stopped: one in float32 (APOLLO), one in bfloat16 (APOLLO-Mini), both with dropout, so that random
+numbers matter. Every killed run is one of these two. Afterwards step, tokens, loss, lr, gradient norm and evaluations
+of every step, and the bytes of weights and optimizer state at the end, must be those of the run that was never stopped.
+Exit code 0 if they all are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from apollo_optim.data.config import DataConfig
+from apollo_optim.train.checkpoint import checkpoints, newest
+from apollo_optim.train.config import (
+    CheckpointConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    save_config,
+)
+
+CHILD = """
+import sys
+from apollo_optim.train.config import load_config
+from apollo_optim.train.loop import pretrain
+pretrain(load_config(sys.argv[1]), resume="resume" in sys.argv)
+"""
+COMPARED = (
+    "event",
+    "step",
+    "tokens",
+    "loss",
+    "lr",
+    "lr_rest",
+    "grad_norm",
+    "perplexity",
+    "perplexity_reference",
+    "bits_per_byte",
+)
+
+
+@dataclass
+class Row:
+    """One killed run."""
+
+    kind: str
+    moment: str
+    killed_at: int
+    """The last step that it had recorded."""
+    resumed_from: int
+    figures: int
+    """How many recorded figures were compared."""
+    different: int
+    """How many of them were not the same to the bit, and files of the last checkpoint that were not."""
+
+
+def two_runs(steps: int) -> dict[str, RunConfig]:
+    """The runs that are killed: small, but with everything that has a state."""
+    kinds: dict[Literal["float32", "bfloat16"], str] = {"float32": "apollo", "bfloat16": "apollo-mini"}
+    return {
+        dtype: RunConfig(
+            model=ModelConfig("llama-1m", dtype=dtype, config={"attention_dropout": 0.1}),
+            data=DataConfig(seq_len=64),
+            optim=OptimConfig(name, update_proj_gap=7),
+            train=TrainConfig(steps=steps, batch_size=4, micro_batch=2, clip=1.0, threads=1),
+            eval=EvalConfig(every=10, tokens=2048),
+            checkpoint=CheckpointConfig(every=8, keep=2),
+            log=LogConfig(every=1, display="none"),
+        )
+        for dtype, name in kinds.items()
+    }
+
+
+def main(
+    runs: int = 10, during_save: int = 3, *, seed: int = 0, steps: int = 60, configs: dict[str, RunConfig] | None = None
+) -> int:
+    """The whole protocol; prints a table and returns the exit code."""
+    chance = random.Random(seed)
+    configs = configs or two_runs(steps)
+    root = Path(tempfile.mkdtemp(prefix="kill-"))
+    try:
+        references: dict[str, tuple[Path, float]] = {}
+        for kind, cfg in configs.items():
+            started = time.monotonic()
+            reference = root / f"reference-{kind}"
+            child, _ = start(cfg, reference)
+            wait_for_first_step(child, reference)
+            first = time.monotonic()
+            expect(child.wait() == 0, f"the {kind} run that nobody kills failed")
+            references[kind] = reference, time.monotonic() - first
+            print(f"{kind}: {time.monotonic() - started:.0f} s without a kill", flush=True)
+        print(
+            f"{'run':>3} {'kind':9} {'killed':16} {'at step':>7} {'resumed from':>12} {'figures':>7} {'different':>9}"
+        )
+        rows = []
+        for number in range(runs):
+            kind = list(configs)[number % len(configs)]
+            reference, seconds = references[kind]
+            moment = "during a save" if number < during_save else "at random"
+            row = kill_and_resume(configs[kind], root / f"run-{number}", reference, kind, moment, seconds, chance)
+            rows.append(row)
+            print(
+                f"{number + 1:>3} {row.kind:9} {row.moment:16} {row.killed_at:>7} {row.resumed_from:>12} "
+                f"{row.figures:>7} {row.different:>9}",
+                flush=True,
+            )
+        wrong = sum(row.different > 0 for row in rows)
+        print(
+            f"{len(rows) - wrong} of {len(rows)} killed and resumed runs are equal to the bit to the run never stopped"
+        )
+        return 1 if wrong else 0
+    finally:
+        shutil.rmtree(root)
+
+
+def kill_and_resume(
+    cfg: RunConfig, run: Path, reference: Path, kind: str, moment: str, seconds: float, chance: random.Random
+) -> Row:
+    """Start, kill, resume, compare. A kill that came too late to be one is tried again."""
+    kill = kill_during_save if moment == "during a save" else kill_at_random
+    while not kill(cfg, run, seconds, chance):
+        shutil.rmtree(run)
+    killed_at = max((r["step"] for r in records(run) if r["event"] == "step"), default=0)
+    last = newest(run)
+    resumed_from = max(checkpoints(run), default=0) if last else 0
+    child, _ = start(cfg, run, "resume")
+    expect(child.wait() == 0, f"{run.name} could not be resumed")
+    ours, theirs = figures(run), figures(reference)
+    different = sum(a != b for a, b in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
+    different += final_files(run) != final_files(reference)
+    return Row(kind, moment, killed_at, resumed_from, sum(len(record) for record in theirs), different)
+
+
+def kill_at_random(cfg: RunConfig, run: Path, seconds: float, chance: random.Random) -> bool:
+    """Somewhere between the first step and the end."""
+    child, _ = start(cfg, run)
+    wait_for_first_step(child, run)
+    time.sleep(chance.uniform(0, seconds))
+    child.kill()
+    return child.wait() != 0
+
+
+def kill_during_save(cfg: RunConfig, run: Path, seconds: float, chance: random.Random) -> bool:
+    """While a checkpoint is half-written: its hidden directory is there before the kill, and still there after it."""
+    every = cfg.checkpoint.every or cfg.train.steps
+    step = chance.randrange(every, cfg.train.steps + 1, every)
+    half = run / "checkpoints" / f".tmp-step-{step:08d}"
+    child, _ = start(cfg, run)
+    while not half.exists() and child.poll() is None:
+        time.sleep(0.0005)
+    time.sleep(chance.uniform(0, 0.02))
+    child.kill()
+    return child.wait() != 0 and half.exists()
+
+
+def start(cfg: RunConfig, run: Path, *words: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """A process of its own, as from the command line."""
+    path = run.with_suffix(".yaml")
+    save_config(dataclasses.replace(cfg, out=str(run)), path)
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(path), *words]), path
+
+
+def wait_for_first_step(child: subprocess.Popen[bytes], run: Path) -> None:
+    """Before that there is nothing to lose."""
+    while child.poll() is None and not any(record["event"] == "step" for record in records(run)):
+        time.sleep(0.05)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The complete lines of the log."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def figures(run: Path) -> list[dict[str, Any]]:
+    """What must be equal. JSON keeps every bit of a float."""
+    return [
+        {key: record[key] for key in COMPARED if key in record}
+        for record in records(run)
+        if record["event"] in ("step", "eval", "end")
+    ]
+
+
+def final_files(run: Path) -> dict[str, int]:
+    """Checksums of weights and of the tensors of the training state at the end."""
+    last = newest(run)
+    expect(last is not None, f"{run.name} has no checkpoint")
+    files = json.loads((last / "manifest.json").read_text())["files"] if last else {}
+    return {name: file["crc32"] for name, file in files.items() if name.endswith(".safetensors")}
+
+
+def expect(true: bool, message: str) -> None:
+    """End with one line if something is not as it has to be."""
+    if not true:
+        raise SystemExit(f"error: {message}")
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--during-save", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=60)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    options = arguments()
+    raise SystemExit(main(options.runs, options.during_save, seed=options.seed, steps=options.steps))
