@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.data import IGNORED, Batch, Batches, Data, DataConfig, check_vocabulary, open_data
-from apollo_optim.data import corpus as corpus_module
 from apollo_optim.data.corpus import CorpusDocuments, open_corpus
 from apollo_optim.data.files import SECTION, Reading, local_documents
 from apollo_optim.data.tokenizer import END, encode, token_bytes, trained_bpe
@@ -162,35 +161,31 @@ def test_the_split_follows_the_path_alone(tmp_path: Path) -> None:
 # ---- rows
 
 
-def test_packing_uses_every_token_once_and_shuffles_every_epoch(
-    stories: Path, small: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(corpus_module, "BLOCK", 700)
+def test_packing_uses_every_row_once_and_shuffles_every_epoch(stories: Path, small: Callable[..., DataConfig]) -> None:
     data = open_data(small(stories))
-    held = [row.tolist() for row in _documents(data)]
-    total = sum(map(len, held))
-    flat = [token for row in ids(data.train, *[1] * (2 * total // 16)) for token in row]
-    epochs = [flat[:total], flat[total:]]
-    orders = [_split(epoch, data.tokenizer.eos_token_id) for epoch in epochs]
-    assert Counter(map(tuple, orders[0])) == Counter(map(tuple, held))
-    assert len(orders[1]) >= len(held) - 4  # the last row of the second epoch is cut
-    assert set(map(tuple, orders[1][:-1])) <= set(map(tuple, held))
-    assert orders[0][:10] != orders[1][:10]
+    orders = []
+    for epoch in range(2):
+        documents = CorpusDocuments(*_corpus(data), seed="0")
+        documents.load_state_dict({"epoch": epoch, "position": 0})
+        flat = [token for row in encoded(data, documents.read()) for token in row]
+        rows = [flat[i : i + 16] for i in range(0, len(flat) - 15, 16)]
+        got = ids(data.train, *[1] * len(rows))
+        assert Counter(map(tuple, got)) == Counter(map(tuple, rows))
+        assert got != rows, "neighbours in a document are not neighbours in a batch"
+        orders.append(got)
+    assert orders[0] != orders[1]
+
+
+def _corpus(data: Data) -> tuple[Any, Any]:
+    documents = data.train.documents
+    assert isinstance(documents, CorpusDocuments)
+    return documents.corpus, documents.indices
 
 
 def _documents(data: Data) -> list[torch.Tensor]:
     documents = data.train.documents
     assert isinstance(documents, CorpusDocuments)
     return [torch.tensor(row) for row in encoded(data, [documents.corpus.text(n) for n in documents.indices])]
-
-
-def _split(flat: list[int], end: int) -> list[list[int]]:
-    rows: list[list[int]] = [[]]
-    for token in flat:
-        rows[-1].append(token)
-        if token == end:
-            rows.append([])
-    return rows[:-1] if not rows[-1] else rows
 
 
 def test_packed_labels_are_the_tokens(stories: Path, small: Callable[..., DataConfig]) -> None:
@@ -295,7 +290,7 @@ def _fresh(data: Data) -> Batches:
     if not isinstance(documents, CorpusDocuments):
         beginning = {"dataset": None, "rows": 0, "skipped": 0}  # type: ignore[dict-item]
     documents.load_state_dict(beginning)
-    return Batches(documents, data.tokenizer, data.train.seq_len, data.train.mode, data.train.about)
+    return Batches(documents, data.tokenizer, data.train.seq_len, data.train.mode, data.train.about, data.train.seed)
 
 
 @pytest.mark.parametrize("kind", ["files", "stream"])
@@ -606,11 +601,11 @@ def test_validation_shorter_than_a_row(stories: Path, small: Callable[..., DataC
 # ---- streams
 
 
-def test_a_stream_is_read_in_order_and_named(dataset: str, small: Callable[..., DataConfig]) -> None:
+def test_a_stream_is_read_once_and_named(dataset: str, small: Callable[..., DataConfig]) -> None:
     data = open_data(small(dataset, mode="pad", seq_len=200))
-    rows = encoded(data, [story(number) for number in (0, 1, 2)])
-    batch = data.train.next(3)
-    assert [[token for token in row if token != IGNORED] for row in batch.labels.tolist()] == rows
+    rows = encoded(data, [story(number) for number in (*range(40), *range(100, 140))])
+    batch = data.train.next(len(rows))
+    assert sorted([token for token in row if token != IGNORED] for row in batch.labels.tolist()) == sorted(rows)
     held = encoded(data, [story(500)])[0]
     assert data.validation(200)[0].input_ids[: len(held)].tolist() == held
     assert data.identity["name"] == dataset.removeprefix("hf:")

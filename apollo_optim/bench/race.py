@@ -53,6 +53,7 @@ def config_of(trial: Trial, out: Path) -> RunConfig:
     cfg.optim.weight_decay, cfg.optim.seed = 0.0, trial.seed
     cfg.train.steps, cfg.train.batch_size, cfg.train.micro_batch = trial.steps, BATCH, 8
     cfg.train.seed, cfg.train.threads = trial.seed, 1
+    cfg.train.matmul_precision = "medium"  # bf16 products of fp32 tensors: 1.5x faster where the CPU has them
     cfg.eval.every, cfg.eval.tokens = max(trial.steps // 7, 1), EVAL_TOKENS
     cfg.checkpoint.every, cfg.checkpoint.keep = 100, 1
     cfg.log.display = "none"
@@ -141,7 +142,7 @@ def table(race: Race, finals: dict[str, list[Trial]]) -> str:
             f"| {method} | {trials[0].lr:g} | {trials[0].rest_lr:g} | {', '.join(f'{p:.2f}' for p in ppl)} | "
             f"{statistics.mean(ppl):.2f} | {statistics.stdev(ppl) if len(ppl) > 1 else float('nan'):.2f} | "
             f"{'-' if method == base else f'{statistics.mean(against):+.1%} ({spread})'} | "
-            f"{statistics.mean(row['bits_per_byte'] for row in rows):.3f} | {rows[0]['memory']['optimizer'] / 1e6:.2f} |"
+            f"{statistics.mean(row['bits_per_byte'] for row in rows):.3f} | {rows[0]['memory']['optimizer'] / 1e6:.2f} |"  # noqa: E501
         )
     return "\n".join(lines)
 

@@ -95,10 +95,11 @@ def open_data(cfg: DataConfig) -> Data:
     identity = {**text.identity, "tokenizer": {"name": cfg.tokenizer, "entries": len(tokenizer), "sha256": sha256}}
     about = {**text.key, "tokenizer": sha256, "mode": cfg.mode, "seq_len": cfg.seq_len, "seed": cfg.seed}
 
-    def batches(documents: Documents) -> Batches:
-        return Batches(documents, tokenizer, cfg.seq_len, cfg.mode, about)
+    def batches(documents: Documents, seed: str) -> Batches:
+        return Batches(documents, tokenizer, cfg.seq_len, cfg.mode, about, seed)
 
-    return Data(tokenizer, batches(text.train), identity, lambda: batches(text.open_validation()))
+    train = batches(text.train, str(cfg.seed))
+    return Data(tokenizer, train, identity, lambda: batches(text.open_validation(), "validation"))
 
 
 def _open_text(cfg: DataConfig, cache: Path) -> _Text:

@@ -1,11 +1,13 @@
-"""Documents to rows of tokens, with a position that is exact to the token.
+"""Documents to rows of tokens, with a position that is exact to the row.
 
-documents -> (a block of texts) -> tokenised together -> rows. The position is where the current block began in the
-documents, the document within the block, and the tokens of it that are used up. Coming back means reading that block
-again, so no tokens are stored, and any source of documents with a position of its own will do: a shuffled corpus and a
-stream look the same here.
+documents -> (a block of texts) -> tokenised -> rows -> the rows of the block in shuffled order. Without that last step
+a long document would fill many batches in a row: a 300 KB file is twenty steps of 4,096 tokens, on which a model
+trains itself away from everything else. The position is where the current block began in the documents, and the rows of it
+that are used up. Coming back means reading that block again, so no tokens are stored, and any source of documents with
+a position of its own will do: a shuffled corpus and a stream look the same here.
 """
 
+import random
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -51,14 +53,21 @@ class Batches:
     """
 
     def __init__(
-        self, documents: Documents, tokenizer: Any, seq_len: int, mode: Literal["pack", "pad"], about: dict[str, Any]
+        self,
+        documents: Documents,
+        tokenizer: Any,
+        seq_len: int,
+        mode: Literal["pack", "pad"],
+        about: dict[str, Any],
+        seed: str = "",
     ) -> None:
         self.documents, self.tokenizer, self.seq_len, self.mode = documents, tokenizer, seq_len, mode
+        self.seed = seed  # of the order of rows within a block
         self.about = about  # what a position depends on: it means nothing on another corpus or with another tokenizer
         self.tokens = 0  # handed out so far, padding not counted
         self._began = documents.state_dict()
         self._block: list[list[int]] = []
-        self._document = self._offset = 0
+        self._used = self._number = 0
         self._saved = self._position()
 
     @property
@@ -104,51 +113,53 @@ class Batches:
         self._began = state["documents"]
         self.documents.load_state_dict(self._began)
         self.tokens = state["tokens"]
-        self._block, self._document, self._offset = [], 0, 0
-        if state["document"] or state["offset"]:
+        self._block, self._used, self._number = [], 0, state["block"]
+        if state["row"]:
+            self._number -= 1
             self._read()
-            self._document, self._offset = state["document"], state["offset"]
+            self._used = state["row"]
         self._saved = state
 
     def _position(self) -> dict[str, Any]:
         return {
             "about": self.about,
             "documents": self._began,
-            "document": self._document,
-            "offset": self._offset,
+            "block": self._number,
+            "row": self._used,
             "tokens": self.tokens,
         }
 
     def _read(self) -> None:
-        self._began = self.documents.state_dict()
-        texts = self.documents.read()
-        if not texts:
-            raise EndOfText
-        self._block, self._document, self._offset = encode(self.tokenizer, texts), 0, 0
-        for ids in self._block:
-            ids.append(self.tokenizer.eos_token_id)
+        """Read the next block that makes a row: at the end of an epoch there may be too little left for one."""
+        for _ in range(2):
+            self._began = self.documents.state_dict()
+            texts = self.documents.read()
+            if not texts:
+                raise EndOfText
+            self._number += 1
+            self._block, self._used = self._shuffled(self._cut(encode(self.tokenizer, texts))), 0
+            if self._block:
+                return
+        raise InputError(f"the text is too short to fill one row of {self.seq_len} tokens; lower data.seq_len")
 
-    def _current(self) -> list[int]:
-        """The document at the position, its end-of-text token included."""
-        if self._document == len(self._block):
-            self._read()
-        return self._block[self._document]
+    def _cut(self, documents: list[list[int]]) -> list[list[int]]:
+        """Documents to rows. Packing leaves out what is left over at the end of a block, less than one row."""
+        end, length = self.tokenizer.eos_token_id, self.seq_len
+        if self.mode == "pad":  # the papers' tokenizer ends a document that it cuts with the end-of-text token too
+            return [[*ids[: length - 1], end] for ids in documents]
+        tokens = [token for ids in documents for token in (*ids, end)]
+        return [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
+
+    def _shuffled(self, rows: list[list[int]]) -> list[list[int]]:
+        """`Random.random()` is the one stream that Python promises to keep; the block's number is part of its seed."""
+        number = random.Random(f"{self.seed}/{self._number}")
+        return sorted(rows, key=lambda _: number.random())
 
     def _row(self) -> list[int]:
-        if self.mode == "pad":
-            ids = self._current()
-            self._document += 1
-            # The papers' tokenizer ends a document that it cuts with the end-of-text token too.
-            row = ids if len(ids) <= self.seq_len else [*ids[: self.seq_len - 1], ids[-1]]
-        else:
-            row = []
-            while len(row) < self.seq_len:
-                ids = self._current()
-                piece = ids[self._offset : self._offset + self.seq_len - len(row)]
-                row += piece
-                self._offset += len(piece)
-                if self._offset == len(ids):
-                    self._document, self._offset = self._document + 1, 0
+        if self._used == len(self._block):
+            self._read()
+        row = self._block[self._used]
+        self._used += 1
         self.tokens += len(row)
         return row
 

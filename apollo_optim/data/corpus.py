@@ -20,7 +20,7 @@ from typing import IO, Any
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.files import Document, Reading, local_documents, versions
 
-BLOCK = 1 << 18  # characters of text that are read, and tokenised, at a time
+BLOCK = 1 << 22  # characters of text whose rows are shuffled together
 CODE = ("python", "packages")
 
 log = logging.getLogger(__name__)

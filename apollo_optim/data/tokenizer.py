@@ -86,16 +86,32 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, nothing added. A text's own `<|endoftext|>` stays text: it must not end a document."""
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # a document may be longer than the model's context: that is what rows are for
-    )
-    ids: list[list[int]] = encoded["input_ids"]
+    ids: list[list[int]] = []
+    for part in _parts(texts):
+        encoded = tokenizer(
+            part,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # a document may be longer than the model's context: that is what rows are for
+        )
+        ids += encoded["input_ids"]
     return ids
+
+
+def _parts(texts: list[str], characters: int = 1 << 18) -> Iterator[list[str]]:
+    """Some texts at a time: a tokenizer keeps a hundred bytes a token until its call is over."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if size >= characters:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def fingerprint(tokenizer: Any) -> str:

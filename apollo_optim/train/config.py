@@ -119,6 +119,9 @@ class TrainConfig:
     """Seed of the initial weights and of dropout."""
     threads: int | None = None
     """CPU threads of torch; None: its default. Results are equal to the bit only for equal thread counts."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision: of fp32 products. "medium" multiplies in bf16 where the hardware can, which
+    is faster on GPUs and on CPUs that have it; weights, sums and the optimizer stay fp32."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; None: the GPU if there is one."""
     deterministic: bool = False
@@ -269,6 +272,7 @@ def check(cfg: RunConfig) -> None:
     for key, choice, choices in (
         ("schedule.kind", cfg.schedule.kind, ("cosine", "linear", "constant", "wsd")),
         ("model.dtype", cfg.model.dtype, ("float32", "bfloat16")),
+        ("train.matmul_precision", cfg.train.matmul_precision, ("highest", "high", "medium")),
         ("log.display", cfg.log.display, ("auto", "rich", "plain", "none")),
         *(("log.to", sink, typing.get_args(Sink)) for sink in cfg.log.to),
     ):

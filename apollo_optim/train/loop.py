@@ -220,6 +220,7 @@ def choose_device(cfg: RunConfig) -> torch.device:
     """As configured, else the GPU if there is one; sets threads and determinism."""
     if cfg.train.threads is not None:
         torch.set_num_threads(cfg.train.threads)
+    torch.set_float32_matmul_precision(cfg.train.matmul_precision)
     try:
         device = torch.device(cfg.train.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
