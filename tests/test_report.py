@@ -87,6 +87,16 @@ def test_runs_are_told_apart(tmp_path: Path) -> None:
     assert labels([*runs, again]) == ["a", "b", "seed-1"]
 
 
+def test_a_log_kept_alone_is_a_run(tmp_path: Path) -> None:
+    path = write_log(tmp_path / "run", log_of()) / "metrics.jsonl"
+    assert read_run(path).path == tmp_path / "run"
+    kept = [path.rename(tmp_path / "apollo-seed-0.jsonl"), tmp_path / "apollo-seed-1.jsonl"]
+    kept[1].write_text(kept[0].read_text())
+    runs = [read_run(log) for log in kept]
+    assert labels(runs) == ["apollo-seed-0", "apollo-seed-1"]
+    assert write_report(runs, tmp_path / "report").page.is_file()
+
+
 @pytest.mark.parametrize(
     ("other", "what"),
     [

@@ -35,6 +35,7 @@ class Run:
     """One run, as its log tells it."""
 
     path: Path
+    """Its directory, or its log where that was kept alone."""
     start: Event
     """The last start: a resumed run has several, of the same configuration."""
     steps: list[Event]
@@ -77,8 +78,10 @@ class Run:
 
 
 def read_run(path: str | Path) -> Run:
-    """Read the log of a run directory (or the `metrics.jsonl` itself)."""
+    """Read the log of a run directory, or a log that was kept alone, under a name of its own."""
     path = Path(path)
+    if path.name == "metrics.jsonl":
+        path = path.parent
     log = path / "metrics.jsonl" if path.is_dir() else path
     if not log.is_file():
         raise InputError(f"{path}: no metrics.jsonl there; name the directory of a run (what `pretrain --out` named)")
@@ -87,7 +90,7 @@ def read_run(path: str | Path) -> Run:
     if not starts:
         raise InputError(f"{log}: no start event in it, so it is not the log of a run")
     return Run(
-        path=log.parent,
+        path=path,
         start=starts[-1],
         # A loss that is null was not a number.
         steps=[event for event in events if event["event"] == "step" and event["loss"] is not None],
@@ -127,7 +130,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
     optimizers = [run.optimizer for run in runs]
     if len(set(optimizers)) == len(runs):
         return optimizers
-    names = [run.path.resolve().name for run in runs]
+    names = [run.path.resolve().name.removesuffix(".jsonl") for run in runs]
     return names if len(set(names)) == len(runs) else [str(run.path) for run in runs]
 
 
@@ -240,7 +243,8 @@ def draw(runs: Sequence[Run]) -> "Figure":
     longest = max((run.seconds or 0.0 for run in runs), default=0.0)
     time_unit, time_name = unit_of(longest / 2, ((3600, "hours"), (60, "minutes"), (1, "seconds")))
     most = max((run.steps[-1]["tokens"] for run in runs if run.steps), default=0)
-    token_unit, token_name = unit_of(most, ((1e9, "billions of tokens"), (1e6, "millions of tokens"), (1, "tokens")))
+    counts = ((1e9, "billions of tokens"), (1e6, "millions of tokens"), (1e3, "thousands of tokens"), (1, "tokens"))
+    token_unit, token_name = unit_of(most, counts)
 
     for run, name, (colour, style) in zip(runs, names, looks, strict=True):
         plot_loss(by_tokens, run, lambda event: event["tokens"] / token_unit, colour=colour, style=style, label=name)
@@ -255,7 +259,7 @@ def draw(runs: Sequence[Run]) -> "Figure":
 
     plot_resident(resident, runs, names, looks)
     plot_bars(peak, [run.memory.get("peak") for run in runs], names, looks)
-    resident.set_title("Memory that stays between steps")
+    resident.set_title("Weights, gradients and optimizer state")
     peak.set_title("Peak memory of the process")
     for axes in (by_tokens, by_time, resident, peak):
         axes.title.set_fontsize(11)
@@ -318,7 +322,7 @@ def plot_resident(axes: "Axes", runs: Sequence[Run], names: list[str], looks: li
             left += size
         axes.text(left / factor, row, f" {left / factor:.3g}", va="center", fontsize=9)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel=f"{unit}: weights (dark), gradients, optimizer state (light)", xlim=(0, 1.14 * widest / factor))
+    axes.set(xlabel=f"{unit} (dark: weights, light: optimizer state)", xlim=(0, 1.14 * widest / factor))
     axes.invert_yaxis()
 
 
@@ -407,7 +411,7 @@ def html_page(runs: Sequence[Run], image: bytes) -> str:
         facts = {key: run.start.get(key) for key in ("config", "corpus", "versions", "hardware")}
         text = html.escape(json.dumps(facts, indent=2, default=str))
         resumed = f", resumed {run.resumes} times" if run.resumes else ""
-        summary = html.escape(f"{name}: {run.path.resolve().name}/metrics.jsonl{resumed}")
+        summary = html.escape(f"{name}: {run.path.resolve().name}{resumed}")
         provenance.append(f"<details><summary>{summary}</summary><pre>{text}</pre></details>")
     return PAGE.format(
         title=html.escape(headline(runs)),

@@ -13,7 +13,9 @@ def run(argv: Sequence[str]) -> int:
         "Runs on different text, or with different tokenizers, are not put side by side.",
         "examples:\n  apollo-optim report out/demo\n  apollo-optim report out/adamw out/apollo --out out/comparison",
     )
-    parser.add_argument("run", nargs="+", metavar="DIR", help="a run directory")
+    parser.add_argument(
+        "run", nargs="+", metavar="DIR", help="a run directory (or a log that was kept alone, a .jsonl)"
+    )
     parser.add_argument("--out", help="where to write report.png, .html and .md (DIR/report; several runs: ./report)")
     args = parser.parse(argv)
     from rich.console import Console
@@ -21,7 +23,8 @@ def run(argv: Sequence[str]) -> int:
     from ..bench import report
 
     runs = [report.read_run(path) for path in args.run]
-    written = report.write_report(runs, args.out or (runs[0].path / "report" if len(runs) == 1 else Path("report")))
+    alone = len(runs) == 1 and runs[0].path.is_dir()
+    written = report.write_report(runs, args.out or (runs[0].path / "report" if alone else Path("report")))
     console = Console()
     console.print(report.rich_table(runs))
     console.print(report.NOTE, style="dim", highlight=False)
