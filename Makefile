@@ -23,8 +23,9 @@ help:
 	@sed -n '2,8s/^# *//p' Makefile
 
 $(BIN)/pip:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo 'not there'), and apollo-optim's command needs Python 3.11 or newer;" \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  version=$$($(PYTHON) --version 2>/dev/null || echo missing); \
+	  echo "error: $(PYTHON) is $$version, and apollo-optim's command needs Python 3.11 or newer;" \
 	       "name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	@$(SAY) "creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) could not create $(VENV) (on Debian and Ubuntu: apt install python3-venv)" >&2; rm -rf $(VENV); exit 2; }
