@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import random
 import shutil
@@ -61,15 +62,15 @@ COMPARED = (
 class Row:
     """One killed run."""
 
-    kind: str
-    moment: str
     killed_at: int
     """The last step that it had recorded."""
     resumed_from: int
     figures: int
     """How many recorded figures were compared."""
     different: int
-    """How many of them were not the same to the bit, and files of the last checkpoint that were not."""
+    """How many lines of the log were not the same to the bit, and one more if the last checkpoints are not."""
+    first: str
+    """The first of them."""
 
 
 def two_runs(steps: int) -> dict[str, RunConfig]:
@@ -95,63 +96,56 @@ def main(
     """The whole protocol; prints a table and returns the exit code."""
     chance = random.Random(seed)
     configs = configs or two_runs(steps)
-    root = Path(tempfile.mkdtemp(prefix="kill-"))
-    try:
-        references: dict[str, tuple[Path, float]] = {}
-        for kind, cfg in configs.items():
-            started = time.monotonic()
-            reference = root / f"reference-{kind}"
-            child, _ = start(cfg, reference)
-            wait_for_first_step(child, reference)
-            first = time.monotonic()
-            expect(child.wait() == 0, f"the {kind} run that nobody kills failed")
-            references[kind] = reference, time.monotonic() - first
-            print(f"{kind}: {time.monotonic() - started:.0f} s without a kill", flush=True)
+    source = fingerprint()
+    wrong = 0
+    with tempfile.TemporaryDirectory(prefix="kill-") as directory:
+        root = Path(directory)
+        references = {kind: whole_run(cfg, root / f"whole-{kind}") for kind, cfg in configs.items()}
         print(
-            f"{'run':>3} {'kind':9} {'killed':16} {'at step':>7} {'resumed from':>12} {'figures':>7} {'different':>9}"
+            f"{'run':>3} {'kind':9} {'killed':13} {'at step':>7} {'resumed from':>12} {'figures':>7} {'different':>9}"
         )
-        rows = []
         for number in range(runs):
             kind = list(configs)[number % len(configs)]
-            reference, seconds = references[kind]
             moment = "during a save" if number < during_save else "at random"
-            row = kill_and_resume(configs[kind], root / f"run-{number}", reference, kind, moment, seconds, chance)
-            rows.append(row)
+            row = kill_and_resume(configs[kind], root / f"run-{number}", *references[kind], moment, chance)
+            wrong += row.different > 0
             print(
-                f"{number + 1:>3} {row.kind:9} {row.moment:16} {row.killed_at:>7} {row.resumed_from:>12} "
-                f"{row.figures:>7} {row.different:>9}",
+                f"{number + 1:>3} {kind:9} {moment:13} {row.killed_at:>7} {row.resumed_from:>12} "
+                f"{row.figures:>7} {row.different:>9}" + (f"  {row.first}" if row.first else ""),
                 flush=True,
             )
-        wrong = sum(row.different > 0 for row in rows)
-        print(
-            f"{len(rows) - wrong} of {len(rows)} killed and resumed runs are equal to the bit to the run never stopped"
-        )
-        return 1 if wrong else 0
-    finally:
-        shutil.rmtree(root)
+    expect(source == fingerprint(), "the package was edited meanwhile: these runs cannot be compared")
+    print(f"{runs - wrong} of {runs} killed and resumed runs are equal to the bit to the run that was never stopped")
+    return 1 if wrong else 0
 
 
-def kill_and_resume(
-    cfg: RunConfig, run: Path, reference: Path, kind: str, moment: str, seconds: float, chance: random.Random
-) -> Row:
+def whole_run(cfg: RunConfig, run: Path) -> tuple[Path, float]:
+    """The run that nobody kills, and how many seconds it took from its first step on."""
+    child = start(cfg, run)
+    wait_for_first_step(child, run)
+    first = time.monotonic()
+    expect(child.wait() == 0, f"{run.name}, which nobody killed, failed")
+    return run, time.monotonic() - first
+
+
+def kill_and_resume(cfg: RunConfig, run: Path, whole: Path, seconds: float, moment: str, chance: random.Random) -> Row:
     """Start, kill, resume, compare. A kill that came too late to be one is tried again."""
     kill = kill_during_save if moment == "during a save" else kill_at_random
     while not kill(cfg, run, seconds, chance):
         shutil.rmtree(run)
-    killed_at = max((r["step"] for r in records(run) if r["event"] == "step"), default=0)
-    last = newest(run)
-    resumed_from = max(checkpoints(run), default=0) if last else 0
-    child, _ = start(cfg, run, "resume")
-    expect(child.wait() == 0, f"{run.name} could not be resumed")
-    ours, theirs = figures(run), figures(reference)
-    different = sum(a != b for a, b in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
-    different += final_files(run) != final_files(reference)
-    return Row(kind, moment, killed_at, resumed_from, sum(len(record) for record in theirs), different)
+    killed_at = max((record["step"] for record in records(run) if record["event"] == "step"), default=0)
+    resumed_from = max(checkpoints(run), default=0)
+    expect(start(cfg, run, "resume").wait() == 0, f"{run.name} could not be resumed")
+    ours, theirs = figures(run), figures(whole)
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=False) if a != b]
+    different = len(pairs) + abs(len(ours) - len(theirs)) + (final_files(run) != final_files(whole))
+    first = f"first: {pairs[0][0]} instead of {pairs[0][1]}" if pairs else ""
+    return Row(killed_at, resumed_from, sum(map(len, theirs)), different, first)
 
 
 def kill_at_random(cfg: RunConfig, run: Path, seconds: float, chance: random.Random) -> bool:
     """Somewhere between the first step and the end."""
-    child, _ = start(cfg, run)
+    child = start(cfg, run)
     wait_for_first_step(child, run)
     time.sleep(chance.uniform(0, seconds))
     child.kill()
@@ -163,7 +157,7 @@ def kill_during_save(cfg: RunConfig, run: Path, seconds: float, chance: random.R
     every = cfg.checkpoint.every or cfg.train.steps
     step = chance.randrange(every, cfg.train.steps + 1, every)
     half = run / "checkpoints" / f".tmp-step-{step:08d}"
-    child, _ = start(cfg, run)
+    child = start(cfg, run)
     while not half.exists() and child.poll() is None:
         time.sleep(0.0005)
     time.sleep(chance.uniform(0, 0.02))
@@ -171,14 +165,14 @@ def kill_during_save(cfg: RunConfig, run: Path, seconds: float, chance: random.R
     return child.wait() != 0 and half.exists()
 
 
-def start(cfg: RunConfig, run: Path, *words: str) -> tuple[subprocess.Popen[bytes], Path]:
+def start(cfg: RunConfig, run: Path, *words: str) -> subprocess.Popen[bytes]:
     """A process of its own, as from the command line."""
     path = run.with_suffix(".yaml")
     save_config(dataclasses.replace(cfg, out=str(run)), path)
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(path), *words]), path
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(path), *words])
 
 
-def wait_for_first_step(child: subprocess.Popen[bytes], run: Path) -> None:
+def wait_for_first_step(child: subprocess.Popen[Any], run: Path) -> None:
     """Before that there is nothing to lose."""
     while child.poll() is None and not any(record["event"] == "step" for record in records(run)):
         time.sleep(0.05)
@@ -206,6 +200,12 @@ def final_files(run: Path) -> dict[str, int]:
     expect(last is not None, f"{run.name} has no checkpoint")
     files = json.loads((last / "manifest.json").read_text())["files"] if last else {}
     return {name: file["crc32"] for name, file in files.items() if name.endswith(".safetensors")}
+
+
+def fingerprint() -> str:
+    """Of the package's own source: while it is being edited nothing can be compared."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def expect(true: bool, message: str) -> None:
