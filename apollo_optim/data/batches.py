@@ -2,9 +2,11 @@
 
 documents -> (a block of texts) -> tokenised -> rows -> the rows of the block in shuffled order. Without that last step
 a long document would fill many batches in a row: a 300 KB file is twenty steps of 4,096 tokens, on which a model
-trains itself away from everything else. The position is where the current block began in the documents, and the rows of it
-that are used up. Coming back means reading that block again, so no tokens are stored, and any source of documents with
-a position of its own will do: a shuffled corpus and a stream look the same here.
+trains itself away from everything else.
+
+The position is where the current block began in the documents, and the rows of it that are used up. Coming back means
+reading that block again, so no tokens are stored, and any source of documents with a position of its own will do: a
+shuffled corpus and a stream look the same here.
 """
 
 import random
