@@ -5,12 +5,14 @@ expert), so every rank keeps its part and norms along r stay local. ``torch.dist
 DTensor is met: it costs a second and 500 modules.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
+
+from apollo_optim.core.errors import InputError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -38,6 +40,10 @@ def offsets(t: Tensor) -> tuple[int, ...]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = t.device_mesh, t.placements
+    for i, p in enumerate(placements):  # of a strided shard, only what later ones cut back to one block can be placed
+        later = [mesh.size(j) for j, q in enumerate(placements) if j > i and _splits(q, [getattr(p, "dim", None)])]
+        if getattr(p, "split_factor", prod(later)) != prod(later):
+            raise InputError(f"no step for a parameter split as {placements}: a rank's part of it is not one block")
     return tuple(compute_local_shape_and_global_offset(t.shape, mesh, placements)[1])
 
 
@@ -60,9 +66,9 @@ def zeros(shape: tuple[int, ...], view_ck: Tensor, dtype: torch.dtype) -> Tensor
     from torch.distributed.tensor import Replicate
 
     placements = by_channel(view_ck)
-    if len(shape) < view_ck.ndim:
-        batch = view_ck.ndim - 2
-        placements = [p if p.is_shard() and p.dim < batch else Replicate() for p in placements]
+    if len(shape) < view_ck.ndim:  # one number per matrix, or one for all: an AdamW-stepped stack has no matrices
+        own: tuple[Any, ...] = view_ck.placements
+        placements = [p if _splits(p, range(len(shape))) else Replicate() for p in own]
     return _assembled(lambda size: torch.zeros(size, dtype=dtype, device=view_ck.device), shape, view_ck, placements)
 
 
@@ -80,7 +86,7 @@ def by_channel(view_ck: "DTensor") -> list[Any]:
 
     channels = view_ck.ndim - 2
     placements: tuple[Any, ...] = view_ck.placements
-    return [Shard(channels) if p.is_shard() and p.dim == channels + 1 else p for p in placements]
+    return [Shard(channels) if _splits(p, [channels + 1]) else p for p in placements]
 
 
 def projected(view_ck: Tensor, rank: int, product: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Tensor:
@@ -94,7 +100,7 @@ def projected(view_ck: Tensor, rank: int, product: Callable[[Tensor, tuple[int, 
 
     compressed = view_ck.ndim - 1
     placements: tuple[Any, ...] = view_ck.placements
-    waiting = [Partial() if p.is_shard() and p.dim == compressed else p for p in placements]
+    waiting = [Partial() if _splits(p, [compressed]) else p for p in placements]
     part = product(local(view_ck), offsets(view_ck))
     return settled(_assembled(lambda _: part, (*view_ck.shape[:-1], rank), view_ck, waiting))
 
@@ -120,10 +126,22 @@ def spread(factor: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import Replicate
 
     def place(p: Any) -> Any:
-        return p if p.is_shard() and p.dim < factor.ndim and factor.shape[p.dim] > 1 else Replicate()
+        return p if _splits(p, [dim for dim, size in enumerate(factor.shape) if size > 1]) else Replicate()
 
     placements = [place(p) for p in like.placements]
     return factor.redistribute(placements=placements)
+
+
+def aligned(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` split as ``like``, of the same shape, is: a gradient may come as a sum in waiting, or split its own way."""
+    if not (is_sharded(t) and is_sharded(like)) or t.placements == like.placements:
+        return t
+    return t.redistribute(placements=like.placements)
+
+
+def _splits(placement: Any, dims: Container[Any]) -> bool:
+    """Does it split one of these dimensions? ``is_shard`` says no of a strided shard, tensor parallelism under FSDP."""
+    return getattr(placement, "dim", None) in dims
 
 
 def _assembled(

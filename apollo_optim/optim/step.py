@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from apollo_optim.core.layout import flat_index, local, settled, spread
+from apollo_optim.core.layout import aligned, flat_index, local, settled, spread
 from apollo_optim.core.moments import Number, bias_corrections, updated
 from apollo_optim.core.project import channel_view
 from apollo_optim.core.random import Key, Purpose, hash32, key_at
@@ -142,7 +142,7 @@ def advance(rule: Rule, p: Tensor, grad: Tensor, state: State, n: Numbers, spec:
     A gradient whose norm is not finite leaves its matrix as it was - weight, moments and limit - and is counted in
     ``state["skipped"]``. That is a ``where``, not a branch: no value is ever read back by the host.
     """
-    grad = -grad if spec.maximize else grad
+    grad = aligned(-grad if spec.maximize else grad, p)
     if spec.rule:
         matrix = as_matrix(grad, spec.conv)
         view_ck = channel_view(matrix)
@@ -156,7 +156,8 @@ def advance(rule: Rule, p: Tensor, grad: Tensor, state: State, n: Numbers, spec:
         old = state[name]
         rounds = spec.stochastic and old.dtype is torch.bfloat16
         bits = hash32(flat_index(old), n.rounding[name]) if rounds else None
-        store(local(old), local(torch.where(spread(_fit(usable, value), value), value, old.float())), bits)
+        here = local(spread(_fit(usable, old), old))
+        store(local(old), torch.where(here, local(aligned(value, old)), local(old).float()), bits)
     state["skipped"].add_(~usable)
     key = n.rounding["weight"] if spec.stochastic else None
     write(p, taken.tensor, taken.factor, _fit(usable, taken.tensor), n.lr, n.weight_decay, key)
