@@ -19,7 +19,47 @@ from apollo_optim.optim.step import Group, Numbers, Spec, State, Step
 
 
 class Apollo(MatrixOptimizer):
-    """DOC"""
+    """APOLLO (Algorithm 1): AdamW's quality with two rank-r moments per matrix instead of two full ones.
+
+    The moments of Adam are kept for R = G P alone, the gradient's random sketch of r columns. What they say about each
+    channel (a row or a column, along the longer side) - how much Adam would have stretched it, s = ||N|| / ||R||
+    (eq. 5) - is applied to the gradient itself: ``W <- (1 - lr wd) W - lr sqrt(scale) c_t limit(s G)``, with Adam's bias
+    correction c_t. Nothing is projected back, so a step has full rank.
+
+    Args:
+        params: ``param_groups(model, rank=...)``, groups written for apollo-torch, or bare parameters with ``rank``.
+            A group that *names* ``rank`` follows the rule with its 2-D parameters, convolutions (as ``(out, -1)``) and
+            3-D stacks of matrices (each with its own projection, ratios and limiter). Everything else - groups without
+            a rank, 0-D and 1-D parameters, matrices whose small side is no larger than the rank - follows AdamW at the
+            same ``lr`` inside this optimizer.
+        lr: The papers use 0.01 at every size from 60M to 7B, with a cosine to 10 %, 10 % of warm-up and no clipping.
+            It is not AdamW's: an AdamW step has entries near +-lr, an APOLLO step only the same norm per channel before
+            ``scale``, so it takes about ten times AdamW's lr. The rest, AdamW, gets this lr too unless its groups name
+            another; for embedding and head 0.01 is right as well (see ``rest_lr`` of ``param_groups``).
+        betas, eps: Adam's, of the sketch and of the rest. ``eps`` is added to uncorrected moments for the matrices and
+            to corrected ones for the rest, as in the papers' code and in torch.optim.AdamW.
+        weight_decay: Decoupled, and applied to the weight before the step, as in torch.optim.AdamW.
+        rank: r, columns of the sketch: a quarter of the small side (the papers' choice; 256 at 7B), or an eighth. Only
+            applies where no group names one. State per matrix of m x n: 2 r max(m, n) numbers.
+        scale: Multiplies a step by its *square root* (the paper's alpha = sqrt(scale)), as in apollo-torch. A sketch of
+            r columns underestimates s by sqrt(r / d) (theorem 4.2); "auto" undoes that with d / r.
+        scale_type: "channel", one s for each channel; "tensor", one for the whole matrix (APOLLO-Mini).
+        scale_front: Scale before the limiter instead of after it. The limiter is homogeneous, so this changes rounding
+            only; kept for groups written for apollo-torch.
+        proj: "gaussian" (the paper's, also "random"), "sketch" (signs and sums, no matrix product), "rademacher", or
+            "svd" (the gradient's top singular vectors, kept as state: APOLLO-SVD).
+        proj_type: "std", nothing else: the side to compress is always the smaller one.
+        update_proj_gap: Steps between two projections.
+        norm_growth: A step's norm may be at most this times the one before (Fira's limiter); None for no limit.
+        state_dtype: Of the moments. bf16 halves them and needs stochastic rounding: 0.999 v rounds back to v.
+        stochastic_rounding: Of bf16 weights and bf16 moments at their one write per step. fp32 ones are not affected.
+        seed: Every parameter draws its own from this and its position, at its first step, and keeps it in its state.
+        view: How a 3-D parameter is to be seen: as a "stack" of matrices (default) or as a "conv" weight.
+        maximize: Step up the gradient, as in torch.optim.
+        compile: Run every step as one compiled function per shape.
+
+    Raises InputError (a ValueError) for unknown keys and wrong values, naming the key, and where nothing names a rank.
+    """
 
     knobs: ClassVar[frozenset[str]] = frozenset(KNOBS)
 
@@ -99,7 +139,11 @@ class Apollo(MatrixOptimizer):
 
 
 class ApolloMini(Apollo):
-    """One factor for the whole matrix: rank 1 is enough for it. APOLLO with other defaults (section 4.3)."""
+    """APOLLO-Mini: one factor for the whole matrix, for which a sketch of one column is enough (section 4.3).
+
+    ``Apollo`` with ``scale_type="tensor"`` and ``scale=128`` (the papers' for 60M and 130M and all fine-tuning); use it
+    with ``rank=1``: ``ApolloMini(param_groups(model, rank=1))``. State per matrix of m x n: 2 max(m, n) + 1 numbers.
+    """
 
     def __init__(
         self,

@@ -1,0 +1,493 @@
+"""What every registered optimizer must do. To register is to be tested here."""
+
+import copy
+import io
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import apollo_optim
+from apollo_optim import AdamW, Apollo, InputError, build_optimizer, describe, list_optimizers
+from apollo_optim.optim.groups import state_bytes
+
+NAMES = [info.name for info in list_optimizers()]
+every_optimizer = pytest.mark.parametrize("name", NAMES)
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+SHORT_GAP = {"update_proj_gap": 3}  # several refreshes in few steps
+
+
+class Block(nn.Module):
+    """Tall, wide, square, uneven, a bias, a conv and a stack of experts: a model of every shape there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tall, self.wide, self.square = nn.Linear(8, 20), nn.Linear(20, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.uneven = nn.Linear(8, 13, bias=False)
+        self.conv = nn.Conv1d(4, 6, 3)
+        self.experts = nn.Parameter(torch.randn(3, 8, 12) / 3)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.mlp = Block()
+        self.norm = nn.LayerNorm(8)
+        self.gain = nn.Parameter(torch.ones(()))
+        self.lm_head = nn.Linear(8, 11, bias=False)
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> Model:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Model().to(dtype)
+
+
+def make(name: str, model: nn.Module, **knobs) -> torch.optim.Optimizer:
+    if name != "adamw":
+        knobs = {"rank": 1 if name == "apollo-mini" else 2, **SHORT_GAP, **knobs}
+    return build_optimizer(name, model, targets="mlp", **{"lr": 1e-2, **knobs})
+
+
+def set_gradients(model: nn.Module, step: int, scale: float = 1.0) -> None:
+    draw = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = (torch.randn(p.shape, generator=draw) * scale).to(p.dtype)
+
+
+def run(model: nn.Module, optimizer, steps) -> None:
+    for step in steps:
+        set_gradients(model, step)
+        optimizer.step()
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def flat_state(optimizer) -> dict[tuple[int, str], object]:
+    return {
+        (i, key): value.clone() if isinstance(value, Tensor) else value
+        for i, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        if isinstance(value, Tensor):
+            assert value.dtype == b[key].dtype
+            assert torch.equal(value, b[key]), f"{key}: {(value.float() - b[key].float()).abs().max()}"
+        else:
+            assert value == b[key], key
+
+
+@every_optimizer
+@both_dtypes
+def test_steps_every_parameter_and_keeps_its_dtype(name, dtype):
+    model = make_model(dtype)
+    before, optimizer = snapshot(model), make(name, model)
+    run(model, optimizer, range(4))
+    for key, p in model.named_parameters():
+        assert p.dtype is dtype
+        assert p.isfinite().all()
+        assert not torch.equal(p, before[key]), key
+
+
+@every_optimizer
+def test_lowers_a_loss(name):
+    """A least-squares problem: the loss falls, and rises with maximize."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 12), torch.randn(64, 16) @ torch.randn(16, 24) / 4
+    for sign in (1, -1):
+        model = nn.Sequential()
+        model.mlp = nn.Linear(12, 24)
+        optimizer = make(name, model, lr=2e-2 if name != "apollo-mini" else 5e-3)
+        for group in optimizer.param_groups:
+            group["maximize"] = sign < 0
+        losses = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (model.mlp(x) - y).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert sign * (losses[0] - losses[-1]) > 0.05 * losses[0], losses
+
+
+@every_optimizer
+def test_state_is_complete_at_the_first_step_and_plain(name):
+    model = make_model()
+    optimizer = make(name, model)
+    assert not optimizer.state, "state is lazy"
+    run(model, optimizer, [0])
+    first = flat_state(optimizer)
+    for value in first.values():
+        assert type(value) in (Tensor, int)
+    run(model, optimizer, range(1, 5))
+    later = flat_state(optimizer)
+    assert {k: getattr(v, "shape", None) for k, v in first.items()} == {
+        k: getattr(v, "shape", None) for k, v in later.items()
+    }
+    keys = {key for _, key in first}
+    assert keys <= {"step", "seed", "skipped", "exp_avg", "exp_avg_sq", "prev_norm", "basis"}
+    assert ("basis" in keys) == (name == "apollo-svd"), "a random projection is never state"
+
+
+@every_optimizer
+@both_dtypes
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["state32", "state16"])
+def test_resumes_bitwise_through_a_weights_only_file(name, dtype, state_dtype):
+    model = make_model(dtype)
+    optimizer = make(name, model, state_dtype=state_dtype)
+    run(model, optimizer, range(5))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    run(model, optimizer, range(5, 12))
+
+    again = make_model(dtype)
+    resumed = make(name, again, state_dtype=state_dtype)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    run(again, resumed, range(5, 12))
+    assert_same(snapshot(model), snapshot(again))
+    assert_same(flat_state(optimizer), flat_state(resumed))
+
+
+@every_optimizer
+def test_a_seed_survives_another_position(name):
+    """A parameter's random numbers are its own: fixed at its first step and saved, not looked up again."""
+    a, b = nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(6, 4))
+    kwargs = {} if name == "adamw" else {"rank": 1}
+    optimizer = type(make(name, make_model()))([{"params": [a, b], **kwargs}], lr=1e-2)
+    a.grad, b.grad = torch.randn(6, 4), torch.randn(6, 4)
+    optimizer.step()
+    seeds = [optimizer.state[p]["seed"] for p in (a, b)]
+    assert seeds[0] != seeds[1]
+    alone = type(optimizer)([{"params": [b], **kwargs}], lr=1e-2)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: saved["state"][1]}
+    saved["param_groups"][0]["params"] = [0]
+    alone.load_state_dict(saved)
+    alone.step()
+    assert alone.state[b]["seed"] == seeds[1]
+
+
+@every_optimizer
+def test_foreign_and_misfitting_states_are_refused_and_change_nothing(name):
+    model = make_model()
+    optimizer = make(name, model)
+    run(model, optimizer, range(2))
+    before = flat_state(optimizer)
+    torchs = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    set_gradients(model, 9, 0.0)
+    torchs.step()
+    foreign = torchs.state_dict()
+    ours = optimizer.state_dict()
+    foreign["param_groups"] = copy.deepcopy(ours["param_groups"])
+    with pytest.raises(InputError, match="does not fit"):
+        optimizer.load_state_dict(foreign)
+    with pytest.raises(ValueError, match="param_groups"):
+        optimizer.load_state_dict({**ours, "param_groups": torchs.state_dict()["param_groups"]})
+    assert_same(before, flat_state(optimizer))
+
+
+@every_optimizer
+@both_dtypes
+@pytest.mark.parametrize("zeros", [[0], [0, 1, 2, 3, 4], [6], [6, 7]], ids=str)
+def test_a_zero_gradient_is_harmless(name, dtype, zeros):
+    """At the start, for the first five steps, in mid-run: nothing freezes, and the limit still holds after it."""
+    model = make_model(dtype)
+    optimizer = make(name, model, **({} if name == "adamw" else {"weight_decay": 0.0}))
+    growth = []
+    for step in range(12):
+        before = snapshot(model)
+        norms = {i: s["prev_norm"].clone() for i, s in enumerate(optimizer.state.values()) if "prev_norm" in s}
+        set_gradients(model, step, 0.0 if step in zeros else 1.0)
+        optimizer.step()
+        moved = [not torch.equal(p, before[key]) for key, p in model.named_parameters() if p.ndim > 1]
+        assert all(p.isfinite().all() for p in model.parameters())
+        if step not in zeros:
+            assert all(moved), f"frozen at step {step}"
+        for i, state in enumerate(optimizer.state.values()):
+            if "prev_norm" in state and i in norms:
+                had, has = norms[i], state["prev_norm"]
+                if step in zeros:
+                    assert torch.equal(had, has), "a step of norm zero is not remembered"
+                growth.append((has[had > 0] / had[had > 0]).flatten())
+    if name != "adamw":
+        assert torch.cat(growth).max() <= 1.01 + 1e-5
+        if max(zeros) < 5:  # the limit was never lost: it is there at every later step
+            assert all((s["prev_norm"] > 0).all() for s in optimizer.state.values() if "prev_norm" in s)
+
+
+@every_optimizer
+@both_dtypes
+@pytest.mark.parametrize("bad", [0, 3], ids=["first", "mid-run"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_non_finite_gradient_changes_nothing_but_the_count(name, dtype, bad, value):
+    model, twin = make_model(dtype), make_model(dtype)
+    optimizer, other = make(name, model), make(name, twin)
+    for step in range(6):
+        set_gradients(model, step)
+        set_gradients(twin, step)
+        if step == bad:
+            for p in model.parameters():
+                p.grad.view(-1)[0] = value  # one bad entry: in a stack, of the first expert only
+            weights = snapshot(model)
+            states = flat_state(optimizer)
+        optimizer.step()
+        if step != bad:
+            other.step()
+            continue
+        for key, p in model.named_parameters():
+            if "experts" in key and name != "adamw":
+                assert torch.equal(p[0], weights[key][0])
+                assert not torch.equal(p[1], weights[key][1]), "the healthy experts go on"
+                continue
+            assert torch.equal(p, weights[key]), key
+            state = optimizer.state[p]
+            assert state["skipped"].sum() == 1
+            assert state["step"] == step + 1
+        in_order = [p for group in optimizer.param_groups for p in group["params"]]
+        for (i, key), had in states.items():
+            if key in ("exp_avg", "exp_avg_sq", "prev_norm", "basis"):
+                stack = in_order[i].shape == model.mlp.experts.shape and name != "adamw"
+                has = optimizer.state_dict()["state"][i][key]
+                assert torch.equal(has[0], had[0]) if stack else torch.equal(has, had), key
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@every_optimizer
+def test_no_value_is_read_back_by_the_host(name, monkeypatch):
+    """No ``.item()``, ``bool()`` or ``float()`` on anything but the CPU step counter: the meta device has no values."""
+    with torch.device("meta"):
+        model = Model()
+    optimizer = make(name, model)
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    if name == "apollo-svd":
+        pytest.skip("a singular value decomposition waits for its device by nature, once a refresh")
+    optimizer.step()
+
+
+@every_optimizer
+def test_missing_gradients_closures_hooks_and_schedules(name):
+    model = make_model()
+    optimizer = make(name, model)
+    before, calls = snapshot(model), []
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
+
+    def closure() -> Tensor:
+        assert torch.is_grad_enabled()
+        set_gradients(model, 0)
+        model.mlp.wide.weight.grad = None
+        return torch.tensor(4.0)
+
+    assert optimizer.step(closure) == 4.0
+    assert calls == ["pre", "post"]
+    assert torch.equal(model.mlp.wide.weight, before["mlp.wide.weight"]), "no gradient, no step"
+    scheduler.step()  # to lr 0: obeyed, so nothing moves
+    held = snapshot(model)
+    run(model, optimizer, [1])
+    assert_same(held, snapshot(model))
+
+
+@every_optimizer
+def test_groups_added_and_parameters_unfrozen_in_mid_run(name):
+    model = make_model()
+    for p in model.mlp.parameters():
+        p.requires_grad_(False)
+    optimizer = make(name, model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    optimizer.step()
+    extra = nn.Parameter(torch.ones(6, 4))
+    optimizer.add_param_group({"params": [extra], "lr": 1e-2} | ({} if name == "adamw" else {"rank": 1}))
+    for p in model.parameters():
+        p.requires_grad_(True)
+    run(model, optimizer, range(2))
+    extra.grad = torch.randn(6, 4)
+    before = extra.detach().clone()
+    optimizer.step()
+    assert not torch.equal(extra, before)
+    assert len({state["seed"] for state in optimizer.state.values()}) == len(optimizer.state), "each has its own seed"
+    with pytest.raises(InputError, match="rnak"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], "rnak": 4})
+
+
+@every_optimizer
+def test_parameters_swapped_before_the_first_step(name):
+    """accelerate builds the optimizer, then swaps the parameters in its groups."""
+    model = make_model()
+    optimizer = make(name, model)
+    for group in optimizer.param_groups:
+        group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+@every_optimizer
+def test_planned_bytes_are_the_real_bytes(name):
+    model = make_model()
+    optimizer = make(name, model)
+    planned = sum(state_bytes(optimizer, p, group) for group in optimizer.param_groups for p in group["params"])
+    run(model, optimizer, [0])
+    real = sum(
+        t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)
+    )
+    assert planned == real
+    assert f"{planned:,}" in describe(optimizer)
+
+
+@every_optimizer
+def test_deepcopy_and_lr_tensor(name):
+    model = make_model()
+    optimizer = make(name, model)
+    run(model, optimizer, range(2))
+    model2, optimizer2 = copy.deepcopy((model, optimizer))
+    for group in optimizer2.param_groups:
+        group["lr"] = torch.tensor(group["lr"])
+    for i in range(2, 4):
+        run(model, optimizer, [i])
+        run(model2, optimizer2, [i])
+    for a, b in zip(model.parameters(), model2.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@every_optimizer
+@both_dtypes
+def test_compiled_is_eager(name, dtype):
+    """One step: state within 1e-6 relative; bf16 weights at most one ulp apart, in at most 0.1 % of the entries.
+
+    And a schedule over twenty steps recompiles nothing.
+    """
+    torch.manual_seed(0)
+    shapes = [(96, 40), (40, 96), (3, 24, 40), (50,)]
+    ours = [nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
+    twins = [nn.Parameter(p.detach().clone()) for p in ours]
+    kwargs = {} if name == "adamw" else {"rank": 1 if name == "apollo-mini" else 8}
+    if name == "apollo-svd":
+        kwargs["proj"] = "svd"
+    cls = next(info.cls for info in list_optimizers() if info.name == name)
+    eager, fast = cls(ours, lr=1e-2, **kwargs), cls(twins, lr=1e-2, compile=True, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # "torch.compile does not work": then this test would test nothing
+        apollo_optim.core.compile.can_compile("cpu")
+    for step in range(3):
+        for p, q in zip(ours, twins, strict=True):
+            p.grad = torch.randn(p.shape).to(dtype)
+            q.grad = p.grad.clone()
+            q.data.copy_(p.data)
+            for key, value in eager.state[p].items() if step else ():
+                if isinstance(value, Tensor):
+                    fast.state[q][key].copy_(value)
+        eager.step()
+        fast.step()
+        for p, q in zip(ours, twins, strict=True):
+            for key in ("exp_avg", "exp_avg_sq"):
+                a, b = eager.state[p][key], fast.state[q][key]
+                assert (a - b).norm() <= 1e-6 * a.norm(), (key, step)
+            if dtype is torch.bfloat16:
+                differ = p != q
+                assert differ.float().mean() <= 1e-3
+                apart = (p.view(torch.int16).int() - q.view(torch.int16).int()).abs()
+                assert apart.max() <= 1
+            else:
+                torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    graphs = len(fast._compiled)
+    counters = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for step in range(3, 20):
+        fast.param_groups[0]["lr"] = 1e-2 * math.cos(step) ** 2
+        for q in twins:
+            q.grad = torch.randn(q.shape).to(dtype)
+        fast.step()
+    assert len(fast._compiled) <= graphs + (len(shapes) if name == "apollo-svd" else 0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counters
+
+
+def test_no_compiler_gives_one_warning_and_the_eager_path(monkeypatch):
+    from apollo_optim.core import compile as compile_module
+
+    compile_module.can_compile.cache_clear()
+
+    def broken(*_, **__):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    p = nn.Parameter(torch.ones(6, 4))
+    optimizer = Apollo([p], rank=2, compile=True)
+    p.grad = torch.randn(6, 4)
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    compile_module.can_compile.cache_clear()
+
+
+def test_refusals_name_the_key_and_the_nearest():
+    w = nn.Parameter(torch.ones(6, 4))
+    for bad, message in [
+        ({"rank": 2, "rnak": 4}, "unknown key 'rnak'. Did you mean 'rank'"),
+        ({"rank": 0}, "rank=0, but it must be a whole number >= 1"),
+        ({"rank": 2.5}, "rank=2.5"),
+        ({"rank": 2, "scale": -1}, "scale=-1"),
+        ({"rank": 2, "scale_type": "row"}, "scale_type='row'"),
+        ({"rank": 2, "proj": "gausian"}, "proj='gausian'"),
+        ({"rank": 2, "proj_type": "left"}, "always the smaller one"),
+        ({"rank": 2, "norm_growth": 0.5}, "norm_growth=0.5"),
+        ({"rank": 2, "betas": (0.9, 1.0)}, "betas="),
+        ({"rank": 2, "update_proj_gap": 0}, "update_proj_gap=0"),
+        ({"rank": 2, "lr": -1.0}, "lr=-1.0"),
+        ({"rank": 2, "state_dtype": torch.float16}, "state_dtype="),
+        ({"rank": 2, "stochastic_rounding": "yes"}, "stochastic_rounding='yes'"),
+        ({"rank": 2, "view": "row"}, "view='row'"),
+        ({"rank": 2, "seed": "x"}, "seed='x'"),
+    ]:
+        with pytest.raises(InputError) as error:
+            Apollo([{"params": [w], **bad}])
+        assert message in str(error.value)
+    with pytest.raises(InputError, match="param_groups"):
+        Apollo([w])
+    with pytest.raises(InputError, match="unknown key 'rank'"):
+        AdamW([{"params": [w], "rank": 4}])
+    flat = nn.Parameter(torch.ones(24))
+    flat._fsdp_flattened = True
+    for cls in (Apollo, AdamW):
+        with pytest.raises(InputError, match="fully_shard"):
+            cls([{"params": [flat]} | ({"rank": 2} if cls is Apollo else {})])
+    with pytest.raises(InputError, match="complex"):
+        AdamW([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+
+
+def test_groups_written_for_apollo_torch_work_unchanged():
+    w, rest = nn.Parameter(torch.ones(8, 4)), nn.Parameter(torch.ones(8, 4))
+    group = {"rank": 2, "proj": "random", "scale_type": "channel", "scale": 1, "update_proj_gap": 200}
+    optimizer = Apollo([{"params": [rest]}, {"params": [w], **group, "proj_type": "std"}], lr=1e-2)
+    w.grad, rest.grad = torch.randn(8, 4), torch.randn(8, 4)
+    optimizer.step()
+    assert optimizer.state[w]["exp_avg"].shape == (8, 2)
+    assert optimizer.state[rest]["exp_avg"].shape == (8, 4), "a group without a rank follows AdamW"
+
+
+def test_a_rank_in_the_constructor_applies_only_if_no_group_names_one():
+    a, b = nn.Parameter(torch.ones(8, 4)), nn.Parameter(torch.ones(8, 4))
+    for groups, ranks in [
+        ([a, b], [2, 2]),
+        ([{"params": [a]}, {"params": [b]}], [2, 2]),
+        ([{"params": [a], "rank": 3}, {"params": [b]}], [3, None]),
+    ]:
+        optimizer = Apollo(groups, rank=2)
+        got = [group["rank"] for group in optimizer.param_groups for _ in group["params"]]
+        assert got == ranks

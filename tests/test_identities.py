@@ -1,0 +1,310 @@
+"""Limits and identities: what must hold whatever the gradient."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from apollo_optim import AdamW, Apollo, ApolloMini
+from apollo_optim.core.project import channel_view, down, random_basis, svd_basis
+from apollo_optim.core.random import hash32, key_at, mix_seed, normal_pairs, signs, uniform
+from apollo_optim.core.rounding import round_stochastically
+from apollo_optim.core.scaling import limit_growth
+
+KEY = key_at(mix_seed(0, 3), "projection", 2)
+
+
+# ---- the hash: a file format
+
+
+def test_golden_values_of_the_hash():
+    """If this fails, every checkpoint's projections and rounding bits have changed: do not update, undo."""
+    assert mix_seed(0, 0) == GOLDEN["mix_seed(0, 0)"]
+    assert mix_seed(7, 41) == GOLDEN["mix_seed(7, 41)"]
+    for (purpose, counter), words in GOLDEN["keys"].items():
+        assert key_at(12345, purpose, counter) == words
+    assert hash32(torch.tensor(GOLDEN["index"]), (123456789, -987654321)).tolist() == GOLDEN["hash"]
+    assert signs(torch.arange(16), KEY).tolist() == GOLDEN["signs"]
+    assert uniform(torch.arange(3), KEY).tolist() == GOLDEN["uniform"]
+    first, second = normal_pairs(torch.arange(2), KEY)
+    torch.testing.assert_close(torch.stack([first, second]), torch.tensor(GOLDEN["normal"]), rtol=1e-6, atol=1e-6)
+
+
+def test_the_hash_is_the_one_that_is_written_down():
+    """The same in plain Python integers, modulo 2^32."""
+
+    def reference(i: int, k0: int, k1: int) -> int:
+        m = 0xFFFFFFFF
+        x = (i & m) ^ (k0 & m)
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & m
+        x ^= ((i >> 32) * 0x9E3779B) & m
+        x ^= k1 & m
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & m
+        x ^= x >> 16
+        return x - (1 << 32) if x >= 1 << 31 else x
+
+    index = torch.tensor([0, 1, 2, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) + 5, 1 << 40])
+    for key in (KEY, (0, 0), (-1, 1), (-(1 << 31), (1 << 31) - 1)):
+        assert hash32(index, key).tolist() == [reference(i, *key) for i in index.tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_hash_does_not_depend_on_how_it_is_run(dtype):
+    """Compiled and eager, in one piece and in parts, int32 and int64 indices, keys as numbers and as tensors."""
+    index = torch.arange(5000, dtype=dtype)
+    whole = hash32(index, KEY)
+    assert torch.equal(whole, torch.cat([hash32(part, KEY) for part in index.split(700)]))
+    assert torch.equal(whole, hash32(index.view(50, 100), KEY).flatten())
+    as_tensors = tuple(torch.tensor(word, dtype=torch.int32) for word in KEY)
+    assert torch.equal(whole, hash32(index, as_tensors))
+    assert torch.equal(whole, torch.compile(hash32, fullgraph=True)(index, as_tensors))
+    assert torch.equal(whole, hash32(torch.arange(5000), KEY))
+
+
+def test_the_hash_looks_random():
+    n = 1 << 18
+    draws = [hash32(torch.arange(n), key_at(9, "weight", t)) for t in (1, 2)]
+    for bit in range(32):
+        ones = ((draws[0] >> bit) & 1).double().mean().item()
+        assert abs(ones - 0.5) < 5 * 0.5 / math.sqrt(n), bit
+    both = ((draws[0] ^ draws[1]) & 1).double().mean().item()
+    assert abs(both - 0.5) < 5 * 0.5 / math.sqrt(n), "two steps are independent"
+    values = torch.cat(normal_pairs(torch.arange(n), KEY)).double()
+    assert abs(values.mean()) < 5 / math.sqrt(2 * n)
+    assert abs(values.var() - 1) < 5 * math.sqrt(2 / (2 * n))
+    assert abs((values**4).mean() - 3) < 5 * math.sqrt(96 / (2 * n))
+    assert abs((values[:n] * values[n:]).mean()) < 5 / math.sqrt(n), "the two of a pair are independent"
+
+
+# ---- projections
+
+
+@pytest.mark.parametrize("proj", ["gaussian", "sketch", "rademacher"])
+@pytest.mark.parametrize(("k", "rank"), [(12, 4), (13, 4), (12, 1), (7, 5)])
+def test_random_bases_are_isotropic(proj, k, rank):
+    """E[P P^T] = I, so E||x P||^2 = ||x||^2: over 4,000 keys, each entry within five standard errors."""
+    view, eye = torch.empty(20, k), torch.eye(k)
+    total = torch.zeros(k, k)
+    draws = 4000
+    for refresh in range(draws):
+        basis = random_basis(view, rank, proj, key_at(5, "projection", refresh))
+        low = down(eye, basis, rank)  # P itself, row by row
+        total += low @ low.mT
+    spread = math.sqrt(2 / rank) if proj == "gaussian" else 1.0
+    assert (total / draws - eye).abs().max() < 5 * spread / math.sqrt(draws)
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (3, 20, 12), (16, 16)])
+@pytest.mark.parametrize("rank", [1, 4, 5])
+def test_the_sketch_is_signed_sums_of_every_rth_column(shape, rank):
+    grad_ck = channel_view(torch.randn(shape))
+    basis = random_basis(grad_ck, rank, "sketch", KEY)
+    k = grad_ck.shape[-1]
+    dense = torch.zeros(*grad_ck.shape[:-2], k, rank)
+    dense[..., torch.arange(k), torch.arange(k) % rank] = basis
+    torch.testing.assert_close(down(grad_ck, basis, rank), grad_ck @ dense)
+
+
+def test_every_expert_has_its_own_projection():
+    for proj in ("gaussian", "sketch", "rademacher"):
+        basis = random_basis(torch.empty(3, 20, 12), 4, proj, KEY)
+        assert basis.shape[0] == 3
+        assert not torch.equal(basis[0], basis[1])
+
+
+def test_svd_basis_is_orthonormal_and_its_signs_are_fixed():
+    grad = torch.randn(30, 12)
+    basis = svd_basis(grad, 4)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(svd_basis(-grad, 4), basis, atol=1e-4, rtol=0)
+    assert (grad @ basis).norm() >= (grad @ torch.linalg.qr(torch.randn(12, 4)).Q).norm()
+
+
+# ---- the step
+
+
+def one_step(cls, shape, grads, **kwargs):
+    p = nn.Parameter(torch.zeros(shape))
+    optimizer = cls([p], lr=1.0, **kwargs)
+    for grad in grads:
+        before = p.detach().clone()
+        p.grad = grad.clone()
+        optimizer.step()
+    return before - p.detach(), optimizer
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (16, 16)])
+def test_a_step_is_parallel_to_the_gradient_channel_by_channel(shape):
+    torch.manual_seed(0)
+    grads = [torch.randn(shape) for _ in range(3)]
+    for cls, kwargs in ((Apollo, {"rank": 4}), (ApolloMini, {"rank": 1})):
+        step, _ = one_step(cls, shape, grads, **kwargs)
+        dim = 1 if shape[0] >= shape[1] else 0  # channels lie along the longer side
+        cosine = torch.nn.functional.cosine_similarity(step, grads[-1], dim=dim)
+        torch.testing.assert_close(cosine, torch.ones_like(cosine))
+        assert torch.linalg.matrix_rank(step) == min(shape), "a full-rank step from a rank-r state"
+        stretch = step / grads[-1]
+        if cls is ApolloMini:
+            assert stretch.max() / stretch.min() < 1 + 1e-4
+
+
+def test_with_an_identity_basis_of_full_rank_the_ratio_is_adams():
+    """s = ||adam(G)_c|| / ||G_c||: with nothing projected away, a channel moves exactly as far as Adam moves it."""
+
+    class Whole(Apollo):
+        @classmethod
+        def basis(cls, grad_ck, state, n, spec):
+            return torch.eye(grad_ck.shape[1])[:, : spec.rank]
+
+    torch.manual_seed(0)
+    grads = [torch.cat([torch.randn(20, 11), torch.zeros(20, 1)], 1) for _ in range(4)]  # rank 11 of 12 holds it all
+    step, _ = one_step(Whole, (20, 12), grads, rank=11, norm_growth=None, eps=1e-12)
+    adam, _ = one_step(AdamW, (20, 12), grads, weight_decay=0.0, eps=1e-12)
+    torch.testing.assert_close(step.norm(dim=1), adam.norm(dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_scale_enters_as_its_square_root_and_auto_is_d_over_r():
+    torch.manual_seed(0)
+    grads = [torch.randn(20, 12) for _ in range(3)]
+    base, _ = one_step(Apollo, (20, 12), grads, rank=4)
+    four, _ = one_step(Apollo, (20, 12), grads, rank=4, scale=4.0)
+    auto, _ = one_step(Apollo, (20, 12), grads, rank=4, scale="auto")
+    torch.testing.assert_close(four, 2 * base)
+    torch.testing.assert_close(auto, math.sqrt(12 / 4) * base)
+
+
+def test_a_transposed_weight_takes_the_transposed_step():
+    torch.manual_seed(0)
+    grads = [torch.randn(20, 12) for _ in range(5)]
+    for proj in ("gaussian", "sketch", "rademacher", "svd"):
+        tall, _ = one_step(Apollo, (20, 12), grads, rank=4, proj=proj, update_proj_gap=2)
+        wide, _ = one_step(Apollo, (12, 20), [g.mT for g in grads], rank=4, proj=proj, update_proj_gap=2)
+        torch.testing.assert_close(wide.mT, tall, rtol=1e-4, atol=1e-5)
+
+
+def test_a_conv_weight_is_a_matrix_and_a_stack_is_its_matrices():
+    torch.manual_seed(0)
+    grads = [torch.randn(8, 3, 3, 3) for _ in range(4)]
+    conv, _ = one_step(Apollo, (8, 3, 3, 3), grads, rank=2)
+    flat, _ = one_step(Apollo, (8, 27), [g.flatten(1) for g in grads], rank=2)
+    torch.testing.assert_close(conv.flatten(1), flat)
+    as_conv, optimizer = one_step(Apollo, (8, 3, 9), [g.flatten(2) for g in grads], rank=2, view="conv")
+    torch.testing.assert_close(as_conv.flatten(1), flat)
+    assert next(iter(optimizer.state.values()))["exp_avg"].shape == (27, 2)
+    _, optimizer = one_step(Apollo, (8, 3, 9), [g.flatten(2) for g in grads], rank=2)
+    assert next(iter(optimizer.state.values()))["exp_avg"].shape == (8, 9, 2)
+
+    p = nn.Parameter(torch.zeros(8, 3, 3, 3).to(memory_format=torch.channels_last))
+    optimizer = Apollo([p], lr=1.0, rank=2)
+    for grad in grads:
+        before = p.detach().clone()
+        p.grad = grad.to(memory_format=torch.channels_last)
+        optimizer.step()
+    torch.testing.assert_close(before - p.detach(), conv)
+
+
+def test_weight_decay_is_decoupled_and_before_the_step():
+    p = nn.Parameter(torch.full((6, 4), 2.0))
+    optimizer = Apollo([p], lr=0.1, rank=2, weight_decay=0.5)
+    p.grad = torch.zeros(6, 4)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((6, 4), 2.0 * (1 - 0.1 * 0.5)))
+
+
+# ---- the limiter
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=30))
+def test_a_norm_grows_by_at_most_one_percent(norms):
+    prev = torch.zeros(())
+    for norm in map(torch.tensor, norms):
+        factor, now = limit_growth(norm, prev, 1.01)
+        assert now == prev if norm == 0 else torch.isclose(now, factor * norm, rtol=1e-5)
+        if prev > 0:
+            assert now <= prev * 1.01 * (1 + 1e-6)
+        elif norm > 0:
+            assert now == norm, "no limit yet"
+        prev = now
+
+
+def test_without_growth_there_is_no_limit():
+    torch.manual_seed(0)
+    grads = [torch.randn(20, 12) * 10**t for t in (0, 3)]
+    free, _ = one_step(Apollo, (20, 12), grads, rank=4, norm_growth=None)
+    infinite, _ = one_step(Apollo, (20, 12), grads, rank=4, norm_growth=1e30)
+    limited, _ = one_step(Apollo, (20, 12), grads, rank=4)
+    torch.testing.assert_close(free, infinite)
+    assert limited.norm() < free.norm()
+
+
+# ---- rounding
+
+
+def test_the_mean_of_stochastic_rounding_is_the_number():
+    n = 1 << 16
+    for value in (1.001, -3.1415927, 1e-3, 2.0**-20 * 1.3):
+        x = torch.full((n,), value)
+        rounded = round_stochastically(x, hash32(torch.arange(n), KEY))
+        assert rounded.dtype is torch.bfloat16
+        neighbours = rounded.float().unique()
+        assert len(neighbours) == 2
+        ulp = (neighbours[1] - neighbours[0]).item()
+        assert abs(rounded.double().mean().item() - x[0].double().item()) < 5 * 0.5 * ulp / math.sqrt(n)
+
+
+def test_what_needs_no_rounding_is_not_rounded():
+    exact = torch.tensor([0.0, -0.0, 1.0, -1.5, math.inf, -math.inf, 2.0**-130, 3.3895314e38])
+    bits = torch.full(exact.shape, -1, dtype=torch.int32)
+    assert torch.equal(round_stochastically(exact, bits).float(), exact.to(torch.bfloat16).float())
+    nan = torch.tensor([math.nan]), torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    for x in nan:
+        assert round_stochastically(x, bits[:1]).isnan().all()
+
+
+def test_small_updates_reach_a_bf16_weight():
+    """A step of a hundredth of an ulp: rounding to nearest loses all of them, stochastic rounding none on average."""
+    moved = {}
+    for stochastic in (True, False):
+        p = nn.Parameter(torch.ones(64, 32, dtype=torch.bfloat16))
+        optimizer = AdamW([p], lr=2.0**-7 / 100, weight_decay=0.0, stochastic_rounding=stochastic)
+        for _ in range(50):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        moved[stochastic] = (1 - p.detach().float().mean()).item()
+    assert moved[False] == 0.0
+    assert moved[True] == pytest.approx(50 * 2.0**-7 / 100, rel=0.1)
+
+
+def test_bf16_moments_decay():
+    """In bf16, 0.999 v rounds back to v: only stochastic rounding lets a second moment fall."""
+    p = nn.Parameter(torch.zeros(64, 32))
+    optimizer = AdamW([p], lr=0.0, state_dtype=torch.bfloat16)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[p]["exp_avg_sq"].fill_(1.0)
+    for _ in range(300):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert optimizer.state[p]["exp_avg_sq"].float().mean().item() == pytest.approx(0.999**300, rel=0.02)
+
+
+GOLDEN = {
+    "mix_seed(0, 0)": 6017775124710473527,
+    "mix_seed(7, 41)": 507207032534846950,
+    "keys": {
+        ("projection", 0): (-59306570, -1443133777),
+        ("projection", 1): (1332103291, 1801781152),
+        ("weight", 1): (-1511395022, 836760195),
+        ("exp_avg", 1): (412111965, 1827384600),
+        ("exp_avg_sq", 1): (-1227251667, -789725023),
+    },
+    "index": [0, 1, 2, 3, 1000, 2147483648, 4294967297],
+    "hash": [61553638, -60433231, -1008713568, 912257769, -828181963, -1722601699, 1883195732],
+    "signs": [1.0, -1.0, 1.0, -1.0, -1.0, 1.0, -1.0, 1.0, 1.0, -1.0, -1.0, 1.0, -1.0, 1.0, 1.0, -1.0],
+    "uniform": [0.08365947008132935, 0.9589167237281799, 0.4487684369087219],
+    "normal": [[2.153751850128174, 0.7892612814903259], [-0.5686424970626831, -0.9897288084030151]],
+}
