@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -85,7 +84,7 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(trees)
 def test_any_tree_of_numbers_and_tensors_comes_back(tree):
     plain, named = pack(tree)
@@ -254,9 +253,8 @@ pretrain(tiny(Path(sys.argv[1])))
 """
 
 
-@pytest.mark.parametrize("room", [0, 50_000])
-def test_a_disk_that_fills_up_during_a_save_costs_nothing(tmp_path, room):
-    arguments = [sys.executable, "-c", FULL, str(tmp_path), str(Path(__file__).parent), str(room)]
+def test_a_disk_that_fills_up_during_a_save_costs_nothing(tmp_path):
+    arguments = [sys.executable, "-c", FULL, str(tmp_path), str(Path(__file__).parent), "50000"]
     child = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert "TrainingFailed: step 8: could not write the checkpoint of step 8" in child.stderr
     assert "the last good checkpoint is" in child.stderr
@@ -320,6 +318,3 @@ def test_a_full_disk_at_the_export_is_one_line_too(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert pretrain(tiny(tmp_path), resume=True).step == 8
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
-
-
-assert resource  # used in FULL
