@@ -23,8 +23,8 @@ class Apollo(MatrixOptimizer):
 
     The moments of Adam are kept for R = G P alone, the gradient's random sketch of r columns. What they say about each
     channel (a row or a column, along the longer side) - how much Adam would have stretched it, s = ||N|| / ||R||
-    (eq. 5) - is applied to the gradient itself: ``W <- (1 - lr wd) W - lr sqrt(scale) c_t limit(s G)``, with Adam's bias
-    correction c_t. Nothing is projected back, so a step has full rank.
+    (eq. 5) - is applied to the gradient itself: ``W <- (1 - lr wd) W - lr sqrt(scale) c_t limit(s G)``, where c_t is
+    Adam's bias correction. Nothing is projected back, so a step has full rank.
 
     Args:
         params: ``param_groups(model, rank=...)``, groups written for apollo-torch, or bare parameters with ``rank``.
