@@ -1,0 +1,162 @@
+"""Which parameters follow the rule: targets, exclusions, tied heads, experts, and the printed table."""
+
+import pytest
+import torch
+from torch import nn
+
+from apollo_optim import InputError, build_optimizer, describe, list_optimizers, param_groups
+
+transformers = pytest.importorskip("transformers")
+
+
+def llama(**config) -> nn.Module:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1} | config
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**sizes))
+
+
+def by_name(model: nn.Module, **kwargs) -> dict[str, set[str]]:
+    """Group name -> names of its parameters; every parameter in exactly one."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = param_groups(model, **{"rank": 2, **kwargs})
+    members = [names[id(p)] for group in groups for p in group["params"]]
+    assert sorted(members) == sorted(names.values())
+    return {group["name"]: {names[id(p)] for p in group["params"]} for group in groups}
+
+
+def test_a_llama_falls_into_four_groups():
+    groups = by_name(llama())
+    assert set(groups) == {"matrices", "embedding", "head", "norms"}
+    assert groups["embedding"] == {"model.embed_tokens.weight"}
+    assert groups["head"] == {"lm_head.weight"}
+    assert all("proj" in name for name in groups["matrices"])
+    assert len(groups["matrices"]) == 14
+    assert len(groups["norms"]) == 5
+
+
+def test_a_tied_head_is_an_embedding_once():
+    groups = by_name(llama(tie_word_embeddings=True))
+    assert "head" not in groups
+    assert groups["embedding"] == {"model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        ("mlp", 6),
+        (["mlp", "attn"], 14),
+        ("*.q_proj", 2),
+        ("model.layers.0.*", 7),
+        (r"re:layers\.[01]\.self_attn\.[qk]_proj$", 4),
+        ("all-linear", 14),
+        (["q_proj", "attn"], 8),
+        (["attn", "q_proj"], 8),  # the second is no typo: the first took all of it
+    ],
+)
+def test_targets(targets, count):
+    groups = by_name(llama(), targets=targets)
+    assert len(groups["matrices"]) == count
+    assert ("others" in groups) == (count < 14)
+    assert "lm_head.weight" in groups["head"], "all-linear leaves the head out"
+
+
+def test_a_head_can_be_a_target_by_name():
+    assert "lm_head.weight" in by_name(llama(), targets=["lm_head", "mlp"])["matrices"]
+
+
+def test_exclusions():
+    groups = by_name(llama(), exclude="v_proj")
+    assert groups["others"] == {f"model.layers.{i}.self_attn.v_proj.weight" for i in (0, 1)}
+
+
+@pytest.mark.parametrize("kwargs", [{"targets": "atn"}, {"targets": ["attn", "mpl"]}, {"exclude": "v_porj"}])
+def test_what_matches_nothing_is_an_error_that_lists_what_exists(kwargs):
+    with pytest.raises(InputError, match="matches nothing") as error:
+        param_groups(llama(), rank=2, **kwargs)
+    assert "model.layers.*.self_attn.v_proj" in str(error.value)
+    assert "lm_head" in str(error.value)
+
+
+def test_knobs_go_where_they_mean_something():
+    groups = {
+        g["name"]: g
+        for g in param_groups(llama(), rank=2, rest_lr=3e-3, lr=1e-2, scale=4.0, weight_decay=0.1, betas=(0.9, 0.95))
+    }
+    assert groups["matrices"]["scale"] == 4.0
+    assert groups["matrices"]["rank"] == 2
+    assert all("scale" not in g and "rank" not in g for name, g in groups.items() if name != "matrices")
+    assert groups["matrices"]["lr"] == 1e-2
+    assert groups["head"]["lr"] == groups["embedding"]["lr"] == groups["norms"]["lr"] == 3e-3
+    assert groups["norms"]["weight_decay"] == 0.0
+    assert groups["head"]["weight_decay"] == 0.1
+    assert all(g["betas"] == (0.9, 0.95) for g in groups.values())
+
+
+def test_biases_do_not_decay_and_no_decay_can_be_told():
+    gpt2 = transformers.AutoModelForCausalLM.from_config(
+        transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, n_positions=32)
+    )
+    groups = by_name(gpt2)
+    assert len(groups["matrices"]) == 4, "Conv1D of GPT-2, too"
+    assert groups["embedding"] == {"transformer.wte.weight", "transformer.wpe.weight"}
+    named = {g["name"]: g for g in param_groups(llama(), rank=2, weight_decay=0.1, no_decay=("norm", "down_proj"))}
+    assert named["matrices_no_decay"]["weight_decay"] == 0.0
+    assert len(named["matrices_no_decay"]["params"]) == 2
+    assert named["matrices"]["weight_decay"] == 0.1
+
+
+def test_experts_kept_as_one_parameter_follow_the_rule():
+    """transformers 5 stores the experts of a layer as one 3-D parameter: nearly all of such a model."""
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    stacks = [name for name, p in model.named_parameters() if p.ndim == 3]
+    assert stacks
+    assert set(stacks) <= by_name(model)["matrices"]
+    assert "4 x" in describe(build_optimizer("apollo", model, rank=2))
+
+
+def test_convolutions_are_seen_as_matrices():
+    model = nn.ModuleDict({"attn": nn.Conv1d(8, 8, 3), "mlp": nn.Linear(8, 8)})
+    groups = {g["name"]: g for g in param_groups(model, rank=2)}
+    assert groups["matrices_conv"]["view"] == "conv"
+    assert groups["matrices_conv"]["rank"] == groups["matrices"]["rank"] == 2
+
+
+@pytest.mark.parametrize("info", list_optimizers(), ids=lambda info: info.name)
+def test_every_registered_optimizer_is_built_by_name(info):
+    optimizer = build_optimizer(info.name, llama(), lr=5e-3, rest_lr=1e-3)
+    assert type(optimizer) is info.cls
+    assert {g["name"]: g["lr"] for g in optimizer.param_groups} == {
+        "matrices": 5e-3, "embedding": 1e-3, "head": 1e-3, "norms": 1e-3,
+    }  # fmt: skip
+    assert info.summary
+    assert info.paper
+    table = describe(optimizer)
+    assert "matrices" in table
+    assert "total" in table
+
+
+def test_a_matrix_too_small_for_its_rank_is_said_to_follow_adamw():
+    model = llama(num_key_value_heads=1)  # k and v: 16 x 8
+    assert "AdamW (small side <= rank)" in describe(build_optimizer("apollo", model, rank=8))
+    with pytest.raises(InputError, match="no matrix follows the rule at rank 16"):
+        build_optimizer("apollo", model, rank=16)
+
+
+def test_building_refuses_what_it_does_not_know():
+    for call, message in [
+        (lambda: build_optimizer("apolo", llama()), "Did you mean 'apollo'"),
+        (lambda: build_optimizer("apollo", llama(), scael=2), "Did you mean 'scale'"),
+        (lambda: build_optimizer("adamw", llama(), rank=4), "has no rank"),
+        (lambda: build_optimizer("adamw", llama(), proj="svd"), "takes no 'proj'"),
+        (lambda: build_optimizer("apollo", llama(), rank=0), "rank=0"),
+        (lambda: build_optimizer("apollo", llama(), rank="half"), "rank='half'"),
+    ]:
+        with pytest.raises(InputError) as error:
+            call()
+        assert message in str(error.value)
