@@ -362,7 +362,6 @@ def run_steps(job: Job, metrics: Metrics, display: Display, stop: Stop) -> None:
             goodbye = (
                 f"{stopping}: saved after step {job.step}; go on with: apollo-optim pretrain --out {job.run} --resume"
             )
-            display.note(goodbye)
             raise Interrupted(goodbye)
         watch.start()
 
