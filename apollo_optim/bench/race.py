@@ -5,8 +5,8 @@
 The protocol, fixed before the first run:
 
 1. Search. Every method gets the same number of short runs (a fifth of the horizon, its own full cosine, seed 0) over
-   the learning rate of the matrices x that of the rest, *separately*: the two centres below, then moves by a factor
-   of two, first along the matrices, then along the rest, then wherever the best point has a neighbour not yet tried.
+   the learning rate of the matrices x that of the rest, *separately*: the two centres below, then up and down by a
+   factor of two along the matrices, then, from the best of these, along the rest.
 2. Final. The best pair of each method at full length with every seed. A seed fixes the initial weights and the order
    of the data, so that differences between methods are paired.
 
@@ -19,8 +19,8 @@ import json
 import shutil
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,6 @@ class Race:
         missing = [trial for trial in trials if trial not in self.done]
         with ProcessPoolExecutor(self.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
             waiting = {pool.submit(run_trial, trial, self.work): trial for trial in missing}
-            from concurrent.futures import as_completed
-
             for future in as_completed(waiting):
                 trial, row = waiting[future], future.result()
                 if keep_log:
@@ -110,15 +108,14 @@ class Race:
 
 
 def search(race: Race, model: str, steps: int, methods: list[str]) -> dict[str, Trial]:
-    """The best pair of learning rates of each method, seven short runs for each."""
+    """The best pair of learning rates of each method, five short runs for each."""
     tried = {method: [Trial(model, method, *CENTRES[method], 0, steps)] for method in methods}
     race.run([trial for trials in tried.values() for trial in trials])
-    for axes in (("lr",), ("rest_lr",), ("lr", "rest_lr")):
+    for axis in ("lr", "rest_lr"):
         batch = []
         for trials in tried.values():
             best = min(trials, key=race.loss)
-            moves = [Trial(**{**asdict(best), a: getattr(best, a) * f}) for a in axes for f in (2.0, 0.5)]
-            batch += [(trials, move) for move in [m for m in moves if m not in trials][:2]]
+            batch += [(trials, replace(best, **{axis: getattr(best, axis) * factor})) for factor in (2.0, 0.5)]
         race.run([move for _, move in batch])
         for trials, move in batch:
             trials.append(move)
