@@ -6,7 +6,8 @@ The protocol, fixed before the first run:
 
 1. Search. Every method gets the same number of short runs (a fifth of the horizon, its own full cosine, seed 0) over
    the learning rate of the matrices x that of the rest, *separately*: the two centres below, then up and down by a
-   factor of two along the matrices, then, from the best of these, along the rest.
+   factor of two along the matrices, once more in the direction that helped, and from the best of these up and down
+   along the rest.
 2. Final. The best pair of each method at full length with every seed. A seed fixes the initial weights and the order
    of the data, so that differences between methods are paired.
 
@@ -16,9 +17,11 @@ beside it; what is there is never run again, and a run that was cut off goes on 
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -108,18 +111,31 @@ class Race:
 
 
 def search(race: Race, model: str, steps: int, methods: list[str]) -> dict[str, Trial]:
-    """The best pair of learning rates of each method, five short runs for each."""
+    """The best pair of learning rates of each method, six short runs for each."""
     tried = {method: [Trial(model, method, *CENTRES[method], 0, steps)] for method in methods}
+
+    def best(method: str) -> Trial:
+        return min(tried[method], key=race.loss)
+
+    def further(method: str) -> float:
+        """On in the direction that helped; half a move up if the centre was best."""
+        ahead = best(method).lr / CENTRES[method][0]
+        return ahead if ahead != 1.0 else math.sqrt(2.0)
+
+    def try_all(axis: str, factors: Callable[[str], tuple[float, ...]]) -> None:
+        moves = {
+            method: [replace(best(method), **{axis: getattr(best(method), axis) * f}) for f in factors(method)]
+            for method in methods
+        }
+        race.run([trial for trials in moves.values() for trial in trials])
+        for method, trials in moves.items():
+            tried[method] += trials
+
     race.run([trial for trials in tried.values() for trial in trials])
-    for axis in ("lr", "rest_lr"):
-        batch = []
-        for trials in tried.values():
-            best = min(trials, key=race.loss)
-            batch += [(trials, replace(best, **{axis: getattr(best, axis) * factor})) for factor in (2.0, 0.5)]
-        race.run([move for _, move in batch])
-        for trials, move in batch:
-            trials.append(move)
-    return {method: min(trials, key=race.loss) for method, trials in tried.items()}
+    try_all("lr", lambda _: (2.0, 0.5))
+    try_all("lr", lambda method: (further(method),))
+    try_all("rest_lr", lambda _: (2.0, 0.5))
+    return {method: best(method) for method in methods}
 
 
 def table(race: Race, finals: dict[str, list[Trial]]) -> str:
