@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.data import IGNORED, Batch, Batches, Data, DataConfig, check_vocabulary, open_data
-from apollo_optim.data.corpus import CorpusDocuments, open_corpus
+from apollo_optim.data.corpus import CorpusDocuments, open_corpus, pieces
 from apollo_optim.data.files import SECTION, Reading, local_documents
 from apollo_optim.data.tokenizer import END, encode, token_bytes, trained_bpe
 
@@ -136,12 +136,12 @@ def test_copies_in_a_library_count_once_and_hashes_name_the_content(
     (library / "__init__.py").write_text("")
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(library))
     first = open_corpus(["python"], Reading(), 20, tmp_path)
-    assert (len(first), first.identity["skipped_lines"]) == (15, 1)
+    assert (first.documents, first.identity["skipped_lines"]) == (15, 1)
     (library / "m0.py").write_text("x = 99\n")
     second = open_corpus(["python"], Reading(), 20, tmp_path)
     assert first.identity["sha256"] != second.identity["sha256"]
     # What was read at the start is what is served, whatever happens to the files.
-    assert "x = 0\n" in {first.text(index) for index in range(len(first))}
+    assert "x = 0\n" in set(first.whole(range(len(first.ends)), ""))
     assert sorted(os.listdir(tmp_path)) == ["lib"]
 
 
@@ -149,13 +149,13 @@ def test_the_split_follows_the_path_alone(tmp_path: Path) -> None:
     for number in range(200):
         (tmp_path / f"{number}.txt").write_text(story(number))
     corpus = open_corpus([str(tmp_path)], Reading(), 20, tmp_path)
-    held = {corpus.text(index) for index in corpus.validation}
+    held = set(corpus.whole(corpus.validation, ""))
     assert 20 < len(held) < 60
     for number in range(100):
         (tmp_path / f"{number}.txt").unlink()
     rest = open_corpus([str(tmp_path)], Reading(), 20, tmp_path)
-    assert {rest.text(index) for index in rest.validation} <= held
-    assert not {rest.text(index) for index in rest.train} & held
+    assert set(rest.whole(rest.validation, "")) <= held
+    assert not set(rest.whole(rest.train, "")) & held
 
 
 # ---- rows
@@ -167,13 +167,45 @@ def test_packing_uses_every_row_once_and_shuffles_every_epoch(stories: Path, sma
     for epoch in range(2):
         documents = CorpusDocuments(*_corpus(data), seed="0")
         documents.load_state_dict({"epoch": epoch, "position": 0})
-        flat = [token for row in encoded(data, documents.read()) for token in row]
+        texts = documents.read()
+        tokens = zip(encode(data.tokenizer, [text.text for text in texts]), texts, strict=True)
+        end = [data.tokenizer.eos_token_id]
+        flat = [token for row, text in tokens for token in (row + end if text.ends else row)]
         rows = [flat[i : i + 16] for i in range(0, len(flat) - 15, 16)]
         got = ids(data.train, *[1] * len(rows))
         assert Counter(map(tuple, got)) == Counter(map(tuple, rows))
         assert got != rows, "neighbours in a document are not neighbours in a batch"
         orders.append(got)
     assert orders[0] != orders[1]
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["a", "é", "€", "\n", "line\n"]), min_size=1), st.integers(4, 12))
+def test_pieces_are_documents_cut_at_line_ends(parts: list[str], longest: int) -> None:
+    text = "".join(parts).encode()
+    start = 0
+    for size in pieces(text, longest):
+        piece = text[start : start + size]
+        assert 0 < size <= longest
+        piece.decode()  # never cut in a character
+        assert piece.endswith(b"\n") or start + size == len(text) or b"\n" not in text[start : start + longest]
+        start += size
+    assert start == len(text)
+
+
+def test_a_long_document_is_spread_over_the_epoch(small: Callable[..., DataConfig], tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number}.py").write_text("".join(f"a = {number}\n" for _ in range(20)))
+    (tmp_path / "book.py").write_text("".join(f"line = {number}\n" for number in range(2000)))
+    data = open_data(small(tmp_path, validation_percent=20))
+    corpus, indices = _corpus(data)
+    assert corpus.documents == 31
+    whole = set(corpus.whole(indices, ""))
+    assert any(len(text) > 10_000 for text in whole), "the long one is in training text, and in one piece again"
+    texts = data.train.documents.read()
+    assert sum(text.ends for text in texts) == len(whole)
+    long = [number for number, text in enumerate(texts) if "line" in text.text]
+    assert long[-1] - long[0] > len(long), "other documents stand between its pieces"
 
 
 def _corpus(data: Data) -> tuple[Any, Any]:
@@ -185,7 +217,7 @@ def _corpus(data: Data) -> tuple[Any, Any]:
 def _documents(data: Data) -> list[torch.Tensor]:
     documents = data.train.documents
     assert isinstance(documents, CorpusDocuments)
-    return [torch.tensor(row) for row in encoded(data, [documents.corpus.text(n) for n in documents.indices])]
+    return [torch.tensor(row) for row in encoded(data, list(documents.corpus.whole(documents.indices, "")))]
 
 
 def test_packed_labels_are_the_tokens(stories: Path, small: Callable[..., DataConfig]) -> None:
@@ -454,7 +486,7 @@ def test_directories_globs_and_lists(tmp_path: Path) -> None:
     assert keys("deep/*.[mp][dy]") == ["b.md", "c.py"]
     assert keys("**/*.txt") == ["a.txt"]
     corpus = open_corpus([str(tmp_path / "a.txt"), str(tmp_path / "deep")], Reading(), 20, tmp_path)
-    assert len(corpus) == 3
+    assert corpus.documents == 3
 
 
 def test_a_long_text_is_cut_at_line_ends_and_loses_nothing(tmp_path: Path) -> None:

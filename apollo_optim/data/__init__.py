@@ -17,7 +17,7 @@ import torch
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.batches import IGNORED, Batch, Batches, Documents, check_vocabulary
 from apollo_optim.data.config import DataConfig
-from apollo_optim.data.corpus import CorpusDocuments, open_corpus, shuffled
+from apollo_optim.data.corpus import CorpusDocuments, open_corpus
 from apollo_optim.data.files import Reading, is_local
 from apollo_optim.data.stream import StreamDocuments, open_builder
 from apollo_optim.data.tokenizer import fingerprint, load_tokenizer, token_bytes, trained_bpe
@@ -115,14 +115,16 @@ def _open_text(cfg: DataConfig, cache: Path) -> _Text:
 
 
 def _open_local(cfg: DataConfig, sources: list[str], cache: Path) -> _Text:
-    corpus = open_corpus(sources, _reading(cfg), cfg.validation_percent, cache)
+    # Packed text is shuffled in pieces of about four rows; in pad mode a row is a whole document.
+    longest = 16 * cfg.seq_len if cfg.mode == "pack" else None
+    corpus = open_corpus(sources, _reading(cfg), cfg.validation_percent, cache, longest)
     return _Text(
         corpus.identity,
         {key: corpus.identity[key] for key in ("sha256", "validation_percent")},
         CorpusDocuments(corpus, corpus.train, str(cfg.seed)),
         # One order for every seed, so that all runs are compared on the same rows.
         lambda: CorpusDocuments(corpus, corpus.validation, "validation", epochs=1),
-        lambda: map(corpus.text, shuffled(corpus.train, "tokenizer")),
+        lambda: corpus.whole(corpus.train, "tokenizer"),
     )
 
 
@@ -139,7 +141,7 @@ def _open_stream(cfg: DataConfig, name: str) -> _Text:
     def sample() -> Iterator[str]:
         stream = documents(cfg.split)
         while texts := stream.read():
-            yield from texts
+            yield from (text.text for text in texts)
 
     identity = {
         "name": name,

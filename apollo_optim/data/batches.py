@@ -2,7 +2,8 @@
 
 documents -> (a block of texts) -> tokenised -> rows -> the rows of the block in shuffled order. Without that last step
 a long document would fill many batches in a row: a 300 KB file is twenty steps of 4,096 tokens, on which a model
-trains itself away from everything else.
+trains itself away from everything else. For the same reason a local corpus hands out pieces of some rows each, not
+whole documents, so that a block comes from everywhere.
 
 The position is where the current block began in the documents, and the rows of it that are used up. Coming back means
 reading that block again, so no tokens are stored, and any source of documents with a position of its own will do: a
@@ -16,6 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.data.corpus import Text
 from apollo_optim.data.tokenizer import encode
 
 IGNORED = -100  # a label that counts for nothing
@@ -28,8 +30,8 @@ class Documents(Protocol):
     def skipped(self) -> int:
         """Broken lines, and rows without text, left out so far."""
 
-    def read(self) -> list[str]:
-        """The next few documents; none at the end."""
+    def read(self) -> list[Text]:
+        """The next few documents, or pieces of documents; none at the end."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -139,17 +141,20 @@ class Batches:
             if not texts:
                 raise EndOfText
             self._number += 1
-            self._block, self._used = self._shuffled(self._cut(encode(self.tokenizer, texts))), 0
+            self._block, self._used = self._shuffled(self._cut(texts)), 0
             if self._block:
                 return
         raise InputError(f"the text is too short to fill one row of {self.seq_len} tokens; lower data.seq_len")
 
-    def _cut(self, documents: list[list[int]]) -> list[list[int]]:
-        """Documents to rows. Packing leaves out what is left over at the end of a block, less than one row."""
+    def _cut(self, texts: list[Text]) -> list[list[int]]:
+        """Texts to rows. Packing leaves out what is left over at the end of a block, less than one row."""
+        documents = encode(self.tokenizer, [text.text for text in texts])
         end, length = self.tokenizer.eos_token_id, self.seq_len
         if self.mode == "pad":  # the papers' tokenizer ends a document that it cuts with the end-of-text token too
             return [[*ids[: length - 1], end] for ids in documents]
-        tokens = [token for ids in documents for token in (*ids, end)]
+        tokens: list[int] = []
+        for ids, text in zip(documents, texts, strict=True):
+            tokens += [*ids, end] if text.ends else ids
         return [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
 
     def _shuffled(self, rows: list[list[int]]) -> list[list[int]]:

@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.files import Document, Reading, local_documents, versions
@@ -26,28 +26,63 @@ CODE = ("python", "packages")
 log = logging.getLogger(__name__)
 
 
+class Text(NamedTuple):
+    """A document, or a piece of one."""
+
+    text: str
+    ends: bool = True
+    """The end of its document."""
+
+
 @dataclass
 class Corpus:
-    """Documents on disk, and which of them belong to which split."""
+    """Documents on disk, in pieces, and which of these belong to which split."""
 
     file: IO[bytes]
+    longest: int | None = None
+    """Bytes of a piece, cut at line ends; None: whole documents."""
+    documents: int = 0
+    validation_documents: int = 0
+    ends: bytearray = field(default_factory=bytearray)
     starts: "array[int]" = field(default_factory=lambda: array("Q", [0]))
     train: "array[int]" = field(default_factory=lambda: array("Q"))
     validation: "array[int]" = field(default_factory=lambda: array("Q"))
     skipped: int = 0
     identity: dict[str, Any] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def text(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Text:
         start, end = self.starts[index], self.starts[index + 1]
-        return os.pread(self.file.fileno(), end - start, start).decode()
+        return Text(os.pread(self.file.fileno(), end - start, start).decode(), bool(self.ends[index]))
+
+    def whole(self, indices: Iterable[int], seed: str) -> Iterator[str]:
+        """The documents that these pieces make, in shuffled order, however they are cut."""
+        for first in shuffled((i for i in indices if i == 0 or self.ends[i - 1]), seed):
+            last = self.ends.index(1, first)
+            yield "".join(self[i].text for i in range(first, last + 1))
 
     def add(self, text: bytes, validation: bool) -> None:
-        (self.validation if validation else self.train).append(len(self))
+        self.documents += 1
+        self.validation_documents += validation
         self.file.write(text)
-        self.starts.append(self.starts[-1] + len(text))
+        for size in pieces(text, self.longest or len(text)):
+            (self.validation if validation else self.train).append(len(self.ends))
+            self.starts.append(self.starts[-1] + size)
+            self.ends.append(0)
+        self.ends[-1] = 1
+
+
+def pieces(text: bytes, longest: int) -> Iterator[int]:
+    """The sizes of pieces of at most `longest` bytes, cut at line ends where there are any, never in a character."""
+    start = 0
+    while len(text) - start > longest:
+        cut = text.rfind(b"\n", start, start + longest) + 1
+        if not cut:
+            cut = start + longest
+            while cut > start + 1 and text[cut] & 0xC0 == 0x80:
+                cut -= 1
+        yield cut - start
+        start = cut
+    yield len(text) - start
 
 
 def share(key: str) -> float:
@@ -59,7 +94,9 @@ def _bytes(key: str) -> bytes:
     return key.encode(errors="surrogateescape")  # a file name need not be UTF-8
 
 
-def open_corpus(sources: list[str], reading: Reading, validation_percent: float, cache_dir: Path) -> Corpus:
+def open_corpus(
+    sources: list[str], reading: Reading, validation_percent: float, cache_dir: Path, longest: int | None = None
+) -> Corpus:
     """Read, hash and split the documents of `sources`."""
     if not 0 < validation_percent < 100:
         raise InputError(f"data.validation_percent is {validation_percent}; it must lie between 0 and 100")
@@ -67,7 +104,7 @@ def open_corpus(sources: list[str], reading: Reading, validation_percent: float,
     total = hashlib.sha256()
     lowest, highest = 100.0, 0.0
     try:
-        corpus = Corpus(tempfile.TemporaryFile(dir=cache_dir, prefix="corpus-"))  # noqa: SIM115 (for the whole run)
+        corpus = Corpus(tempfile.TemporaryFile(dir=cache_dir, prefix="corpus-"), longest)  # noqa: SIM115 (for the whole run)
         for source in sources:
             for key, text in _worth_reading(source, reading):
                 position = share(key)
@@ -80,7 +117,7 @@ def open_corpus(sources: list[str], reading: Reading, validation_percent: float,
         raise InputError(f"cannot copy the text to {cache_dir} ({error.strerror}); set data.cache_dir") from error
     if reading.skipped:
         log.warning("%s: skipped %d broken lines, the first: %s", name, reading.skipped, reading.first_skipped)
-    if len(corpus) == 1:
+    if corpus.documents == 1:
         raise InputError(f"{name}: a single document cannot be split into training and validation text; give more")
     for part, documents, bound in (
         ("validation", corpus.validation, f"at least {lowest + 0.001:.3f}"),
@@ -88,16 +125,16 @@ def open_corpus(sources: list[str], reading: Reading, validation_percent: float,
     ):
         if not documents:
             raise InputError(
-                f"{name}: the {part} split is empty, with {len(corpus)} documents and {validation_percent:g} % of them "
-                f"for validation; set data.validation_percent to {bound}, or give more documents"
+                f"{name}: the {part} split is empty, with {corpus.documents} documents and {validation_percent:g} % of "
+                f"them for validation; set data.validation_percent to {bound}, or give more documents"
             )
     corpus.skipped = reading.skipped
     corpus.identity = {
         "name": name,
         "sha256": total.hexdigest(),
         "bytes": corpus.starts[-1],
-        "documents": len(corpus),
-        "validation_documents": len(corpus.validation),
+        "documents": corpus.documents,
+        "validation_documents": corpus.validation_documents,
         "validation_percent": validation_percent,
         "skipped_lines": reading.skipped,
     }
@@ -132,24 +169,24 @@ def shuffled(indices: Iterable[int], seed: str) -> list[int]:
 
 
 class CorpusDocuments:
-    """The documents of one split in shuffled order, epoch after epoch, with a position that is two integers."""
+    """The pieces of one split in shuffled order, epoch after epoch, with a position that is two integers."""
 
     def __init__(self, corpus: Corpus, indices: "array[int]", seed: str, epochs: int | None = None) -> None:
         self.corpus, self.indices, self.seed, self.epochs = corpus, indices, seed, epochs
         self.skipped = corpus.skipped
         self.load_state_dict({"epoch": 0, "position": 0})
 
-    def read(self) -> list[str]:
-        """The next documents, about BLOCK characters of them; none when the last epoch is over."""
+    def read(self) -> list[Text]:
+        """The next pieces, about BLOCK characters of them; none when the last epoch is over."""
         if self.position == len(self.order):
             if self.epochs is not None and self.epoch + 1 >= self.epochs:
                 return []
             self.load_state_dict({"epoch": self.epoch + 1, "position": 0})
-        texts: list[str] = []
+        texts: list[Text] = []
         size = 0
         while size < BLOCK and self.position < len(self.order):
-            texts.append(self.corpus.text(self.order[self.position]))
-            size += len(texts[-1])
+            texts.append(self.corpus[self.order[self.position]])
+            size += len(texts[-1].text)
             self.position += 1
         return texts
 

@@ -6,7 +6,7 @@ A stream keeps the order it comes in. A shuffle buffer would forget its content 
 from typing import Any
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.data.corpus import BLOCK
+from apollo_optim.data.corpus import BLOCK, Text
 from apollo_optim.data.files import BadRecord, Reading, missing_key, text_of
 
 
@@ -37,8 +37,8 @@ class StreamDocuments:
     def skipped(self) -> int:
         return self.reading.skipped
 
-    def read(self) -> list[str]:
-        texts: list[str] = []
+    def read(self) -> list[Text]:
+        texts: list[Text] = []
         size = 0
         while size < BLOCK and (row := self._next()) is not None:
             self.rows += 1
@@ -51,7 +51,7 @@ class StreamDocuments:
                 self.reading.bad(f"{self.name}: row {self.rows}", error)
                 continue
             if text.strip():
-                texts.append(text)
+                texts.append(Text(text))
                 size += len(text)
         self._state = self.dataset.state_dict()
         return texts
