@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.optim.base import MatrixOptimizer
+from apollo_optim.optim.knobs import check_parameter
 from apollo_optim.optim.step import Group, follows_rule, matrix_shape
 
 ALL_LINEAR = "all-linear"
@@ -54,6 +55,7 @@ def param_groups(
     used: Counter[str] = Counter()
     members: dict[tuple[str, bool, bool], list[tuple[str, Tensor]]] = {}
     for name, p in model.named_parameters():
+        check_parameter(p, f"parameter {name!r}")  # before a flat one makes every target look like a typo
         kind = _kind(name, p, owners[p], head, targets, exclude, used)
         decays = not any(_matches(pattern, name) for pattern in no_decay)
         conv = kind == "matrices" and any(isinstance(module, nn.modules.conv._ConvNd) for _, module in owners[p])

@@ -104,10 +104,10 @@ def check_group(group: Group, known: frozenset[str], owner: str) -> None:
         group["proj"] = "gaussian"
     params = group["params"]
     for entry in [params] if isinstance(params, Tensor) else (group.update(params=list(params)) or group["params"]):
-        _check_parameter(entry[1] if isinstance(entry, tuple) else entry, where)
+        check_parameter(entry[1] if isinstance(entry, tuple) else entry, where)
 
 
-def _check_parameter(p: Any, where: str) -> None:
+def check_parameter(p: Any, where: str) -> None:
     if not isinstance(p, Tensor):
         return  # torch says it better
     if hasattr(p, "_fsdp_flattened"):
