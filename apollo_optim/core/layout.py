@@ -132,6 +132,20 @@ def spread(factor: Tensor, like: Tensor) -> Tensor:
     return factor.redistribute(placements=placements)
 
 
+def transposed(t: Tensor) -> Tensor:
+    """``t.mT``. Old torch forgets there that a shard is strided, and where a part belongs with it: that is refused."""
+    flipped = t.mT
+    if is_sharded(t) and _strided(t) != _strided(flipped):
+        raise InputError(
+            f"this torch cannot transpose a parameter split as {t.placements}; a newer torch can (2.13 does)"
+        )
+    return flipped
+
+
+def _strided(t: Any) -> list[bool]:
+    return [hasattr(p, "split_factor") for p in t.placements]
+
+
 def aligned(t: Tensor, like: Tensor) -> Tensor:
     """``t`` split as ``like``, of the same shape, is: a gradient may come as a sum in waiting, or split its own way."""
     if not (is_sharded(t) and is_sharded(like)) or t.placements == like.placements:

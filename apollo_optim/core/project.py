@@ -25,7 +25,7 @@ PROJECTIONS: tuple[str, ...] = get_args(Projection)
 
 def channel_view(t: Tensor) -> Tensor:
     """(.., m, n) longer side first: (.., c, k). Square matrices keep their rows as channels."""
-    return t if t.shape[-2] >= t.shape[-1] else t.mT
+    return t if t.shape[-2] >= t.shape[-1] else layout.transposed(t)
 
 
 def random_basis(view_ck: Tensor, rank: int, proj: str, key: Key) -> Tensor:

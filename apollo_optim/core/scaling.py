@@ -36,6 +36,7 @@ def limit_growth(norm: Tensor, prev_norm: Tensor, growth: Number) -> tuple[Tenso
     checkpoint code takes such a step to create the state) nor one in mid-run freezes the tensor or drops the limit.
     The branches are ``where``s: no host sync.
     """
-    limited = torch.where(prev_norm > 0, torch.minimum(norm, prev_norm * growth), norm)
+    most = prev_norm * growth  # (not torch.minimum: DTensor has none in torch 2.6)
+    limited = torch.where((prev_norm > 0) & (norm > most), most, norm)
     factor = torch.where(norm > 0, limited / norm, torch.ones_like(norm))
     return factor, torch.where(norm > 0, limited, prev_norm)

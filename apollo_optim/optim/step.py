@@ -164,7 +164,8 @@ def advance(rule: Rule, p: Tensor, grad: Tensor, state: State, n: Numbers, spec:
 
 
 def _fit(per_matrix: Tensor, t: Tensor) -> Tensor:
-    return per_matrix[(..., *[None] * (t.ndim - per_matrix.ndim))]
+    missing = t.ndim - per_matrix.ndim
+    return per_matrix[(..., *[None] * missing)] if missing else per_matrix
 
 
 def adamw(grad: Tensor, state: State, n: Numbers, spec: Spec) -> Step:
