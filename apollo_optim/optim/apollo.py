@@ -56,7 +56,7 @@ class Apollo(MatrixOptimizer):
         seed: Every parameter draws its own from this and its position, at its first step, and keeps it in its state.
         view: How a 3-D parameter is to be seen: as a "stack" of matrices (default) or as a "conv" weight.
         maximize: Step up the gradient, as in torch.optim.
-        compile: Run every step as one compiled function per shape.
+        compile: Run every step as one compiled function per shape; sharded parameters (DTensor) still step eagerly.
 
     Raises InputError (a ValueError) for unknown keys and wrong values, naming the key, and where nothing names a rank.
     """
