@@ -4,10 +4,9 @@
 
 The protocol:
 
-1. Search. Every method gets the same six short runs (a fifth of the horizon, with its own full cosine and a quarter of
-   warm-up, seed 0) over the learning rate of the matrices x that of the rest, *separately*: the two centres below, then
-   up and down by a factor of two along the matrices, once more in the direction that helped, and from the best of these
-   up and down along the rest.
+1. Search. Every method gets at most nine short runs (each a fifth of the horizon with its own full cosine and a quarter
+   of warm-up, seed 0) over the learning rate of the matrices x that of the rest, *separately*: from the centres below,
+   by factors of two, always around the best pair so far, until no neighbour of it is better.
 2. Final. The best pair of each method at full length with every seed. A seed fixes the initial weights and the order
    of the data, so that differences between methods are paired.
 
@@ -17,11 +16,9 @@ beside it; what is there is never run again, and a run that was cut off goes on 
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -32,6 +29,7 @@ from apollo_optim.train.config import RunConfig
 
 CENTRES = {"adamw": (1e-3, 1e-2), "apollo": (1e-2, 1e-2), "apollo-mini": (1e-2, 1e-2)}
 SEARCH_WARMUP = 0.25  # a tenth of a short run is 14 steps: APOLLO-Mini at 1e-2 ends at 534 with them, at 294 with 35
+BUDGET = 9
 BATCH, SEQ_LEN, EVAL_TOKENS = 16, 256, 131_072
 
 
@@ -116,31 +114,21 @@ class Race:
 
 
 def search(race: Race, model: str, steps: int, methods: list[str]) -> dict[str, Trial]:
-    """The best pair of learning rates of each method, six short runs for each."""
-    tried = {method: [Trial(model, method, *CENTRES[method], 0, steps, SEARCH_WARMUP)] for method in methods}
+    """The best pair of learning rates of each method, after ``BUDGET`` short runs or when no neighbour is better."""
+    tried: dict[str, list[Trial]] = {method: [] for method in methods}
 
-    def best(method: str) -> Trial:
-        return min(tried[method], key=race.loss)
+    def moves(method: str) -> list[Trial]:
+        if not tried[method]:
+            return [Trial(model, method, *CENTRES[method], 0, steps, SEARCH_WARMUP)]
+        best = min(tried[method], key=race.loss)
+        around = [replace(best, **{axis: getattr(best, axis) * f}) for axis in ("lr", "rest_lr") for f in (2.0, 0.5)]
+        return [trial for trial in around if trial not in tried[method]][: min(2, BUDGET - len(tried[method]))]
 
-    def further(method: str) -> float:
-        """On in the direction that helped; half a move up if the centre was best."""
-        ahead = best(method).lr / CENTRES[method][0]
-        return ahead if ahead != 1.0 else math.sqrt(2.0)
-
-    def try_all(axis: str, factors: Callable[[str], tuple[float, ...]]) -> None:
-        moves = {
-            method: [replace(best(method), **{axis: getattr(best(method), axis) * f}) for f in factors(method)]
-            for method in methods
-        }
-        race.run([trial for trials in moves.values() for trial in trials])
-        for method, trials in moves.items():
+    while batch := {method: trials for method in methods if (trials := moves(method))}:
+        race.run([trial for trials in batch.values() for trial in trials])
+        for method, trials in batch.items():
             tried[method] += trials
-
-    race.run([trial for trials in tried.values() for trial in trials])
-    try_all("lr", lambda _: (2.0, 0.5))
-    try_all("lr", lambda method: (further(method),))
-    try_all("rest_lr", lambda _: (2.0, 0.5))
-    return {method: best(method) for method in methods}
+    return {method: min(tried[method], key=race.loss) for method in methods}
 
 
 def table(race: Race, finals: dict[str, list[Trial]]) -> str:
