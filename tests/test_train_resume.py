@@ -174,6 +174,7 @@ def test_a_text_that_ends_is_reported_and_what_was_trained_is_saved(tmp_path, mo
 
 
 def test_signals_are_given_back_and_a_thread_may_train(tmp_path):
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     results = []
     thread = threading.Thread(target=lambda: results.append(pretrain(tiny(tmp_path, train={"steps": 2}))))
@@ -186,6 +187,7 @@ def test_signals_are_given_back_and_a_thread_may_train(tmp_path):
         with pytest.raises(KeyboardInterrupt):  # the second one does not ask
             os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    signal.signal(signal.SIGINT, found)
 
 
 def test_sigterm_ends_a_process_that_has_saved(tmp_path):
