@@ -1,6 +1,7 @@
 """Hugging Face datasets, streamed: nothing is downloaded ahead, and the position is the dataset's own.
 
-A stream keeps the order it comes in. A shuffle buffer would forget its content at every resume; C4 comes shuffled.
+A stream keeps the order it comes in, but for the rows of one block. A shuffle buffer would forget its content at every
+resume; C4 comes shuffled.
 """
 
 from typing import Any
