@@ -491,3 +491,11 @@ def test_a_rank_in_the_constructor_applies_only_if_no_group_names_one():
         optimizer = Apollo(groups, rank=2)
         got = [group["rank"] for group in optimizer.param_groups for _ in group["params"]]
         assert got == ranks
+
+
+def test_a_sparse_gradient_is_refused():
+    embedding = nn.Embedding(6, 4, sparse=True)
+    optimizer = AdamW(embedding.parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(InputError, match=r"sparse=False.*"):
+        optimizer.step()

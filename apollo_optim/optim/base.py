@@ -69,8 +69,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step_one(self, p: Tensor, group: Group) -> None:
         """One parameter's step: the body of ``step``, and what a backward hook calls."""
-        if p.grad is None or p.grad.is_sparse:
-            raise InputError(f"{type(self).__name__} needs a dense gradient, got {p.grad} for a {tuple(p.shape)} one")
+        grad = p.grad
+        if grad is None or grad.is_sparse:
+            shape = tuple(p.shape)
+            raise InputError(f"no dense gradient of the parameter {shape}; nn.Embedding(sparse=False) gives one")
         state = self.state[p]
         if not state:
             state.update(self.init_state(p, group, self._position(p)))
@@ -79,11 +81,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         spec, numbers = spec_of(p, group, step), numbers_of(p, group, step, state["seed"])
         tensors = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
         if self.compile and not layout.is_sharded(p) and can_compile(p.device.type):
-            key = (p.shape, p.stride(), p.dtype, p.grad.stride(), p.grad.dtype, p.device, spec, *_dtypes(tensors))
+            dtypes = (t.dtype for t in (p, grad, *tensors.values()))
+            key = (p.shape, p.stride(), grad.stride(), p.device, spec, *dtypes)
             run = self._compiled.get(key) or self._compiled.setdefault(key, compiled(advance))
-            run(self.direction, p, p.grad, tensors, numbers.as_tensors(), spec)
+            run(self.direction, p, grad, tensors, numbers.as_tensors(), spec)
         else:
-            advance(self.direction, p, p.grad, tensors, numbers, spec)
+            advance(self.direction, p, grad, tensors, numbers, spec)
 
     def init_state(self, p: Tensor, group: Group, position: int = 0) -> State:
         """All this parameter will ever keep: later steps add no key and change no shape.
@@ -99,7 +102,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             view_ck, stack = matrix, ()
             rule_state = {name: layout.zeros_like(p.detach(), dtype) for name in ("exp_avg", "exp_avg_sq")}
         return {
-            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+            "step": torch.zeros((), device="cpu"),
             "seed": mix_seed(group["seed"], position),
             "skipped": layout.zeros(stack, view_ck, torch.int32),
             **rule_state,
@@ -143,7 +146,3 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> State:
         return {**super().__getstate__(), "compile": self.compile, "_compiled": {}}
-
-
-def _dtypes(tensors: dict[str, Tensor]) -> list[torch.dtype]:
-    return [t.dtype for t in tensors.values()]
