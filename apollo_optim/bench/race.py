@@ -153,6 +153,16 @@ def table(race: Race, finals: dict[str, list[Trial]]) -> str:
     return "\n".join(lines)
 
 
+def finished(race: Race, steps: int) -> dict[str, list[Trial]]:
+    """The final runs there are, those seeds that every method has."""
+    trials = sorted((trial for trial in race.done if trial.steps == steps), key=lambda trial: trial.seed)
+    finals = {method: [trial for trial in trials if trial.method == method] for method in CENTRES}
+    if not all(finals.values()):
+        raise SystemExit(f"{race.log} holds no final run yet of {', '.join(m for m, t in finals.items() if not t)}")
+    seeds = set.intersection(*({trial.seed for trial in done} for done in finals.values()))
+    return {method: [trial for trial in done if trial.seed in seeds] for method, done in finals.items()}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/race/llama-4m"), help="where results are kept")
@@ -162,8 +172,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table of the final runs there are")
     args = parser.parse_args(argv)
     race = Race(args.out, args.work, args.jobs)
+    if args.table:
+        print(table(race, finished(race, args.steps)))
+        return 0
     best = search(race, args.model, args.steps // 5, args.methods)
     finals = {
         method: [Trial(args.model, method, trial.lr, trial.rest_lr, seed, args.steps) for seed in args.seeds]
