@@ -458,8 +458,15 @@ def test_refusals_name_the_key_and_the_nearest():
         with pytest.raises(InputError) as error:
             Apollo([{"params": [w], **bad}])
         assert message in str(error.value)
+        in_constructor = {key: value for key, value in bad.items() if key != "rnak"}
+        with pytest.raises(InputError if in_constructor == bad else TypeError, match=next(reversed(bad))):
+            Apollo([w], **bad)
     with pytest.raises(InputError, match="param_groups"):
         Apollo([w])
+    with pytest.raises(TypeError, match="ordered"):
+        Apollo([{"params": {w}, "rank": 2}])
+    aliased = Apollo([w], rank=2, proj="random")
+    assert aliased.param_groups[0]["proj"] == "gaussian"
     with pytest.raises(InputError, match="unknown key 'rank'"):
         AdamW([{"params": [w], "rank": 4}])
     flat = nn.Parameter(torch.ones(24))

@@ -50,7 +50,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def add_param_group(self, param_group: Group) -> None:
-        check_group(param_group, self.knobs, type(self).__name__)
+        check_group(param_group, self.defaults, self.knobs, type(self).__name__)
         super().add_param_group(param_group)
 
     @torch.no_grad()

@@ -86,24 +86,26 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
 
 
-def check_group(group: Group, known: frozenset[str], owner: str) -> None:
-    """Refuse what a group must not say, naming the key; write aliases as what they mean.
+def check_group(group: Group, defaults: Group, known: frozenset[str], owner: str) -> None:
+    """Refuse what a group, or the constructor in its place, must not say, naming the key; resolve aliases.
 
     Raises InputError (a ValueError) for an unknown key, a value out of range, and parameters that no step could be
     right for: FSDP1's flat ones, complex and integer ones.
     """
     where = f"{owner}, group {group['name']!r}" if "name" in group else owner
-    for key, value in group.items():
+    for key, value in {**defaults, **group}.items():
         if key in PASSED:
             continue
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r}. {nearest(key, known)}")
         if not KNOBS[key].fits(value):
             raise InputError(f"{where}: {key}={value!r}, but it must be {KNOBS[key].wanted}")
-    if group.get("proj") == RANDOM:
+    if group.get("proj", defaults.get("proj")) == RANDOM:
         group["proj"] = "gaussian"
-    params = group["params"]
-    for entry in [params] if isinstance(params, Tensor) else (group.update(params=list(params)) or group["params"]):
+    if isinstance(group["params"], set):
+        return  # torch refuses it: a set has no order
+    group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    for entry in group["params"]:
         check_parameter(entry[1] if isinstance(entry, tuple) else entry, where)
 
 
