@@ -4,9 +4,9 @@
 
 The protocol:
 
-1. Search. Every method gets at most nine short runs (each a fifth of the horizon with its own full cosine and a quarter
-   of warm-up, seed 0) over the learning rate of the matrices x that of the rest, *separately*: from the centres below,
-   by factors of two, always around the best pair so far, until no neighbour of it is better.
+1. Search. Every method gets at most fifteen short runs (each a fifth of the horizon with its own full cosine and a
+   quarter of warm-up, seed 0) over the learning rate of the matrices x that of the rest, *separately*: from the centres
+   below, by factors of two, always around the best pair so far, until no neighbour of it is better.
 2. Final. The best pair of each method at full length with every seed. A seed fixes the initial weights and the order
    of the data, so that differences between methods are paired.
 
@@ -29,7 +29,7 @@ from apollo_optim.train.config import RunConfig
 
 CENTRES = {"adamw": (1e-3, 1e-2), "apollo": (1e-2, 1e-2), "apollo-mini": (1e-2, 1e-2)}
 SEARCH_WARMUP = 0.25  # a tenth of a short run is 14 steps: APOLLO-Mini at 1e-2 ends at 534 with them, at 294 with 35
-BUDGET = 9
+BUDGET = 15
 BATCH, SEQ_LEN, EVAL_TOKENS = 16, 256, 131_072
 
 
