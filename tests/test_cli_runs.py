@@ -72,7 +72,9 @@ def test_model_and_optimizer_can_be_built(name: str) -> None:
     optimizer = make_optimizer(cfg.optim, model)
     matrices = [group for group in optimizer.param_groups if group["name"] == "matrices"]
     assert sum(len(group["params"]) for group in matrices) == 7 * SIZES[cfg.model.name].layers
-    assert {group["lr"] for group in optimizer.param_groups} == {cfg.optim.lr}
+    rest = cfg.optim.lr if cfg.optim.rest_lr is None else cfg.optim.rest_lr
+    for group in optimizer.param_groups:
+        assert group["lr"] == (cfg.optim.lr if group["name"] == "matrices" else rest), group["name"]
 
 
 def test_sizes_are_what_their_names_say() -> None:
