@@ -10,14 +10,13 @@ reading that block again, so no tokens are stored, and any source of documents w
 shuffled corpus and a stream look the same here.
 """
 
-import random
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.data.corpus import Text
+from apollo_optim.data.corpus import Text, shuffled
 from apollo_optim.data.tokenizer import encode
 
 IGNORED = -100  # a label that counts for nothing
@@ -141,7 +140,7 @@ class Batches:
             if not texts:
                 raise EndOfText
             self._number += 1
-            self._block, self._used = self._shuffled(self._cut(texts)), 0
+            self._block, self._used = shuffled(self._cut(texts), f"{self.seed}/{self._number}"), 0
             if self._block:
                 return
         raise InputError(f"the text is too short to fill one row of {self.seq_len} tokens; lower data.seq_len")
@@ -156,11 +155,6 @@ class Batches:
         for ids, text in zip(documents, texts, strict=True):
             tokens += [*ids, end] if text.ends else ids
         return [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
-
-    def _shuffled(self, rows: list[list[int]]) -> list[list[int]]:
-        """`Random.random()` is the one stream that Python promises to keep; the block's number is part of its seed."""
-        number = random.Random(f"{self.seed}/{self._number}")
-        return sorted(rows, key=lambda _: number.random())
 
     def _row(self) -> list[int]:
         if self._used == len(self._block):

@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.files import Document, Reading, local_documents, versions
@@ -23,6 +23,7 @@ from apollo_optim.data.files import Document, Reading, local_documents, versions
 BLOCK = 1 << 22  # characters of text whose rows are shuffled together
 CODE = ("python", "packages")
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -162,10 +163,10 @@ def _worth_reading(source: str, reading: Reading) -> Iterator[Document]:
         raise InputError(f"{source}: holds no text{first if reading.skipped else ''}")
 
 
-def shuffled(indices: Iterable[int], seed: str) -> list[int]:
+def shuffled(items: Iterable[T], seed: str) -> list[T]:
     """The same order on every machine and Python: `Random.random()` is the one stream that Python promises to keep."""
     number = random.Random(seed)
-    return sorted(indices, key=lambda _: number.random())
+    return sorted(items, key=lambda _: number.random())
 
 
 class CorpusDocuments:

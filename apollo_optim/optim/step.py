@@ -17,8 +17,6 @@ from apollo_optim.core.write import write
 Group = dict[str, Any]
 State = dict[str, Any]
 ROUNDED: tuple[Purpose, ...] = ("weight", "exp_avg", "exp_avg_sq")
-
-
 _KEYS = ("projection", "rounding")
 
 
