@@ -14,8 +14,8 @@ from apollo_optim.core.moments import updated
 from apollo_optim.core.project import down, random_basis, svd_basis
 from apollo_optim.core.scaling import channel_norms, limit_growth, ratio, tensor_norm
 from apollo_optim.optim.base import MatrixOptimizer
-from apollo_optim.optim.knobs import KNOBS
-from apollo_optim.optim.step import Group, Numbers, Spec, State, Step
+from apollo_optim.optim.knobs import KNOBS, Group
+from apollo_optim.optim.step import Numbers, Spec, State, Step
 
 
 class Apollo(MatrixOptimizer):

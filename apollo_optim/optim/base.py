@@ -11,9 +11,8 @@ from apollo_optim.core.compile import can_compile, compiled
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.project import channel_view
 from apollo_optim.core.random import mix_seed
-from apollo_optim.optim.knobs import check_group, decide_rank
+from apollo_optim.optim.knobs import Group, check_group, decide_rank
 from apollo_optim.optim.step import (
-    Group,
     Numbers,
     Spec,
     State,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.optim.base import MatrixOptimizer
-from apollo_optim.optim.knobs import check_parameter
-from apollo_optim.optim.step import Group, follows_rule, matrix_shape
+from apollo_optim.optim.knobs import Group, check_parameter
+from apollo_optim.optim.step import follows_rule, matrix_shape
 
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("lm_head", "embed_out", "output", "head", "score", "classifier")

@@ -13,8 +13,8 @@ from apollo_optim.core.project import channel_view
 from apollo_optim.core.random import Key, Purpose, hash32, key_at
 from apollo_optim.core.rounding import store
 from apollo_optim.core.write import write
+from apollo_optim.optim.knobs import Group
 
-Group = dict[str, Any]
 State = dict[str, Any]
 ROUNDED: tuple[Purpose, ...] = ("weight", "exp_avg", "exp_avg_sq")
 _KEYS = ("projection", "rounding")
