@@ -32,7 +32,7 @@ from apollo_optim.train.display import Live, duration, in_bytes
 from apollo_optim.train.evaluate import evaluate, summed_loss, targets
 from apollo_optim.train.loop import TrainingFailed, pretrain
 from apollo_optim.train.metrics import Metrics, cut_back
-from apollo_optim.train.models import SIZES, build_model, model_config, usable_vocabulary
+from apollo_optim.train.models import SIZES, build_model, draw_weights, model_config, skeleton, usable_vocabulary
 from apollo_optim.train.schedule import factor, set_lr, warmup_steps
 
 
@@ -63,15 +63,46 @@ def test_sizes_are_the_published_ones():
         "llama-1b": 1.339e9,
     }
     ours = {"llama-1m": 1.45e6, "llama-4m": 3.4e6, "llama-9m": 8.4e6}
-    from transformers import AutoModelForCausalLM
-
     for name, expected in (published | ours).items():
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config(ModelConfig(name)))
+        model = skeleton(ModelConfig(name))
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(expected, rel=0.03), name
         assert model.lm_head.weight is not model.model.embed_tokens.weight
         assert model.config.vocab_size == (4096 if name in ours else 32000)
     assert (SIZES["llama-13b"].hidden, SIZES["llama-13b"].ffn, SIZES["llama-13b"].layers) == (5120, 13824, 40)
+
+
+def test_new_weights_come_module_by_module_and_as_transformers_draws_them():
+    from transformers import AutoModelForCausalLM
+
+    config = model_config(ModelConfig("llama-1m", config=MODEL | {"tie_word_embeddings": True}))
+    drawn: list[int] = []  # parameters that had memory when a module was finished
+
+    def finish(module: torch.nn.Module) -> None:
+        drawn.append(sum(not p.is_meta for p in model.parameters()))
+
+    model = skeleton(ModelConfig("llama-1m"), config)
+    draw_weights(model, finish)
+    assert drawn == sorted(drawn)
+    assert drawn[0] == 1
+    assert len(set(drawn)) == len(list(model.parameters()))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    usual = AutoModelForCausalLM.from_config(config)
+    theirs = dict(usual.named_parameters()) | dict(usual.named_buffers())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert tensor.dtype == theirs[name].dtype
+        assert tensor.device.type == "cpu"
+        if tensor.ndim < 2:
+            assert torch.equal(tensor, theirs[name]), name  # norms and rotary frequencies
+        else:
+            assert tensor.std().item() == pytest.approx(theirs[name].std().item(), rel=0.05), name
+
+
+def test_a_model_with_a_value_from_its_constructor_is_refused():
+    model = skeleton(ModelConfig("llama-1m"), model_config(ModelConfig("llama-1m", config=MODEL)))
+    with torch.device("meta"):
+        model.model.layers[0].own = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(InputError, match=r"layers.0.own its first value"):
+        draw_weights(model)
 
 
 def test_bfloat16_is_pure_and_leaves_the_rotary_frequencies_alone():

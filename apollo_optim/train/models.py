@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,14 +50,16 @@ def build_model(
     vocab_size: int | None = None,
     seq_len: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    finish: Callable[[torch.nn.Module], None] | None = None,
 ) -> PreTrainedModel:
     """A causal language model with new weights from torch's global generator, or, if `pretrained`, those of `cfg.name`.
 
     A size by name takes its vocabulary from `cfg.vocab_size`, else `vocab_size`, else the table; its special tokens
     from the tokenizer. A sequence longer than the model's context is refused here, before anything is computed.
-    """
-    from transformers import AutoModelForCausalLM
 
+    New weights are drawn one module at a time, each handed to `finish` before the next one exists, so that a model
+    which is quantised there never exists in float.
+    """
     config = model_config(cfg, vocab_size, tokenizer)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if seq_len is not None and context is not None and seq_len > context:
@@ -62,23 +67,83 @@ def build_model(
             f"data.seq_len={seq_len} is longer than the context of {cfg.name}, {context} tokens: shorten it, or, "
             f"for new weights, set model.config.max_position_embeddings={seq_len}"
         )
-    options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "trust_remote_code": cfg.trust_remote_code}
-    if cfg.attention is not None:
-        options["attn_implementation"] = cfg.attention
-    model: PreTrainedModel
-    try:
-        if cfg.pretrained:
-            model = AutoModelForCausalLM.from_pretrained(cfg.name, config=config, **options)
-        else:
-            # Not `.to(bfloat16)` afterwards: that would round the rotary frequencies too.
-            model = AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-untyped-call]
-    except (ValueError, ImportError, OSError) as error:
-        raise InputError(f"cannot build the model {cfg.name}: {_one_line(error)}") from error
+    model = load_pretrained(cfg, config) if cfg.pretrained else skeleton(cfg, config)
+    if not cfg.pretrained:
+        draw_weights(model, finish)
+    elif finish is not None:
+        model.apply(finish)
     if cfg.gradient_checkpointing:
         # Its name until transformers 5.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
+
+
+def skeleton(cfg: ModelConfig, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """The model without memory, on the meta device: its shapes and dtypes are those of the model that will run."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), _explained(cfg):
+        # Not `.to(bfloat16)` afterwards: that would round the rotary frequencies too.
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config or model_config(cfg), **_options(cfg)
+        )
+    return model
+
+
+def load_pretrained(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
+    """The weights of a directory or a hub name."""
+    from transformers import AutoModelForCausalLM
+
+    with _explained(cfg):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(cfg.name, config=config, **_options(cfg))
+    return model
+
+
+def _options(cfg: ModelConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "trust_remote_code": cfg.trust_remote_code}
+    return options if cfg.attention is None else options | {"attn_implementation": cfg.attention}
+
+
+@contextlib.contextmanager
+def _explained(cfg: ModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        raise InputError(f"cannot build the model {cfg.name}: {_one_line(error)}") from error
+
+
+@torch.no_grad()
+def draw_weights(model: PreTrainedModel, finish: Callable[[torch.nn.Module], None] | None = None) -> None:
+    """Give a model on meta its memory and new weights on the CPU, as transformers draws them, module by module.
+
+    `finish(module)` is called for every module once its own weights are drawn. What is tied stays tied. Raises
+    InputError if the model's own code leaves something without a value: transformers' models do not.
+    """
+    from transformers import PreTrainedModel
+
+    real: dict[torch.Tensor, torch.Tensor] = {}  # a tied tensor is met twice
+
+    def visit(module: torch.nn.Module, family: PreTrainedModel) -> None:
+        for child in module.children():
+            visit(child, child if isinstance(child, PreTrainedModel) else family)
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is None:
+                    continue
+                if tensor not in real:
+                    memory = torch.full_like(tensor, math.nan if tensor.is_floating_point() else 0, device="cpu")
+                    is_parameter = isinstance(tensor, torch.nn.Parameter)
+                    real[tensor] = torch.nn.Parameter(memory, tensor.requires_grad) if is_parameter else memory
+                own[name] = real[tensor]  # type: ignore[assignment]
+        family._init_weights(module)  # type: ignore[no-untyped-call]
+        if finish is not None:
+            finish(module)
+
+    visit(model, model)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and tensor.sum().isnan():  # (isnan of a whole embedding is 131 MB at 7B)
+            raise InputError(f"{type(model).__name__} gives {name} its first value in a constructor: not supported")
 
 
 def model_config(
