@@ -19,17 +19,20 @@ if TYPE_CHECKING:
         list_optimizers,
         param_groups,
     )
+    from apollo_optim.quant import LowBitWeight, quantize_weights
 
 __all__ = [
     "AdamW",
     "Apollo",
     "ApolloMini",
     "InputError",
+    "LowBitWeight",
     "OptimizerInfo",
     "build_optimizer",
     "describe",
     "list_optimizers",
     "param_groups",
+    "quantize_weights",
 ]
 __version__ = "0.1.0"
 
@@ -38,9 +41,9 @@ def __getattr__(name: str) -> Any:
     """The library comes with the first use of a name: `apollo-optim --help` does not wait two seconds for torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from apollo_optim import optim
+    from apollo_optim import optim, quant
 
-    return getattr(optim, name)
+    return getattr(quant if name in quant.__all__ else optim, name)
 
 
 def __dir__() -> list[str]:

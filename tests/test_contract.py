@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import apollo_optim
-from apollo_optim import AdamW, Apollo, InputError, build_optimizer, describe, list_optimizers
+from apollo_optim import (
+    AdamW,
+    Apollo,
+    InputError,
+    LowBitWeight,
+    build_optimizer,
+    describe,
+    list_optimizers,
+    quantize_weights,
+)
 from apollo_optim.optim.groups import state_bytes
 
 NAMES = [info.name for info in list_optimizers()]
@@ -46,9 +55,14 @@ def make_model(dtype: torch.dtype = torch.float32) -> Model:
         return Model().to(dtype)
 
 
+BITS = {info.name: info.bits for info in list_optimizers()}
+
+
 def make(name: str, model: nn.Module, **knobs) -> torch.optim.Optimizer:
+    if BITS[name] and not any(isinstance(p, LowBitWeight) for p in model.parameters()):
+        quantize_weights(model, BITS[name], group_size=6, targets="mlp")
     if name != "adamw":
-        knobs = {"rank": 1 if name == "apollo-mini" else 2, **SHORT_GAP, **knobs}
+        knobs = {"rank": 1 if "mini" in name else 2, **SHORT_GAP, **knobs}
     return build_optimizer(name, model, targets="mlp", **{"lr": 1e-2, **knobs})
 
 
@@ -185,8 +199,9 @@ def test_foreign_and_misfitting_states_are_refused_and_change_nothing(name):
     optimizer = make(name, model)
     run(model, optimizer, range(2))
     before = flat_state(optimizer)
-    torchs = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
-    set_gradients(model, 9, 0.0)
+    other = make_model()
+    torchs = torch.optim.SGD(other.parameters(), lr=1.0, momentum=0.9)
+    set_gradients(other, 9, 0.0)
     torchs.step()
     foreign = torchs.state_dict()
     ours = optimizer.state_dict()

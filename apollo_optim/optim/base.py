@@ -11,6 +11,7 @@ from apollo_optim.core.compile import can_compile, compiled
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.project import channel_view
 from apollo_optim.core.random import mix_seed
+from apollo_optim.core.storage import writes_itself
 from apollo_optim.optim.knobs import Group, check_group, decide_rank
 from apollo_optim.optim.step import (
     Numbers,
@@ -79,7 +80,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         step = int(state["step"].item())  # on the CPU: no device waits for it
         spec, numbers = spec_of(p, group, step), numbers_of(p, group, step, state["seed"])
         tensors = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
-        if self.compile and not layout.is_sharded(p) and can_compile(p.device.type):
+        plain = not (layout.is_sharded(p) or writes_itself(p))
+        if self.compile and plain and can_compile(p.device.type):
             dtypes = (t.dtype for t in (p, grad, *tensors.values()))
             key = (p.shape, p.stride(), grad.stride(), p.device, spec, *dtypes)
             run = self._compiled.get(key) or self._compiled.setdefault(key, compiled(advance))

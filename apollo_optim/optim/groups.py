@@ -1,7 +1,5 @@
 """Which parameters follow the rule: by name, first match wins, and an empty match is an error."""
 
-import fnmatch
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.names import as_tuple, matches, summary
+from apollo_optim.core.storage import nbytes
 from apollo_optim.optim.base import MatrixOptimizer
 from apollo_optim.optim.knobs import Group, check_parameter
 from apollo_optim.optim.step import follows_rule, matrix_shape
@@ -49,7 +49,7 @@ def param_groups(
 
     Raises InputError for a target, an exclusion that matches nothing, listing what exists.
     """
-    targets, exclude, no_decay = (_as_tuple(x) for x in (targets, exclude, no_decay))
+    targets, exclude, no_decay = (as_tuple(x) for x in (targets, exclude, no_decay))
     owners = _owners(model)
     head = _head_of(model)
     used: Counter[str] = Counter()
@@ -57,7 +57,7 @@ def param_groups(
     for name, p in model.named_parameters():
         check_parameter(p, f"parameter {name!r}")  # before a flat one makes every target look like a typo
         kind = _kind(name, p, owners[p], head, targets, exclude, used)
-        decays = not any(_matches(pattern, name) for pattern in no_decay)
+        decays = not any(matches(pattern, name) for pattern in no_decay)
         conv = kind == "matrices" and any(isinstance(module, nn.modules.conv._ConvNd) for _, module in owners[p])
         members.setdefault((kind, decays, conv), []).append((name, p))
     _check_cover(targets, exclude, used, model)
@@ -84,18 +84,6 @@ def param_groups(
 
 
 _EVERYWHERE = {"lr", "betas", "eps", "weight_decay", "state_dtype", "stochastic_rounding", "seed", "maximize"}
-
-
-def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.search(pattern[3:], name) is not None
-    if any(c in pattern for c in "*?["):
-        return fnmatch.fnmatchcase(name, pattern)
-    return pattern in name
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module]]]:
@@ -126,7 +114,7 @@ def _kind(
     exclude: tuple[str, ...],
     used: Counter[str],
 ) -> str:
-    excluded = [pattern for pattern in exclude if _matches(pattern, name)]
+    excluded = [pattern for pattern in exclude if matches(pattern, name)]
     used.update(excluded)
     if p.ndim < 2:
         return "norms"
@@ -136,7 +124,7 @@ def _kind(
         is_head = module is head
         for target in targets:
             linear = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and not is_head
-            if (linear if target == ALL_LINEAR else _matches(target, module_name)) and not excluded:
+            if (linear if target == ALL_LINEAR else matches(target, module_name)) and not excluded:
                 used[target] += 1
                 return "matrices"
         if is_head:
@@ -147,11 +135,10 @@ def _kind(
 def _check_cover(targets: tuple[str, ...], exclude: tuple[str, ...], used: Counter[str], model: nn.Module) -> None:
     modules = [name for name, module in model.named_modules() if _has_matrix(module)]
     # a second target may find all its modules taken by the first one: that is no typo
-    idle = [t for t in targets if not used[t] and not any(_matches(t, name) for name in modules)]
+    idle = [t for t in targets if not used[t] and not any(matches(t, name) for name in modules)]
     idle += [pattern for pattern in exclude if not used[pattern]]
     if idle:
-        exists = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in modules})
-        raise InputError(f"{idle[0]!r} matches nothing in this model. Modules with matrices: {', '.join(exists[:60])}")
+        raise InputError(f"{idle[0]!r} matches nothing in this model. Modules with matrices: {summary(modules)}")
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -201,4 +188,4 @@ def state_bytes(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> int:
     """Bytes that ``p`` will keep between steps, all of its tensors counted, ``step`` too."""
     stand_in = torch.empty(p.shape, dtype=p.dtype, device="meta")
     state: Iterable[Any] = optimizer.init_state(stand_in, group).values()
-    return sum(t.numel() * t.element_size() for t in state if isinstance(t, Tensor))
+    return sum(nbytes(t) for t in state if isinstance(t, Tensor))

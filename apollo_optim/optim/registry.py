@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.storage import writes_itself
 from apollo_optim.optim.adamw import AdamW
 from apollo_optim.optim.apollo import Apollo, ApolloMini
 from apollo_optim.optim.base import MatrixOptimizer
@@ -20,6 +21,7 @@ class OptimizerInfo(NamedTuple):
     summary: str
     paper: str
     defaults: dict[str, Any]  # what this entry sets; the class's own defaults fill the rest
+    bits: int | None = None  # of the weights it is for: quantize_weights(model, bits) comes first
 
 
 _REGISTRY = {
@@ -46,6 +48,22 @@ _REGISTRY = {
             "arXiv 2412.05270, section 5",
             {"rank": "auto", "proj": "svd"},
         ),
+        OptimizerInfo(
+            "q-apollo",
+            Apollo,
+            "APOLLO on weights of 8 bits (quantize_weights): no float copy of them exists.",
+            "arXiv 2412.05270, section 5.3",
+            {"rank": "auto"},
+            bits=8,
+        ),
+        OptimizerInfo(
+            "q-apollo-mini",
+            ApolloMini,
+            "APOLLO-Mini on weights of 8 bits (quantize_weights): no float copy of them exists.",
+            "arXiv 2412.05270, section 5.3",
+            {"rank": 1},
+            bits=8,
+        ),
         OptimizerInfo("adamw", AdamW, "torch.optim.AdamW's arithmetic; state 2dn per matrix.", "arXiv 1711.05101", {}),
     )
 }
@@ -54,6 +72,13 @@ _REGISTRY = {
 def list_optimizers() -> list[OptimizerInfo]:
     """What ``build_optimizer`` knows, in the order of registration."""
     return list(_REGISTRY.values())
+
+
+def find_optimizer(name: str) -> OptimizerInfo:
+    """The entry of this name. Raises InputError, naming the nearest, where there is none."""
+    if name not in _REGISTRY:
+        raise InputError(f"no optimizer is called {name!r}. {nearest(name, _REGISTRY)}")
+    return _REGISTRY[name]
 
 
 def build_optimizer(
@@ -77,12 +102,15 @@ def build_optimizer(
         rank: A whole number, or "auto" (a quarter of the most common small side).
         **knobs: Any group key of the optimizer; see its docstring.
 
-    Raises InputError for an unknown name or knob (naming the nearest), a target that matches nothing, or a rank at
-    which no matrix would follow the rule.
+    Raises InputError for an unknown name or knob (naming the nearest), a target that matches nothing, a rank at which
+    no matrix would follow the rule, and for a float model where the optimizer is one for low-bit weights.
     """
-    if name not in _REGISTRY:
-        raise InputError(f"no optimizer is called {name!r}. {nearest(name, _REGISTRY)}")
-    info = _REGISTRY[name]
+    info = find_optimizer(name)
+    if info.bits is not None and not any(writes_itself(p) for p in model.parameters()):
+        raise InputError(
+            f"{name} is for low-bit weights and this model has none: call "
+            f"apollo_optim.quantize_weights(model, bits={info.bits}) first (4 bits are possible, too)"
+        )
     for key in knobs:
         if key not in info.cls.knobs or key not in KNOBS:
             raise InputError(f"optimizer {name!r} takes no {key!r}. {nearest(key, info.cls.knobs)}")

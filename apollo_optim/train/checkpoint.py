@@ -3,7 +3,8 @@
     RUN/checkpoints/step-00000100/          one checkpoint
         manifest.json                       format, version, and size and CRC-32 of every other file
         config.json                         the transformers config
-        weights-00001-of-00001.safetensors  the weights in their native form
+        weights-00001-of-00001.safetensors  the weights in their native form; of a low-bit one its NAME.codes,
+                                            NAME.scales (quant/format.py) and NAME.shape
         state-00001-of-00001.safetensors    every tensor of the training state ...
         state.json                          ... and everything else in it, with references to the tensors
     RUN/checkpoints/latest                  a link to the newest one, for people and tools
@@ -27,12 +28,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.storage import parts, writes_itself
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = "apollo-optim checkpoint"
-VERSION = 1
+VERSION = 2  # 2: low-bit weights
+SHAPE = ".shape"  # of a low-bit weight: its codes are padded
 SHARD_BYTES = 256 * 10**6  # loaded one shard at a time: the pages of a mapped file count as resident
 
 
@@ -105,27 +108,39 @@ def _remove(checkpoint: Path) -> None:
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, tied ones once."""
+    """The plain tensors that parameters and persistent buffers are made of, by name, tied ones once."""
     named: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         named.setdefault(id(tensor), (name, tensor))
-    return dict(named.values())
+    plain: dict[str, torch.Tensor] = {}
+    for name, tensor in named.values():
+        made_of = parts(tensor)
+        plain |= {f"{name}.{part}" if part else name: own for part, own in made_of.items()}
+        if "" not in made_of:
+            plain[name + SHAPE] = torch.tensor(tensor.shape)
+    return plain
 
 
 def _write_shards(directory: Path, part: str, tensors: dict[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        size += tensor.nbytes
-        if shards[-1] and size > SHARD_BYTES:
-            shards.append([])
-            size = tensor.nbytes
-        shards[-1].append(name)
+    shards = _shards({name: tensor.nbytes for name, tensor in tensors.items()})
     for number, names in enumerate(shards, 1):
         path = directory / f"{part}-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: _own_memory(tensors[name]) for name in names}, path)
+
+
+def _shards(sizes: dict[str, int]) -> list[list[str]]:
+    """Names in order, as many to a shard as fit."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, more in sizes.items():
+        size += more
+        if shards[-1] and size > SHARD_BYTES:
+            shards.append([])
+            size = more
+        shards[-1].append(name)
+    return shards
 
 
 def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -171,17 +186,19 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """Check the whole checkpoint, then read the training state that was given to `save`."""
     verify(checkpoint)
     plain = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    state = unpack(plain, dict(_read_shards(checkpoint, "state")))
+    # out of the mapped files, into memory of its own
+    state = unpack(plain, {name: tensor.clone() for name, tensor in _read_shards(checkpoint, "state")})
     return dict(state)
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Copy the weights into the model; the names and shapes must be the same."""
+    """Copy the weights into the model, one after the other; the names, shapes and kinds must be the same."""
     into = weights(model)
     seen = set()
     with torch.no_grad():
         for name, tensor in _read_shards(checkpoint, "weights"):
-            if name not in into or into[name].shape != tensor.shape or into[name].dtype != tensor.dtype:
+            fits = name in into and into[name].shape == tensor.shape and into[name].dtype == tensor.dtype
+            if not fits or (name.endswith(SHAPE) and not torch.equal(into[name], tensor)):
                 raise InputError(f"{checkpoint} belongs to another model: its {name} ({_looks(tensor)}) does not fit")
             into[name].copy_(tensor)
             seen.add(name)
@@ -223,12 +240,13 @@ def _way_out(checkpoint: Path) -> str:
 
 
 def _read_shards(checkpoint: Path, part: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name after name; a tensor lies in the mapped file, which is closed when the next shard is asked for."""
     from safetensors import safe_open
 
     for path in sorted(checkpoint.glob(f"{part}-*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
-                yield name, file.get_tensor(name).clone()  # out of the mapped file, into aligned memory
+                yield name, file.get_tensor(name)
 
 
 def _looks(tensor: torch.Tensor) -> str:
@@ -306,10 +324,10 @@ def export(run_dir: Path | str, step: int | None = None, out: Path | str | None 
 
     >>> model = AutoModelForCausalLM.from_pretrained(export("out/first"))
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from apollo_optim.train.config import load_config
-    from apollo_optim.train.models import DTYPES
+    from apollo_optim.train.models import low_bit, with_new_weights
 
     run = Path(run_dir)
     there = checkpoints(run)
@@ -322,12 +340,10 @@ def export(run_dir: Path | str, step: int | None = None, out: Path | str | None 
     if out is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} is there already; choose another directory")
     verify(checkpoint)
-    cfg = load_config(run / "config.yaml").model
-    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=cfg.trust_remote_code)
+    cfg = load_config(run / "config.yaml")
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=cfg.model.trust_remote_code)
     with torch.random.fork_rng(devices=[]):  # drawing weights that are overwritten next must not disturb anybody
-        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=DTYPES[cfg.dtype], trust_remote_code=cfg.trust_remote_code
-        )
+        model = with_new_weights(cfg.model, config, low_bit(cfg))
     load_weights(checkpoint, model)
     tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer") if (run / "tokenizer").is_dir() else None
     write_model(model, tokenizer, target)
@@ -344,7 +360,10 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     try:
         with _failing_cleanly(temporary, "the exported model"):
             shutil.rmtree(temporary, ignore_errors=True)
-            model.save_pretrained(temporary)
+            if any(writes_itself(p) for p in model.parameters()):
+                _save_float(model, temporary)
+            else:
+                model.save_pretrained(temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
             if target.exists():
@@ -353,3 +372,29 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     finally:
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _save_float(model: PreTrainedModel, target: Path) -> None:
+    """`save_pretrained` for low-bit weights: what they mean in the model's dtype, one shard in memory at a time."""
+    from safetensors.torch import save_file
+
+    target.mkdir(parents=True)
+    model.config.save_pretrained(target)
+    if model.can_generate():
+        model.generation_config.save_pretrained(target)
+    whole = {id(t): (name, t) for name, t in reversed(model.state_dict(keep_vars=True).items())}  # tied ones once
+    named = dict(reversed(whole.values()))
+    sizes = {name: t.numel() * t.element_size() for name, t in named.items()}
+    shards = _shards(sizes)
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: named[name].detach() for name in names}
+        save_file(
+            {name: t.dequantize() if writes_itself(t) else _own_memory(t) for name, t in tensors.items()},
+            target / file,
+            metadata={"format": "pt"},
+        )
+        index |= dict.fromkeys(names, file)
+    content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+    (target / "model.safetensors.index.json").write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -43,6 +43,20 @@ class ModelConfig:
 
 
 @dataclass
+class QuantConfig:
+    """Weights of 8 or 4 bits, without a float copy (Q-APOLLO)."""
+
+    bits: Literal[4, 8] | None = None
+    """Bits of a weight; None: those of the optimizer (8 for q-apollo and q-apollo-mini), float weights for others."""
+    group_size: int = 128
+    """So many neighbours in a row share a bfloat16 scale."""
+    targets: list[str] = field(default_factory=lambda: ["attn", "mlp"])
+    """Module names (part of a name, glob, re:regex) whose matrices are stored so; embedding and head must be named."""
+    exclude: list[str] = field(default_factory=list)
+    """Parameter names that are left in float, whatever `targets` says."""
+
+
+@dataclass
 class OptimConfig:
     """The optimizer and its knobs. None is the optimizer's own default (`apollo-optim optimizers` prints them)."""
 
@@ -148,6 +162,8 @@ class CheckpointConfig:
     """Save every so many steps; None: only at the end and on Ctrl-C."""
     keep: int = 2
     """Keep this many, the newest ones."""
+    export: bool = True
+    """At the end, write the model for everybody else to RUN/model (float weights; `apollo-optim export` can, too)."""
 
 
 @dataclass
@@ -168,6 +184,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

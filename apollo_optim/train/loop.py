@@ -24,6 +24,7 @@ import torch
 from apollo_optim import build_optimizer, describe
 from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.storage import is_finite
 from apollo_optim.optim.base import MatrixOptimizer
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.config import (
@@ -39,7 +40,7 @@ from apollo_optim.train.config import (
 from apollo_optim.train.display import Display, duration, open_display
 from apollo_optim.train.evaluate import IGNORED, evaluate, summed_loss, targets
 from apollo_optim.train.metrics import Metrics, check_trackers, cut_back, open_trackers
-from apollo_optim.train.models import DTYPES, build_model, usable_vocabulary
+from apollo_optim.train.models import DTYPES, build_model, low_bit, usable_vocabulary
 from apollo_optim.train.schedule import factor, set_lr
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def build(cfg: RunConfig, run: Path) -> Job:
     data = open_data(cfg.data)
     torch.manual_seed(cfg.train.seed)
     random.seed(cfg.train.seed)
-    model = build_model(cfg.model, usable_vocabulary(data.tokenizer), cfg.data.seq_len, data.tokenizer)
+    model = build_model(cfg.model, usable_vocabulary(data.tokenizer), cfg.data.seq_len, data.tokenizer, low_bit(cfg))
     torch.nn.Module.to(model, device)
     model.train()
     if cfg.model.compile and can_compile(device.type):
@@ -501,7 +502,7 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
 
 def save(job: Job, metrics: Metrics) -> None:
     """A checkpoint, unless the weights are already spoilt: the last one saved must be a good one."""
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in job.model.parameters()):
+    if not all(is_finite(p) for p in job.model.parameters()):
         raise TrainingFailed(f"the weights are not finite any more after step {job.step}; {last_good(job.run)}")
     metrics.flush()
     checkpoint.save(job.run, job.step, job.model, snapshot(job), job.cfg.checkpoint.keep)
@@ -515,7 +516,8 @@ def last_good(run: Path) -> str:
 
 def finish(job: Job, metrics: Metrics, display: Display) -> Result:
     """The model for everybody else, and the last line of the log."""
-    checkpoint.write_model(job.model, job.data.tokenizer, job.run / "model")
+    if job.cfg.checkpoint.export:
+        checkpoint.write_model(job.model, job.data.tokenizer, job.run / "model")
     sizes = measure.memory(job.model, job.optimizer)
     # Gradients are set free after every step; what they take while they live is what counts.
     sizes["gradients"] = measure.tensor_bytes(p for p in job.model.parameters() if p.requires_grad)
@@ -534,7 +536,7 @@ def finish(job: Job, metrics: Metrics, display: Display) -> Result:
     metrics.write("end", **{key: value for key, value in dataclasses.asdict(result).items() if key != "run"})
     display.note(
         f"done: {result.tokens:,} tokens in {duration(result.seconds)}, "
-        f"perplexity {result.perplexity:.2f}; {job.run / 'model'}"
+        f"perplexity {result.perplexity:.2f}; {job.run / ('model' if job.cfg.checkpoint.export else 'checkpoints')}"
     )
     return result
 

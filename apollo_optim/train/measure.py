@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from apollo_optim.core.storage import nbytes
+
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of all of them, each counted once (tied weights share their memory)."""
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+    return sum(nbytes(t) for t in {id(t): t for t in tensors}.values())
 
 
 def memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.train.config import ModelConfig
+from apollo_optim.core.storage import is_finite
+from apollo_optim.optim.registry import find_optimizer
+from apollo_optim.quant.quantize import choose_weights, quantize_module, quantize_weights
+from apollo_optim.train.config import ModelConfig, QuantConfig, RunConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,15 +55,14 @@ def build_model(
     vocab_size: int | None = None,
     seq_len: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    finish: Callable[[torch.nn.Module], None] | None = None,
+    quant: QuantConfig | None = None,
 ) -> PreTrainedModel:
     """A causal language model with new weights from torch's global generator, or, if `pretrained`, those of `cfg.name`.
 
     A size by name takes its vocabulary from `cfg.vocab_size`, else `vocab_size`, else the table; its special tokens
     from the tokenizer. A sequence longer than the model's context is refused here, before anything is computed.
 
-    New weights are drawn one module at a time, each handed to `finish` before the next one exists, so that a model
-    which is quantised there never exists in float.
+    With `quant.bits`, new weights are quantised as they are drawn, module by module: the float model never exists.
     """
     config = model_config(cfg, vocab_size, tokenizer)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -67,11 +71,13 @@ def build_model(
             f"data.seq_len={seq_len} is longer than the context of {cfg.name}, {context} tokens: shorten it, or, "
             f"for new weights, set model.config.max_position_embeddings={seq_len}"
         )
-    model = load_pretrained(cfg, config) if cfg.pretrained else skeleton(cfg, config)
-    if not cfg.pretrained:
-        draw_weights(model, finish)
-    elif finish is not None:
-        model.apply(finish)
+    quant = quant or QuantConfig()
+    if cfg.pretrained:
+        model = load_pretrained(cfg, config)
+        if quant.bits is not None:
+            quantize_weights(model, quant.bits, quant.group_size, quant.targets, quant.exclude)
+    else:
+        model = with_new_weights(cfg, config, quant)
     if cfg.gradient_checkpointing:
         # Its name until transformers 5.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -88,6 +94,17 @@ def skeleton(cfg: ModelConfig, config: PretrainedConfig | None = None) -> PreTra
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config or model_config(cfg), **_options(cfg)
         )
+    return model
+
+
+def with_new_weights(cfg: ModelConfig, config: PretrainedConfig, quant: QuantConfig) -> PreTrainedModel:
+    """The model on the CPU, its weights drawn and, if `quant.bits`, quantised one module at a time."""
+    model = skeleton(cfg, config)
+    finish = None
+    if quant.bits is not None:
+        chosen = choose_weights(model, quant.targets, quant.exclude)
+        finish = functools.partial(quantize_module, chosen=chosen, bits=quant.bits, group_size=quant.group_size)
+    draw_weights(model, finish)
     return model
 
 
@@ -142,7 +159,7 @@ def draw_weights(model: PreTrainedModel, finish: Callable[[torch.nn.Module], Non
 
     visit(model, model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and tensor.sum().isnan():  # (isnan of a whole embedding is 131 MB at 7B)
+        if not is_finite(tensor):
             raise InputError(f"{type(model).__name__} gives {name} its first value in a constructor: not supported")
 
 
@@ -191,6 +208,12 @@ def _check_fields(config: PretrainedConfig, changes: dict[str, Any]) -> None:
     for key in changes:
         if not hasattr(config, key):
             raise InputError(f"model.config.{key}: {type(config).__name__} has no such field")
+
+
+def low_bit(cfg: RunConfig) -> QuantConfig:
+    """What the run file says of the weights' bits, else what its optimizer is for."""
+    bits = find_optimizer(cfg.optim.name).bits if cfg.quant.bits is None else cfg.quant.bits
+    return dataclasses.replace(cfg.quant, bits=bits)  # type: ignore[arg-type]
 
 
 def usable_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,0 +1,115 @@
+"""The low-bit format: how a matrix becomes codes and scales, and how a step is written into it.
+
+Every row is cut into groups of ``group_size`` along the input dimension, the last one padded with zeros; a group has
+one bf16 scale, and a weight is ``code * scale`` with codes in -127 .. 127 (8 bits) or -7 .. 7 (4 bits). Codes of 8 bits
+are int8 (.., m, groups * group_size); two of 4 bits share a uint8, the first in the low nibble. A file format.
+
+Shapes in this file: r rows of a matrix, g groups in a row, s entries in a group, n entries in a row (n <= g * s).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apollo_optim.core.moments import Number
+from apollo_optim.core.random import Key, hash32
+
+TOP = {8: 127, 4: 7}  # the largest code
+SMALLEST = 2.0**-40  # of a scale: a group of zeros must be able to leave zero
+HEADROOM = 1 + 2.0**-4  # how much further than it must a scale grows
+
+
+def padded(n: int, group_size: int) -> int:
+    """Entries of a stored row: whole groups."""
+    return -(-n // group_size) * group_size
+
+
+def unpack(codes: Tensor) -> Tensor:
+    """Stored codes to int8, one an entry, along the last dimension."""
+    if codes.dtype is torch.int8:
+        return codes
+    nibbles = torch.stack([codes & 0xF, codes >> 4], dim=-1).flatten(-2).view(torch.int8)
+    return (nibbles ^ 8) - 8  # the sign of a nibble
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of ``unpack``."""
+    if bits == 8:
+        return codes
+    nibbles = codes.view(torch.uint8) & 0xF
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def rounded_up(scale: Tensor) -> Tensor:
+    """The smallest bf16 that is no smaller than these positive fp32 numbers: no code may overflow by rounding."""
+    return ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+
+
+def quantised(value: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a float (.., n), to nearest. The largest entry of a group gets the largest code."""
+    n = value.shape[-1]
+    whole = F.pad(value.float(), (0, padded(n, group_size) - n))
+    value_gs = whole.view(*value.shape[:-1], -1, group_size)
+    scales = rounded_up(value_gs.abs().amax(-1) / TOP[bits]).clamp(min=SMALLEST)
+    codes = (value_gs / scales.unsqueeze(-1)).round().to(torch.int8)
+    return pack(codes.flatten(-2), bits), scales.to(torch.bfloat16)
+
+
+def dequantised(codes: Tensor, scales: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """The float (.., n) that codes and scales mean, rounded once."""
+    codes_gs = unpack(codes).view(*scales.shape, -1)
+    value = codes_gs.to(dtype).mul_(scales.to(dtype).unsqueeze(-1)).flatten(-2)
+    return value[..., :n] if n < value.shape[-1] else value
+
+
+def stepped(
+    codes: Tensor,
+    scales: Tensor,
+    tensor_rn: Tensor,
+    factor: Tensor,
+    usable: Tensor,
+    lr: Number,
+    weight_decay: Number,
+    start: Tensor,
+    key: Key,
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of r whole rows after a step, ``(1 - lr * weight_decay) * w - lr * factor * tensor``, in fp32.
+
+    Rounded stochastically: on average it is the number. ``factor`` and ``usable`` (bool; where it is not, nothing
+    changes) broadcast to r x n; ``start``: 0-D, the global flat position of the first entry, from which the random bits
+    are drawn.
+
+    A scale is kept as long as it can be, since entries that a step does not touch then keep their codes: to round them
+    again would be noise. It grows when a *rounded* code is too large, which is as seldom as the entry at the edge goes
+    up a code (the group is then rounded once more, with other bits), and is halved when all codes are so small that
+    the doubled ones fit, which rounds nothing.
+    """
+    top, (r, n), g = TOP[bits], tensor_rn.shape, scales.shape[-1]
+    s = codes.shape[-1] * (8 // bits) // g
+
+    def grouped(t: Tensor) -> Tensor:
+        return F.pad(t, (0, g * s - n)).view(r, g, s)
+
+    old_rgs = unpack(codes).view(r, g, s).float()
+    unit_rg1 = scales.float().unsqueeze(-1)
+    update_rgs = grouped(tensor_rn.float() * (factor * lr))
+    unused = ~grouped(usable.expand(r, n))
+    wanted = torch.where(unused, old_rgs, old_rgs * (1 - lr * weight_decay) - update_rgs / unit_rg1)
+
+    small = (wanted.abs().amax(-1, keepdim=True) * 2 <= top) & (unit_rg1 > SMALLEST) & ~unused.all(-1, keepdim=True)
+    wanted, unit_rg1 = torch.where(small, wanted * 2, wanted), torch.where(small, unit_rg1 / 2, unit_rg1)
+
+    random = grouped(hash32(start + torch.arange(r * n, dtype=start.dtype, device=codes.device), key).view(r, n))
+    new = _rounded(wanted, ((random >> 8) & 0xFFFFFF).float() * 2.0**-24)
+    peak = new.abs().amax(-1, keepdim=True)
+    grown_rg1 = rounded_up(unit_rg1 * peak * (HEADROOM / top))
+    again = _rounded(new * (unit_rg1 / grown_rg1), (random & 0xFF).float() * 2.0**-8)
+    new, unit_rg1 = torch.where(peak > top, again, new), torch.where(peak > top, grown_rg1, unit_rg1)
+    return pack(new.to(torch.int8).view(r, -1), bits), unit_rg1.squeeze(-1).to(torch.bfloat16)
+
+
+def _rounded(value: Tensor, uniform: Tensor) -> Tensor:
+    """Up with a probability equal to the fraction; a whole number stays. ``uniform``: in [0, 1), less than 1."""
+    floor = value.floor()
+    return floor + (uniform < value - floor)

@@ -1,0 +1,84 @@
+"""Which weights of a model are stored in few bits."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from apollo_optim.core.errors import InputError
+from apollo_optim.core.names import as_tuple, matches, summary
+from apollo_optim.core.storage import is_finite
+from apollo_optim.quant.format import TOP
+from apollo_optim.quant.weight import LowBitWeight
+
+Chosen = dict[nn.Module, dict[str, str]]  # module -> the names of its weights, there and in the whole model
+
+
+def quantize_weights(
+    model: nn.Module,
+    bits: int = 8,
+    group_size: int = 128,
+    targets: str | Sequence[str] = ("attn", "mlp"),
+    exclude: str | Sequence[str] = (),
+) -> list[str]:
+    """Store the matrices of these modules as ``LowBitWeight``s, in place, one at a time; returns their names.
+
+    Call it before the optimizer is built: parameters are replaced. On the meta device it replaces shapes.
+
+    Args:
+        bits: 8 or 4 for each weight.
+        group_size: Entries of a row that share a bf16 scale; even. A row need not be a whole number of groups.
+        targets: As in ``param_groups``: part of a module's name, a glob, or ``re:...``. Linear weights and stacks of
+            expert matrices are taken, and embeddings and heads if they are named; convolutions and vectors never.
+        exclude: Patterns of the same kind, over parameter names.
+
+    Raises InputError for other bits, a target that matches nothing, weights that two modules share, values that are not
+    finite.
+    """
+    chosen = choose_weights(model, targets, exclude)
+    for module in chosen:
+        quantize_module(module, chosen, bits, group_size)
+    return [name for names in chosen.values() for name in names.values()]
+
+
+def choose_weights(model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] = ()) -> Chosen:
+    """The weights that ``quantize_weights`` would take, found before any of them has a value."""
+    chosen: Chosen = {}
+    owners: dict[Tensor, str] = {}
+    for module_name, module in model.named_modules():
+        for own, p in module.named_parameters(recurse=False):
+            name = f"{module_name}.{own}" if module_name else own
+            other = owners.setdefault(p, name)
+            wanted = any(matches(t, n) for t in as_tuple(targets) for n in (module_name, other.rpartition(".")[0]))
+            if p.ndim not in (2, 3) or isinstance(module, nn.modules.conv._ConvNd) or not wanted:
+                continue
+            if any(matches(pattern, name) for pattern in as_tuple(exclude)):
+                continue
+            if other != name:
+                raise InputError(
+                    f"{name} and {other} are one weight, which cannot be low-bit: leave both out of targets"
+                )
+            chosen.setdefault(module, {})[own] = name
+    modules = [name for name, module in model.named_modules() if _has_matrix(module)]
+    for target in as_tuple(targets):
+        if not any(matches(target, name) for name in modules):
+            raise InputError(f"{target!r} matches nothing in this model. Modules with matrices: {summary(modules)}")
+    return chosen
+
+
+def quantize_module(module: nn.Module, chosen: Chosen, bits: int, group_size: int) -> None:
+    """The weights that a module holds itself, if any of them are chosen."""
+    if bits not in TOP:
+        raise InputError(f"bits={bits}: a weight can have {' or '.join(map(str, TOP))}")
+    if group_size < 2 or group_size % 2:
+        raise InputError(f"group_size={group_size}: an even number")
+    for own, name in chosen.get(module, {}).items():
+        p = module._parameters[own]
+        assert p is not None  # it was there when it was chosen
+        if not p.is_meta and not is_finite(p):
+            raise InputError(f"{name} is not finite: it cannot be quantised")
+        weight = LowBitWeight.from_float(p.detach(), bits, group_size)
+        module._parameters[own] = nn.Parameter(weight, p.requires_grad)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(p.ndim >= 2 for p in module.parameters(recurse=False))
