@@ -14,10 +14,12 @@ if TYPE_CHECKING:
         Apollo,
         ApolloMini,
         OptimizerInfo,
+        Released,
         build_optimizer,
         describe,
         list_optimizers,
         param_groups,
+        release,
     )
 
 __all__ = [
@@ -26,10 +28,12 @@ __all__ = [
     "ApolloMini",
     "InputError",
     "OptimizerInfo",
+    "Released",
     "build_optimizer",
     "describe",
     "list_optimizers",
     "param_groups",
+    "release",
 ]
 __version__ = "0.1.0"
 
