@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import math
 import warnings
 
 import pytest
@@ -11,9 +12,13 @@ from test_contract import assert_same, both_dtypes, every_optimizer, flat_state,
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
+from train_tiny import figures, records, tiny
 
 from apollo_optim import AdamW, Apollo, InputError, build_optimizer, release
+from apollo_optim.bench import kill
 from apollo_optim.optim.base import MatrixOptimizer
+from apollo_optim.train import loop
+from apollo_optim.train.loop import TrainingFailed, pretrain
 
 WIDTH, WORDS = 12, 11
 
@@ -342,3 +347,55 @@ def test_refusals():
     embedding = nn.Embedding(6, 4, sparse=True)
     with release(embedding, AdamW(embedding.parameters())), pytest.raises(InputError, match="sparse=False"):
         embedding(torch.tensor([1, 2])).sum().backward()
+
+
+# --- the loop ---
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("micro", "clip"), [(None, None), (3, 0.1)])
+def test_a_released_run_is_the_run_without(tmp_path, micro, clip):
+    """Losses, rates, gradient norms, evaluations, weights and state, to the bit."""
+
+    def cfg(name, release):
+        train = {"micro_batch": micro, "clip_tensor": clip, "release": release}
+        return tiny(tmp_path, name, model={"dtype": "bfloat16"}, train=train)
+
+    for name in ("step", "release"):
+        pretrain(cfg(name, name == "release"))
+    assert figures(tmp_path / "release") == figures(tmp_path / "step")
+    assert kill.final_files(tmp_path / "release") == kill.final_files(tmp_path / "step")
+    (plain,), (freed,) = (records(tmp_path / name, "end") for name in ("step", "release"))
+    weights = plain["memory"]["weights"]
+    assert plain["memory"]["gradients"] == weights
+    assert freed["memory"]["gradients"] == (300 * 32 * 2 if micro is None else weights), "the embedding's, or all"
+    assert records(tmp_path / "release", "memory")[0]["gradients"] == freed["memory"]["gradients"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_nan_in_any_micro_batch_stops_before_a_weight_is_touched(tmp_path, monkeypatch, capsys):
+    real, built, calls = loop.summed_loss, [], []
+
+    def build(*args, build=loop.build):
+        built.append(build(*args))
+        return built[0]
+
+    def poisoned(model, *args):
+        calls.append(snapshot(model))
+        return real(model, *args) * (math.nan if len(calls) == 3 else 1.0)  # the first of step 2
+
+    monkeypatch.setattr(loop, "build", build)
+    monkeypatch.setattr(loop, "summed_loss", poisoned)
+    with pytest.raises(TrainingFailed, match="loss is nan at step 2: stopped before its update"):
+        pretrain(tiny(tmp_path, train={"micro_batch": 2, "release": True}, log={"display": "plain"}))
+    assert not torch.equal(calls[0]["lm_head.weight"], calls[2]["lm_head.weight"])
+    assert_same(calls[2], snapshot(built[0].model))
+    assert "all gradients at a time" in capsys.readouterr().err
