@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import gc
 import io
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -322,6 +324,24 @@ def test_closures_and_copies():
     loss_of(model, 1).backward()
     assert all(p.grad is not None for p in model.parameters()), "a copy is not released"
     release(model, optimizer).remove()
+
+
+def test_model_and_optimizer_can_be_forgotten():
+    model = make_model()
+    optimizer = make("apollo", model)
+    release(model, optimizer)  # the optimizer keeps the handle
+    gc.collect()
+    loss_of(model, 0).backward()
+    assert optimizer.state
+    left = [weakref.ref(model.mlp[0].tall.weight), weakref.ref(optimizer)]
+    del model, optimizer
+    gc.collect()
+    assert [ref() for ref in left] == [None, None]
+    model = make_model()
+    release(model, make("apollo", model))
+    gc.collect()
+    with pytest.raises(InputError, match="is gone: keep it"):
+        loss_of(model, 0).backward()
 
 
 def test_refusals():

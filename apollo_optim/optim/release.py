@@ -6,9 +6,9 @@ update into the backward pass; torch runs any code there with ``register_post_ac
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakMethod, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -133,11 +133,12 @@ class Released:
 
     def _attach(self) -> None:
         """A hook on every parameter that has none; on frozen ones too, for they may be unfrozen."""
+        hook = _weak(self._on_gradient)
         for p in self._parameters():
             if p not in self._hooks:
                 frozen = not p.requires_grad
                 p.requires_grad_(True)  # torch takes a hook only now, but keeps it
-                self._hooks[p] = p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+                self._hooks[p] = p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 p.requires_grad_(not frozen)
 
     def _add_param_group(self, param_group: Group) -> None:
@@ -180,3 +181,22 @@ class Released:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         several = distributed and torch.distributed.get_world_size() > 1
         return several and not all(is_sharded(p) for p in self._parameters())
+
+
+def _weak(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that does not keep its handle alive, nor model and optimizer with it.
+
+    The garbage collector cannot see through a parameter's hooks: they would stay in memory for ever.
+    """
+    reference = WeakMethod(method)
+
+    def hook(p: Tensor) -> None:
+        found = reference()
+        if found is None:
+            raise InputError(
+                "the optimizer that this parameter was released to is gone: keep it while you train, or, to go on "
+                "without it, leave release by its remove() or `with`"
+            )
+        found(p)
+
+    return hook
