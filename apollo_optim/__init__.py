@@ -14,10 +14,12 @@ if TYPE_CHECKING:
         Apollo,
         ApolloMini,
         OptimizerInfo,
+        Released,
         build_optimizer,
         describe,
         list_optimizers,
         param_groups,
+        release,
     )
     from apollo_optim.quant import LowBitWeight, quantize_weights
 
@@ -28,11 +30,13 @@ __all__ = [
     "InputError",
     "LowBitWeight",
     "OptimizerInfo",
+    "Released",
     "build_optimizer",
     "describe",
     "list_optimizers",
     "param_groups",
     "quantize_weights",
+    "release",
 ]
 __version__ = "0.1.0"
 

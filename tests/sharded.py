@@ -4,6 +4,7 @@ A gradient is drawn on every rank from the parameter's name and the step, whole,
 whatever differs is the optimizer's doing. One process's run is made on plain tensors in the same process.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -34,7 +35,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from apollo_optim import AdamW, Apollo, InputError, build_optimizer
+from apollo_optim import AdamW, Apollo, InputError, build_optimizer, release
 from apollo_optim.core import layout
 from apollo_optim.core import random as hashing
 from apollo_optim.optim.base import MatrixOptimizer
@@ -466,6 +467,68 @@ def trained() -> Found:
             )
 
 
+def released() -> Found:
+    """The step inside backward: FSDP2 runs the hooks after its reduce-scatter, so it is ``step()`` to the bit.
+
+    Two micro-batches a step, added up in the shards or (not ``synced``) in whole gradients.
+    """
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        return  # torch 2.6's forward needs a GPU
+    torch.manual_seed(2 + dist.get_rank())
+    inputs = torch.randn(3, 2, 4, 12)
+
+    def trained(game: str, clip: float | None, synced: bool, inside: bool) -> tuple[nn.Module, Any, list[Tensor]]:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 18, bias=False), nn.RMSNorm(18))
+        fully_shard(model[0])
+        fully_shard(model)
+        name, own = GAMES[game]
+        knobs: dict[str, Any] = {} if name == "adamw" else {"update_proj_gap": 2, **own}
+        optimizer = build_optimizer(name, model, targets="all-linear", lr=1e-2, **knobs)
+        handle = release(model, optimizer, clip=clip, track_norm=True) if inside else None
+        norms = []
+        for first, last in inputs:
+            model.set_requires_gradient_sync(synced)
+            with handle.accumulate() if handle else contextlib.nullcontext():
+                model(first).square().sum().backward()
+            model.set_requires_gradient_sync(True)
+            model(last).square().sum().backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            assert not (handle and gradients), "set free"
+            norms.append(handle.grad_norm() if handle else whole(nn.utils.get_total_norm(gradients)))
+            if handle is None:
+                for p in model.parameters() if clip else ():
+                    nn.utils.clip_grad_norm_([p], clip)
+                optimizer.step()
+                optimizer.zero_grad()
+        return model, optimizer, norms
+
+    plain = [(game, None, True) for game in GAMES]
+    for how in (*plain, ("apollo gaussian", 0.1, True), ("apollo-mini", 0.1, False), ("adamw", None, False)):
+        (model, ours, norms), (stepped, its, expected) = (trained(*how, inside) for inside in (True, False))
+        for (tensor, p), (_, q) in zip(model.named_parameters(), stepped.named_parameters(), strict=True):
+            state = [key for key, value in its.state[q].items() if not everywhere(same(value, ours.state[p][key]))]
+            equal = everywhere(torch.equal(layout.local(p), layout.local(q)))
+            yield "released", {"how": how, "tensor": tensor, "equal": equal, "state": state}
+        far = max(abs(a.item() / b.item() - 1) for a, b in zip(norms, expected, strict=True))
+        yield "released norm", {"how": how, "far": far}
+
+
+def unreduced() -> Found:
+    """DistributedDataParallel, which averages after the hooks have run: seen or not."""
+    wrapped = nn.parallel.DistributedDataParallel(nn.Linear(8, 16))
+    optimizer = build_optimizer("apollo-mini", wrapped, targets="all-linear")
+    said = "nothing"
+    try:
+        release(wrapped, optimizer)
+    except InputError as error:
+        said = str(error)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        release(wrapped.module, optimizer).remove()
+    yield "ddp", {"said": said, "warned": [str(w.message) for w in caught]}
+
+
 def refusals() -> Found:
     """FSDP1, the real one: its flat parameters, with the original ones and without."""
     for use_orig_params in (True, False):
@@ -519,7 +582,19 @@ def strange_splits() -> Found:
 
 
 CHECKS: dict[int, list[Callable[[], Found]]] = {
-    2: [parity, bf16, mutants, non_finite, checkpoints, swapped, trained, refusals, strange_splits],
+    2: [
+        parity,
+        bf16,
+        mutants,
+        non_finite,
+        checkpoints,
+        swapped,
+        trained,
+        released,
+        unreduced,
+        refusals,
+        strange_splits,
+    ],
     4: [parity],
 }
 

@@ -116,6 +116,24 @@ def test_training_through_fully_shard(two: Found) -> None:
     assert not far(two["trained"])
 
 
+def test_the_step_inside_backward(two: Found) -> None:
+    if "released" not in two:
+        pytest.skip("fully_shard's forward does not run on a CPU in this torch")
+    for row in two["released"]:
+        assert row["equal"], row
+        assert row["state"] == [], row
+    for row in two["released norm"]:
+        assert row["far"] <= 1e-6, row
+
+
+def test_released_gradients_that_no_process_averages_are_refused(two: Found) -> None:
+    (row,) = two["ddp"]
+    assert "after the hooks" in row["said"]
+    assert "fully_shard" in row["said"]
+    assert len(row["warned"]) == 1
+    assert "not sharded" in row["warned"][0]
+
+
 def test_a_split_that_has_no_step_is_refused(two: Found) -> None:
     (row,) = two["strided"]
     assert "not one block" in row["said"]

@@ -236,6 +236,7 @@ def job(model, batch, tmp_path, **changes) -> Any:
         step=1,
         tokens=0,
         run=tmp_path,
+        released=None,
     )
 
 
@@ -412,6 +413,9 @@ def test_spoilt_weights_are_never_saved(tmp_path, monkeypatch):
         ("train", {"batch_size": -1}, "train.batch_size"),
         ("train", {"micro_batch": 0}, "train.micro_batch"),
         ("train", {"clip": math.nan}, "train.clip"),
+        ("train", {"clip_tensor": 0.0}, "train.clip_tensor=0"),
+        ("train", {"clip": 1.0, "release": True}, "train.clip=1.0.*before the total norm.*train.clip_tensor"),
+        ("train", {"clip": 1.0, "clip_tensor": 1.0}, "choose one"),
         ("train", {"device": "abacus"}, "train.device=abacus"),
         ("checkpoint", {"keep": 0}, "checkpoint.keep"),
         ("schedule", {"min_lr": 2.0}, "schedule.min_lr"),

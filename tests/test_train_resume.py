@@ -35,18 +35,23 @@ def stop_after(monkeypatch, step: int, how=lambda: os.kill(os.getpid(), signal.S
     monkeypatch.setattr(loop, "one_step", one_step)
 
 
+CLIPPED, RELEASED = {"micro_batch": 3, "clip": 1.0}, {"release": True, "clip_tensor": 0.5}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "optim"),
+    ("dtype", "optim", "how"),
     [
-        ("float32", {"name": "apollo"}),
-        ("bfloat16", {"name": "apollo", "proj": "svd"}),
-        ("bfloat16", {"name": "apollo-mini", "rank": None}),
-        ("float32", {"name": "adamw", "rank": None, "update_proj_gap": None}),
+        ("float32", {"name": "apollo"}, CLIPPED),
+        ("bfloat16", {"name": "apollo", "proj": "svd"}, CLIPPED),
+        ("bfloat16", {"name": "apollo-mini", "rank": None}, CLIPPED),
+        ("float32", {"name": "adamw", "rank": None, "update_proj_gap": None}, CLIPPED),
+        ("bfloat16", {"name": "apollo"}, RELEASED),
+        ("bfloat16", {"name": "apollo-mini", "rank": None}, RELEASED | {"micro_batch": 3}),
     ],
 )
-def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch, dtype, optim):
+def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch, dtype, optim, how):
     def cfg(name):
-        return tiny(tmp_path, name, model={"dtype": dtype}, optim=optim, train={"micro_batch": 3, "clip": 1.0})
+        return tiny(tmp_path, name, model={"dtype": dtype}, optim=optim, train=how)
 
     pretrain(cfg("whole"))
     stop_after(monkeypatch, 3)
@@ -136,7 +141,9 @@ def test_what_may_change_and_what_may_not(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"4 steps already, more than train.steps=3"):
         pretrain(changed(train={"steps": 3}), resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    longer = changed(train={"steps": 10}, eval={"every": 5}, checkpoint={"every": None}, log={"every": 2})
+    longer = changed(
+        train={"steps": 10, "release": True}, eval={"every": 5}, checkpoint={"every": None}, log={"every": 2}
+    )
     assert pretrain(longer, resume=True).step == 10
     assert load_config(tmp_path / "run" / "config.yaml") == longer
 

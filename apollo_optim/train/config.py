@@ -129,6 +129,11 @@ class TrainConfig:
     """Sequences per forward pass (gradients are accumulated); None: all of them at once."""
     clip: float | None = None
     """Clip the gradients to this total norm; None: no clipping (the norm is logged either way)."""
+    clip_tensor: float | None = None
+    """Clip the gradient of each parameter to this norm of its own; unlike `clip`, `release` can do this."""
+    release: bool = False
+    """Step every weight inside the backward pass and set its gradient free at once: one gradient in memory instead of
+    all of them, the same weights to the bit. Micro-batches are added up in all gradients again."""
     seed: int = 0
     """Seed of the initial weights and of dropout."""
     threads: int | None = None
@@ -195,10 +200,10 @@ class RunConfig:
     """The run directory; None: out/<model>-<optimizer>."""
 
 
-# What may differ between a run and its continuation: where it lies, what is measured, kept and shown, and the number of
-# threads. The number of steps is judged by the schedule instead (loop.py): it may change as long as no step that was
-# made would have had another rate.
-MAY_CHANGE = ("out", "eval", "checkpoint", "log", "train.threads", "train.steps", "data.cache_dir")
+# What may differ between a run and its continuation: where it lies, what is measured, kept and shown, the number of
+# threads, and whether it steps inside the backward pass (which changes no bit). The number of steps is judged by the
+# schedule instead (loop.py): it may change as long as no step that was made would have had another rate.
+MAY_CHANGE = ("out", "eval", "checkpoint", "log", "train.threads", "train.release", "train.steps", "data.cache_dir")
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
@@ -263,6 +268,7 @@ def check(cfg: RunConfig) -> None:
         "train.batch_size": cfg.train.batch_size,
         "train.micro_batch": cfg.train.micro_batch,
         "train.clip": cfg.train.clip,
+        "train.clip_tensor": cfg.train.clip_tensor,
         "train.threads": cfg.train.threads,
         "eval.every": cfg.eval.every,
         "eval.tokens": cfg.eval.tokens,
@@ -286,6 +292,14 @@ def check(cfg: RunConfig) -> None:
         raise InputError(
             f"schedule.warmup={cfg.schedule.warmup} is longer than the run (train.steps={cfg.train.steps})"
         )
+    if cfg.train.clip is not None and cfg.train.release:
+        raise InputError(
+            f"train.clip={cfg.train.clip}: train.release steps the first weight before the total norm of all gradients "
+            "is known; use train.clip_tensor, each gradient's own norm (the norm-growth limiter of APOLLO bounds the "
+            "matrices' steps without either)"
+        )
+    if cfg.train.clip is not None and cfg.train.clip_tensor is not None:
+        raise InputError("train.clip and train.clip_tensor: choose one of them")
     for key, choice, choices in (
         ("schedule.kind", cfg.schedule.kind, ("cosine", "linear", "constant", "wsd")),
         ("model.dtype", cfg.model.dtype, ("float32", "bfloat16")),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from apollo_optim import build_optimizer, describe
+from apollo_optim import Released, build_optimizer, describe, release
 from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import is_finite
@@ -37,7 +37,7 @@ from apollo_optim.train.config import (
     save_config,
     to_dict,
 )
-from apollo_optim.train.display import Display, duration, open_display
+from apollo_optim.train.display import Display, duration, in_bytes, open_display
 from apollo_optim.train.evaluate import IGNORED, evaluate, summed_loss, targets
 from apollo_optim.train.metrics import Metrics, check_trackers, cut_back, open_trackers
 from apollo_optim.train.models import DTYPES, build_model, low_bit, usable_vocabulary
@@ -86,6 +86,8 @@ class Job:
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     data: Data
+    released: Released | None = None
+    """The step inside the backward pass, if `train.release`."""
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -214,7 +216,9 @@ def build(cfg: RunConfig, run: Path) -> Job:
     model.train()
     if cfg.model.compile and can_compile(device.type):
         model.compile()  # in place: the names of the parameters stay
-    return Job(cfg, run, device, model, make_optimizer(cfg.optim, model), data)
+    optimizer = make_optimizer(cfg.optim, model)
+    released = release(model, optimizer, clip=cfg.train.clip_tensor) if cfg.train.release else None
+    return Job(cfg, run, device, model, optimizer, data, released)
 
 
 def choose_device(cfg: RunConfig) -> torch.device:
@@ -328,6 +332,8 @@ def introduce(job: Job, metrics: Metrics, display: Display, resumed_from: int | 
     display.note(f"{parameters:,} parameters in {job.cfg.model.dtype} on {job.device}; results in {job.run}")
     if isinstance(job.optimizer, MatrixOptimizer):
         display.note(describe(job.optimizer))
+    if job.released is not None:
+        display.note(cost_of_release(job))
     if resumed_from is not None:
         display.note(f"resumed after step {resumed_from}" + ("" if resumed_from else ": no checkpoint was saved yet"))
 
@@ -344,6 +350,8 @@ def run_steps(job: Job, metrics: Metrics, display: Display, stop: Stop) -> None:
         loss, norm = one_step(job, next_batch(job, metrics), logged)
         if job.step == first:
             sizes = measure.memory(job.model, job.optimizer)
+            if job.released is not None:  # they are gone already
+                sizes["gradients"] = gradient_bytes(job)[bool(together(job))]
             metrics.write("memory", step=job.step, **sizes)
             display.memory(sizes)
         job.optimizer.zero_grad(set_to_none=True)
@@ -403,22 +411,77 @@ def one_step(job: Job, batch: Batch, want_norm: bool) -> tuple[float, Reading | 
         )
         loss = loss / predictions
         summed += loss.detach()
-        if number == len(pieces):
-            reading = Reading(summed)  # set out before the last backward: it has arrived when the step needs it
+        if number < len(pieces):
+            with job.released.accumulate() if job.released else contextlib.nullcontext():
+                loss.backward()  # type: ignore[no-untyped-call]
+    reading = Reading(summed)  # set out before the last backward: it has arrived when the step needs it
+    if job.released is not None:
+        norm = step_inside_backward(job, job.released, loss, reading, want_norm)
+    else:
         loss.backward()  # type: ignore[no-untyped-call]
+        norm = clip_gradients(job, want_norm)
+        check_loss(job, reading)
+        job.optimizer.step()
+    job.tokens += int((batch.labels != IGNORED).sum())
+    return reading.get(), norm
+
+
+def step_inside_backward(
+    job: Job, released: Released, loss: torch.Tensor, reading: Reading, want_norm: bool
+) -> Reading | None:
+    """The last backward pass of a step, which changes the weights: so the loss is waited for before it."""
+    check_loss(job, reading)
+    released.track_norm = want_norm
+    loss.backward()  # type: ignore[no-untyped-call]
+    job.optimizer.step()  # what took part in an earlier micro-batch, but not in the last
+    return Reading(released.grad_norm()) if want_norm else None
+
+
+def clip_gradients(job: Job, want_norm: bool) -> Reading | None:
+    """Clip them as configured. The total norm is the one before."""
+    cfg, parameters = job.cfg.train, [p for p in job.model.parameters() if p.grad is not None]
     norm = None
     if want_norm or cfg.clip is not None:
-        gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
-        total = torch.nn.utils.get_total_norm(gradients)
-        if cfg.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(job.model.parameters(), cfg.clip, total)
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = Reading(total)
+        if cfg.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, cfg.clip, total)
+    if cfg.clip_tensor is not None:
+        for p in parameters:
+            torch.nn.utils.clip_grad_norm_([p], cfg.clip_tensor)
+    return norm
+
+
+def check_loss(job: Job, reading: Reading) -> None:
+    """Stop the run if the loss is not finite; the weights are not touched yet."""
     value = reading.get()
     if not math.isfinite(value):
         raise TrainingFailed(f"the loss is {value} at step {job.step}: stopped before its update; {last_good(job.run)}")
-    job.optimizer.step()
-    job.tokens += int((batch.labels != IGNORED).sum())
-    return value, norm
+
+
+def gradient_bytes(job: Job) -> tuple[int, int]:
+    """Of the largest gradient, and of all of them. (A low-bit weight's gradient has the size of its float weight.)"""
+    sizes = [p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad]
+    return max(sizes), sum(sizes)
+
+
+def together(job: Job) -> str:
+    """Why all gradients are in memory at a time; empty if one after the other is set free, by `train.release`."""
+    cfg = job.cfg
+    count = math.ceil(cfg.train.batch_size / (cfg.train.micro_batch or cfg.train.batch_size))
+    if job.released is None:
+        return "they wait for the step"
+    if count > 1:
+        return f"{count} micro-batches are added up in them (one, without train.micro_batch, would not be)"
+    return "torch.compile hands them over at once (without model.compile they come one by one)" * cfg.model.compile
+
+
+def cost_of_release(job: Job) -> str:
+    """One line: what the gradients take, and what accumulation makes of that."""
+    largest, everything = map(in_bytes, gradient_bytes(job))
+    if why := together(job):
+        return f"step inside backward: still all gradients at a time, {everything} instead of {largest}: {why}"
+    return f"step inside backward: one gradient at a time, {largest} at most instead of {everything}"
 
 
 class Reading:
@@ -520,7 +583,7 @@ def finish(job: Job, metrics: Metrics, display: Display) -> Result:
         checkpoint.write_model(job.model, job.data.tokenizer, job.run / "model")
     sizes = measure.memory(job.model, job.optimizer)
     # Gradients are set free after every step; what they take while they live is what counts.
-    sizes["gradients"] = measure.tensor_bytes(p for p in job.model.parameters() if p.requires_grad)
+    sizes["gradients"] = gradient_bytes(job)[bool(together(job))]
     sizes["peak"] = measure.peak_memory()
     gpu = measure.peak_gpu_memory(job.device)
     if gpu is not None:
