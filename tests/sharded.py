@@ -293,7 +293,7 @@ def mutants() -> Found:
     with mock.patch("apollo_optim.optim.base.mix_seed", lambda seed, i: hashing.mix_seed(seed, i, rank)):
         for row in compare(fsdp(2), "apollo gaussian"):
             yield "rank in the seed", row
-    with mock.patch("apollo_optim.core.write.flat_index", lambda t: layout.flat_index(layout.local(t))):
+    with mock.patch("apollo_optim.core.write.flat_index", lambda t, at=(): layout.flat_index(layout.local(t), at)):
         for row in compare(fsdp(2), "apollo gaussian", torch.bfloat16):
             yield "bits by local position", row
 
