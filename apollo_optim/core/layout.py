@@ -85,6 +85,23 @@ def zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
     return _assembled(lambda size: torch.zeros(size, dtype=dtype, device=p.device), tuple(p.shape), p, placements)
 
 
+def zeros_along(like: Tensor, dim: int, size: int, dtype: torch.dtype) -> Tensor:
+    """State of ``like``'s shape but for ``size`` along ``dim``, where every rank keeps all of it."""
+    dim %= like.ndim
+    shape = tuple(size if i == dim else n for i, n in enumerate(like.shape))
+    if not is_sharded(like):
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+    from torch.distributed.tensor import Replicate
+
+    placements = [Replicate() if _splits(p, [dim]) else p for p in like.placements]
+    return _assembled(lambda part: torch.zeros(part, dtype=dtype, device=like.device), shape, like, placements)
+
+
+def splits(t: Tensor, dim: int) -> bool:
+    """Does a rank hold only a part along ``dim``?"""
+    return is_sharded(t) and any(_splits(p, [dim % t.ndim]) for p in t.placements)
+
+
 def by_channel(view_ck: "DTensor") -> list[Any]:
     """The view's own placements, with a split of the compressed side turned into one of the channels."""
     from torch.distributed.tensor import Shard

@@ -16,6 +16,7 @@ from apollo_optim.core.write import write
 from apollo_optim.optim.knobs import Group
 
 State = dict[str, Any]
+LEAST_8BIT, LEAST_COLUMNS = 4096, 64  # fewer entries, in all or in a row, keep fp32 moments
 ROUNDED: tuple[Purpose, ...] = ("weight", "exp_avg", "exp_avg_sq")
 _KEYS = ("projection", "rounding")
 
@@ -26,7 +27,7 @@ class Numbers(NamedTuple):
     lr: Number
     weight_decay: Number
     new1: Number  # 1 - beta1: a new gradient's weight in the first average
-    new2: Number
+    new2: Number  # 1 - beta2; Adafactor's t^-0.8
     eps: Number
     correction1: Number  # 1 - beta1^t
     correction2: Number  # sqrt(1 - beta2^t)
@@ -52,6 +53,7 @@ class Spec(NamedTuple):
 
     rule: bool  # the optimizer's rule, or one of rest.py
     rest: str  # which of them
+    normalize: str  # SCALE's: "rows" or "columns"
     conv: bool
     rank: int
     proj: str
@@ -93,8 +95,15 @@ def follows_rule(p: Tensor, group: Group) -> bool:
 
 
 def rest_of(p: Tensor, group: Group) -> str:
-    """Which rule of rest.py ``p`` follows, where it does not follow its optimizer's."""
-    return "adamw"
+    """Which rule of rest.py ``p`` follows, where it does not follow its optimizer's: a matrix, what its group says.
+
+    What has no rows to normalise or to factor follows AdamW, and so does what is too small for 8-bit moments to save.
+    """
+    rest: str = group.get("rest", "adamw")
+    if rest == "apollo" or p.ndim < 2 or p.numel() == 0:
+        return "adamw"
+    columns = matrix_shape(tuple(p.shape), group.get("view"))[-1]
+    return "adamw" if rest == "adamw8bit" and (p.numel() < LEAST_8BIT or columns < LEAST_COLUMNS) else rest
 
 
 def as_matrix(t: Tensor, conv: bool) -> Tensor:
@@ -103,11 +112,13 @@ def as_matrix(t: Tensor, conv: bool) -> Tensor:
 
 def spec_of(p: Tensor, group: Group, step: int) -> Spec:
     rule = follows_rule(p, group)
+    rest = "" if rule else rest_of(p, group)
     proj = group["proj"] if rule else ""
     return Spec(
         rule=rule,
-        rest="" if rule else rest_of(p, group),
-        conv=rule and len(matrix_shape(tuple(p.shape), group["view"])) != p.ndim,
+        rest=rest,
+        normalize=group.get("normalize", "rows") if rest == "scale" else "",
+        conv=rest != "adamw" and len(matrix_shape(tuple(p.shape), group.get("view"))) != p.ndim,
         rank=group["rank"] if rule else 0,
         proj=proj,
         tensorwise=rule and group["scale_type"] == "tensor",
@@ -121,6 +132,7 @@ def spec_of(p: Tensor, group: Group, step: int) -> Spec:
 
 def numbers_of(p: Tensor, group: Group, step: int, seed: int) -> Numbers:
     rule = follows_rule(p, group)
+    rest = "" if rule else rest_of(p, group)
     scale = group["scale"] if rule else 1.0
     if scale == "auto":  # E[s^R / s] ~ sqrt(r / d): what the projection shrinks (APOLLO, theorem 4.2)
         scale = min(matrix_shape(tuple(p.shape), group["view"])[-2:]) / group["rank"]
@@ -129,8 +141,8 @@ def numbers_of(p: Tensor, group: Group, step: int, seed: int) -> Numbers:
     return Numbers(
         lr=group["lr"],
         weight_decay=group["weight_decay"],
-        new1=1 - group["betas"][0],
-        new2=1 - group["betas"][1],
+        new1=1 - group["betas"][0] if rest != "scale" else 1 - group.get("momentum", 0.0),
+        new2=1 - group["betas"][1] if rest != "adafactor" else step**-0.8,
         eps=group["eps"],
         correction1=correction1,
         correction2=correction2,
