@@ -38,6 +38,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from apollo_optim import AdamW, Apollo, InputError, build_optimizer, release
 from apollo_optim.core import layout
 from apollo_optim.core import random as hashing
+from apollo_optim.core.blocks import Block
 from apollo_optim.optim.base import MatrixOptimizer
 
 SALT = 1
@@ -46,6 +47,12 @@ GAMES: dict[str, tuple[str, dict[str, Any]]] = {  # name in the table -> optimiz
     **{f"apollo {proj}": ("apollo", {"rank": 3, "proj": proj}) for proj in ("gaussian", "sketch", "rademacher", "svd")},
     "apollo-mini": ("apollo-mini", {"rank": 1}),
     "adamw": ("adamw", {}),
+}
+RESTS: dict[str, dict[str, Any]] = {  # what every matrix is told to follow instead of a rule
+    "adamw8bit": {"rest": "adamw8bit"},
+    "adafactor": {"rest": "adafactor"},
+    "scale rows": {"rest": "scale", "normalize": "rows", "momentum": 0.9},
+    "scale columns": {"rest": "scale", "normalize": "columns"},
 }
 Row = dict[str, Any]
 Found = Iterator[tuple[str, Row]]
@@ -91,6 +98,8 @@ def zoo(dtype: torch.dtype = torch.float32, convolution: bool = True) -> nn.Modu
 
 
 def optimizer_for(model: nn.Module, game: str, **knobs: Any) -> MatrixOptimizer:
+    if game in RESTS:
+        return AdamW([{"params": list(model.parameters()), **RESTS[game]}], lr=1e-2, **knobs)
     name, own = GAMES[game]
     if name != "adamw":
         knobs = {"update_proj_gap": GAP, **own, **knobs}
@@ -274,6 +283,19 @@ def parity() -> Found:
                     yield "parity", {"layout": where, "game": game, "decay": weight_decay, "steps": steps, **row}
 
 
+def rests() -> Found:
+    """Rules of rows and columns, where ranks hold rows, columns, and both. (8 bits: for matrices this small, too.)"""
+    step = "apollo_optim.optim.step."
+    with mock.patch(step + "LEAST_8BIT", 0), mock.patch(step + "LEAST_COLUMNS", 1):
+        for where in ("fsdp 2", "columns 2") if dist.get_world_size() == 2 else ("rows x columns",):
+            for game in RESTS:
+                try:
+                    for row in compare(layouts()[where], game, steps=5, weight_decay=0.1):
+                        yield "rest", {"layout": where, "game": game, "refused": False, **row}
+                except InputError as error:
+                    yield "rest", {"layout": where, "game": game, "refused": True, "said": str(error)}
+
+
 def bf16() -> Found:
     """bf16 weights (and moments), rounded stochastically: by global position, so shards must draw the same bits."""
     for where, game, state_dtype in (
@@ -294,9 +316,16 @@ def mutants() -> Found:
     with mock.patch("apollo_optim.optim.base.mix_seed", lambda seed, i: hashing.mix_seed(seed, i, rank)):
         for row in compare(fsdp(2), "apollo gaussian"):
             yield "rank in the seed", row
-    with mock.patch("apollo_optim.core.write.flat_index", lambda t: layout.flat_index(layout.local(t))):
+    with (
+        mock.patch("apollo_optim.core.write.flat_index", by_local_position),
+        mock.patch("apollo_optim.optim.rest.flat_index", by_local_position),
+    ):
         for row in compare(fsdp(2), "apollo gaussian", torch.bfloat16):
             yield "bits by local position", row
+
+
+def by_local_position(t: Tensor, at: Block = ()) -> Tensor:
+    return layout.flat_index(layout.local(t), at)
 
 
 def non_finite() -> Found:
@@ -584,6 +613,7 @@ def strange_splits() -> Found:
 CHECKS: dict[int, list[Callable[[], Found]]] = {
     2: [
         parity,
+        rests,
         bf16,
         mutants,
         non_finite,
@@ -595,7 +625,7 @@ CHECKS: dict[int, list[Callable[[], Found]]] = {
         refusals,
         strange_splits,
     ],
-    4: [parity],
+    4: [parity, rests],
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sharded import ON_FOUR, ON_TWO, Row, find
+from sharded import ON_FOUR, ON_TWO, RESTS, Row, find
 from torch import nn
 
 from apollo_optim import AdamW, Apollo, ApolloMini, InputError
@@ -49,6 +49,17 @@ def test_four_processes_are_one(four: Found, where: str) -> None:
             assert "a newer torch can" in row["said"]
             pytest.skip(row["said"])
     assert not far([row for row in four["parity"] if row["layout"] == where])
+
+
+def test_the_rest_is_stepped_in_one_piece(two: Found, four: Found) -> None:
+    """8-bit moments need whole rows, and say so; the other rules add up over whatever ranks hold."""
+    rows = [*two["rest"], *four["rest"]]
+    assert {row["layout"] for row in rows} == {"fsdp 2", "columns 2", "rows x columns"}
+    refused = {(row["layout"], row["game"]) for row in rows if row["refused"]}
+    assert refused == {("columns 2", "adamw8bit"), ("rows x columns", "adamw8bit")}
+    assert all("whole rows" in row["said"] for row in rows if row["refused"])
+    assert {row["game"] for row in rows if not row["refused"]} == set(RESTS)
+    assert not far([row for row in rows if not row["refused"]])
 
 
 def test_bf16_weights_are_rounded_by_the_same_bits(two: Found) -> None:

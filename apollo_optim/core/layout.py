@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
+from apollo_optim.core.blocks import Block
 from apollo_optim.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,12 +48,16 @@ def offsets(t: Tensor) -> tuple[int, ...]:
     return tuple(compute_local_shape_and_global_offset(t.shape, mesh, placements)[1])
 
 
-def flat_index(t: Tensor) -> Tensor:
-    """The global flat position of every element of this rank's part: what the rounding bits are drawn for."""
+def flat_index(t: Tensor, at: Block = ()) -> Tensor:
+    """The global flat position of every element of this rank's part, or of one block ``at`` of that part.
+
+    It is what the rounding bits are drawn for.
+    """
     dtype = torch.int32 if prod(t.shape) < 1 << 31 else torch.int64
-    part, index = local(t), torch.zeros((), dtype=dtype, device=t.device)
-    for start, here, everywhere in zip(offsets(t), part.shape, t.shape, strict=True):
-        index = index[..., None] * everywhere + torch.arange(start, start + here, dtype=dtype, device=t.device)
+    index = torch.zeros((), dtype=dtype, device=t.device)
+    for dim, (start, here, everywhere) in enumerate(zip(offsets(t), local(t).shape, t.shape, strict=True)):
+        first, last = (at[dim].start, at[dim].stop) if dim < len(at) else (0, here)
+        index = index[..., None] * everywhere + torch.arange(start + first, start + last, dtype=dtype, device=t.device)
     return index
 
 
@@ -80,6 +85,23 @@ def zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
     return _assembled(lambda size: torch.zeros(size, dtype=dtype, device=p.device), tuple(p.shape), p, placements)
 
 
+def zeros_along(like: Tensor, dim: int, size: int, dtype: torch.dtype) -> Tensor:
+    """State of ``like``'s shape but for ``size`` along ``dim``, where every rank keeps all of it."""
+    dim %= like.ndim
+    shape = tuple(size if i == dim else n for i, n in enumerate(like.shape))
+    if not is_sharded(like):
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+    from torch.distributed.tensor import Replicate
+
+    placements = [Replicate() if _splits(p, [dim]) else p for p in like.placements]
+    return _assembled(lambda part: torch.zeros(part, dtype=dtype, device=like.device), shape, like, placements)
+
+
+def splits(t: Tensor, dim: int) -> bool:
+    """Does a rank hold only a part along ``dim``?"""
+    return is_sharded(t) and any(_splits(p, [dim % t.ndim]) for p in t.placements)
+
+
 def by_channel(view_ck: "DTensor") -> list[Any]:
     """The view's own placements, with a split of the compressed side turned into one of the channels."""
     from torch.distributed.tensor import Shard
@@ -103,6 +125,24 @@ def projected(view_ck: Tensor, rank: int, product: Callable[[Tensor, tuple[int, 
     waiting = [Partial() if _splits(p, [compressed]) else p for p in placements]
     part = product(local(view_ck), offsets(view_ck))
     return settled(_assembled(lambda _: part, (*view_ck.shape[:-1], rank), view_ck, waiting))
+
+
+def summed(own: Tensor, t: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Every rank's ``own`` sums over ``dims`` of its part of ``t`` (kept, of size 1), added up over the ranks.
+
+    The outcome is whole along ``dims`` and split as ``t`` is elsewhere. Without ``dims``: 0-D, the sum of everything.
+    """
+    if not is_sharded(t):
+        return own
+    from torch.distributed.tensor import Partial, Replicate
+
+    over = range(t.ndim) if dims is None else [dim % t.ndim for dim in dims]
+    shape = () if dims is None else tuple(1 if dim in over else size for dim, size in enumerate(t.shape))
+    waiting = [Partial() if _splits(p, over) else p for p in t.placements]
+    total: Any = _assembled(lambda _: own, shape, t, waiting)
+    final = [Replicate() if p.is_partial() else p for p in waiting]
+    summed_up: Tensor = total.redistribute(placements=final)
+    return summed_up
 
 
 def settled(t: Tensor) -> Tensor:

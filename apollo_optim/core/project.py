@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from apollo_optim.core import layout
+from apollo_optim.core.blocks import Block, by_rows
 from apollo_optim.core.random import Key, normal_pairs, signs
 
 Projection = Literal["gaussian", "sketch", "rademacher", "svd"]
@@ -66,9 +67,15 @@ def down(grad_ck: Tensor, basis: Tensor, rank: int) -> Tensor:
         *starts, _, first = at
         stack = tuple(slice(s, s + n) for s, n in zip(starts, part.shape[:-2], strict=True))
         small = slice(first, first + part.shape[-1])
-        if sketched:
-            return _bucket_sums(part.float() * basis[(*stack, small)].unsqueeze(-2), first, rank)
-        return part.float() @ basis[(*stack, small)]
+        own = basis[(*stack, small)]
+
+        def rows(block: Tensor, at: Block) -> Tensor:
+            here = own[at[: len(stack)]]
+            if sketched:
+                return _bucket_sums(block.float() * here.unsqueeze(-2), first, rank)
+            return block.float() @ here
+
+        return by_rows(rows, part)
 
     return layout.projected(grad_ck, rank, product)
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from apollo_optim.core.layout import settled
+from apollo_optim.core.blocks import Block, blocks, by_rows, part
+from apollo_optim.core.layout import is_sharded, local, projected, settled, summed
 from apollo_optim.core.moments import Number
 
 TINY = 1e-8
@@ -15,7 +16,23 @@ TINY = 1e-8
 
 def channel_norms(t: Tensor) -> Tensor:
     """(.., c, k) -> (.., c, 1), fp32."""
-    return settled(vector_norm(t, dim=-1, keepdim=True, dtype=torch.float32))
+
+    def rows(block: Tensor, _: Block) -> Tensor:
+        norms: Tensor = vector_norm(block, dim=-1, keepdim=True, dtype=torch.float32)
+        return norms
+
+    if not is_sharded(t):
+        return by_rows(rows, t)
+    return projected(t, 1, lambda own, _: by_rows(rows, own).square()).sqrt()  # ranks add up squares
+
+
+def full_norm(t: Tensor) -> Tensor:
+    """The norm of all of ``t``, of any shape: 0-D, fp32."""
+    own = local(t)
+    norm = vector_norm(
+        torch.stack([vector_norm(part(own, at), dtype=torch.float32) for at in blocks(tuple(own.shape))])
+    )
+    return summed(norm.square(), t).sqrt() if is_sharded(t) else norm
 
 
 def tensor_norm(norms_c1: Tensor) -> Tensor:

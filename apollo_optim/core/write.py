@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from apollo_optim.core.blocks import blocks, part
 from apollo_optim.core.layout import flat_index, local, spread
 from apollo_optim.core.moments import Number
 from apollo_optim.core.random import Key, hash32
@@ -22,10 +23,25 @@ def write(
     if writes_itself(p):
         p._write_update_(tensor, factor, usable, lr, weight_decay, key)  # type: ignore[attr-defined]
         return
-    part, tensor_part = local(p.detach()), local(tensor).float()
+    weight, own = local(p.detach()), local(tensor)
     factor = local(spread(factor, tensor)) if isinstance(factor, Tensor) else factor
     usable = local(spread(usable, tensor))
-    weight = part.reshape(tensor_part.shape).float()
-    stepped = torch.where(usable, weight * (1 - lr * weight_decay) - tensor_part * (factor * lr), weight)
-    bits = hash32(flat_index(tensor), key).view(part.shape) if key and p.dtype is torch.bfloat16 else None
-    store(part, stepped.view(part.shape), bits)
+    for at in blocks(tuple(own.shape), whole=int(weight.ndim != own.ndim)):
+        bits = hash32(flat_index(tensor, at), key) if key and p.dtype is torch.bfloat16 else None
+        here = part(factor, at) if isinstance(factor, Tensor) else factor
+        write_block(part(weight, at), part(own, at), here, part(usable, at), lr, weight_decay, bits)
+
+
+def write_block(
+    weight: Tensor,
+    tensor: Tensor,
+    factor: Number,
+    usable: Tensor,
+    lr: Number,
+    weight_decay: Number,
+    bits: Tensor | None,
+) -> None:
+    """The arithmetic of ``write``, of one block of plain tensors. ``weight`` may be ``tensor``'s unflattened form."""
+    old = weight.reshape(tensor.shape).float()
+    stepped = torch.where(usable, old * (1 - lr * weight_decay) - tensor.float() * (factor * lr), old)
+    store(weight, stepped.view(weight.shape), None if bits is None else bits.view(weight.shape))

@@ -13,6 +13,7 @@ from apollo_optim.core.project import channel_view
 from apollo_optim.core.random import mix_seed
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.optim.knobs import Group, check_group, decide_rank
+from apollo_optim.optim.rest import RULES, advance_rest
 from apollo_optim.optim.step import (
     Numbers,
     Spec,
@@ -20,7 +21,6 @@ from apollo_optim.optim.step import (
     Step,
     advance,
     as_matrix,
-    follows_rule,
     numbers_of,
     spec_of,
 )
@@ -79,29 +79,29 @@ class MatrixOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"].item())  # on the CPU: no device waits for it
         spec, numbers = spec_of(p, group, step), numbers_of(p, group, step, state["seed"])
+        run: Callable[..., None] = advance if spec.rule else advance_rest
+        rule = self.direction if spec.rule else RULES[spec.rest]
         tensors = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
         plain = not (layout.is_sharded(p) or writes_itself(p))
         if self.compile and plain and can_compile(p.device.type):
             dtypes = (t.dtype for t in (p, grad, *tensors.values()))
             key = (p.shape, p.stride(), grad.stride(), p.device, spec, *dtypes)
-            run = self._compiled.get(key) or self._compiled.setdefault(key, compiled(advance))
-            run(self.direction, p, grad, tensors, numbers.as_tensors(), spec)
-        else:
-            advance(self.direction, p, grad, tensors, numbers, spec)
+            run = self._compiled.get(key) or self._compiled.setdefault(key, compiled(run))
+            numbers = numbers.as_tensors()
+        run(rule, p, grad, tensors, numbers, spec)
 
     def init_state(self, p: Tensor, group: Group, position: int = 0) -> State:
         """All this parameter will ever keep: later steps add no key and change no shape.
 
         Runs on the meta device too, so that plans and tables count the bytes of the code that will run.
         """
-        dtype: torch.dtype = group["state_dtype"]
-        matrix = as_matrix(p.detach(), spec_of(p, group, 1).conv)
-        if follows_rule(p, group):
-            view_ck = channel_view(matrix)
+        spec = spec_of(p, group, 1)
+        view_ck, stack = as_matrix(p.detach(), spec.conv), tuple[int, ...]()
+        if spec.rule:
+            view_ck = channel_view(view_ck)
             rule_state, stack = self.init_rule(view_ck, group), tuple(view_ck.shape[:-2])
         else:
-            view_ck, stack = matrix, ()
-            rule_state = {name: layout.zeros_like(p.detach(), dtype) for name in ("exp_avg", "exp_avg_sq")}
+            rule_state = RULES[spec.rest].init(view_ck, group)
         return {
             "step": torch.zeros((), device="cpu"),
             "seed": mix_seed(group["seed"], position),

@@ -11,11 +11,16 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.core.names import as_tuple, matches, summary
 from apollo_optim.core.storage import nbytes
 from apollo_optim.optim.base import MatrixOptimizer
-from apollo_optim.optim.knobs import Group, check_parameter
-from apollo_optim.optim.step import follows_rule, matrix_shape
+from apollo_optim.optim.knobs import RESTS, Group, check_parameter
+from apollo_optim.optim.step import follows_rule, matrix_shape, rest_of
 
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("lm_head", "embed_out", "output", "head", "score", "classifier")
+SCALE_RULES: dict[str, Group] = {
+    "embedding": {"normalize": "columns"},
+    "head": {"normalize": "rows", "momentum": 0.9},
+    "others": {"normalize": "rows"},
+}
 KINDS = ("matrices", "embedding", "head", "norms", "others")
 
 
@@ -26,10 +31,12 @@ def param_groups(
     targets: str | Sequence[str] = ("attn", "mlp"),
     exclude: str | Sequence[str] = (),
     no_decay: str | Sequence[str] = ("bias", "norm"),
+    rest: str = "adamw",
+    rest_rank: int | None = None,
     rest_lr: float | None = None,
     **knobs: Any,
 ) -> list[Group]:
-    """Named groups for an optimizer of this library: ``matrices`` follow the rule, the rest AdamW.
+    """Named groups for an optimizer of this library: ``matrices`` follow the rule, the rest AdamW (or ``rest``).
 
     Groups are ``matrices``, ``embedding`` (a tied head is one), ``head``, ``norms`` (everything 0-D and 1-D) and, if
     there is something left, ``others``. Every parameter is in exactly one, frozen ones too, so that they can be
@@ -43,12 +50,24 @@ def param_groups(
             may match anywhere; ``"all-linear"`` is every ``nn.Linear`` and convolution but the head.
         exclude: Patterns of the same kind, over parameter names; what they match goes to ``others``.
         no_decay: Patterns over parameter names; what they match has ``weight_decay=0``.
+        rest: What ``embedding``, ``head`` and ``others`` follow (norms and all that is 1-D always follow AdamW).
+            "adamw"; "adamw8bit", its moments in 8 bits; "adafactor", second moments factored into rows and columns and
+            no first (1804.04235); "scale", the gradient normalised - the head's rows after a momentum of 0.9, the
+            embedding's columns, other matrices' rows (2506.16659); "apollo", the optimizer's own rule.
+        rest_rank: With ``rest="apollo"``, their rank; None: the matrices'.
         rest_lr: Learning rate of all groups but ``matrices``.
         **knobs: Go into every group that they mean something to: ``lr``, ``weight_decay``, ... into all, the rule's own
             (``scale``, ``proj``, ...) into ``matrices``.
 
-    Raises InputError for a target, an exclusion that matches nothing, listing what exists.
+    Raises InputError for a target, an exclusion that matches nothing, listing what exists, for a ``rest`` that is none
+    of these, and for ``rest="apollo"`` without a rank.
     """
+    if rest not in RESTS:
+        raise InputError(f"rest={rest!r}, but it must be one of {', '.join(map(repr, RESTS))}")
+    if rest == "apollo" and rank is None:
+        raise InputError("rest='apollo' is the rule of an optimizer with a rank: name a rank, or choose another rest")
+    if rest != "apollo" and rest_rank is not None:
+        raise InputError(f"rest_rank={rest_rank} means nothing to rest={rest!r}: only rest='apollo' has a rank")
     targets, exclude, no_decay = (as_tuple(x) for x in (targets, exclude, no_decay))
     owners = _owners(model)
     head = _head_of(model)
@@ -58,7 +77,8 @@ def param_groups(
         check_parameter(p, f"parameter {name!r}")  # before a flat one makes every target look like a typo
         kind = _kind(name, p, owners[p], head, targets, exclude, used)
         decays = not any(matches(pattern, name) for pattern in no_decay)
-        conv = kind == "matrices" and any(isinstance(module, nn.modules.conv._ConvNd) for _, module in owners[p])
+        shaped = kind == "matrices" or (kind == "others" and rest != "adamw")
+        conv = shaped and any(isinstance(module, nn.modules.conv._ConvNd) for _, module in owners[p])
         members.setdefault((kind, decays, conv), []).append((name, p))
     _check_cover(targets, exclude, used, model)
 
@@ -77,7 +97,13 @@ def param_groups(
             group["weight_decay"] = 0.0
         if kind == "matrices":
             group |= knobs | (rule or {}) | ({"view": "conv"} if conv and rule else {})
-        elif rest_lr is not None:
+        elif kind != "norms" and rest != "adamw":
+            group |= {"rest": rest} | ({"view": "conv"} if conv else {})
+            if rest == "scale":
+                group |= SCALE_RULES[kind]
+            elif rest == "apollo":
+                group |= knobs | (rule or {}) | ({} if rest_rank is None else {"rank": rest_rank})
+        if kind != "matrices" and rest_lr is not None:
             group["lr"] = rest_lr
         groups.append(group)
     return groups
@@ -166,14 +192,11 @@ def describe(optimizer: MatrixOptimizer) -> str:
         kinds: dict[tuple[tuple[int, ...], bool], list[Tensor]] = {}
         for p in group["params"]:
             kinds.setdefault((tuple(p.shape), follows_rule(p, group)), []).append(p)
-        for (shape, rule), params in kinds.items():
+        for (shape, _), params in kinds.items():
             size = sum(state_bytes(optimizer, p, group) for p in params)
             counts = len(params), sum(p.numel() for p in params), size
             totals = [total + count for total, count in zip(totals, counts, strict=True)]
-            if rule:
-                follows = f"{type(optimizer).__name__} r={group['rank']}"
-            else:
-                follows = "AdamW" + (" (small side <= rank)" if group.get("rank") and len(shape) > 1 else "")
+            follows = what_follows(optimizer, params[0], group)
             dims = " x ".join(map(str, shape)) or "scalar"
             name = str(group.get("name", number))
             rows.append((name, follows, f"{counts[0]:,}", dims, f"{counts[1]:,}", f"{size:,}", f"{group['lr']:g}"))
@@ -182,6 +205,21 @@ def describe(optimizer: MatrixOptimizer) -> str:
     align = "<<><>>>"
     lines = ["  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def what_follows(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> str:
+    """The rule that ``p`` follows in this group, in the table's words."""
+    if follows_rule(p, group):
+        return f"{type(optimizer).__name__} r={group['rank']}"
+    rest = rest_of(p, group)
+    if rest == "scale":
+        momentum = f", momentum {group['momentum']}" if group.get("momentum") else ""
+        return f"SCALE ({group.get('normalize', 'rows')}{momentum})"
+    if rest != "adamw":
+        return {"adamw8bit": "AdamW 8-bit", "adafactor": "Adafactor"}[rest]
+    if group.get("rank") and p.ndim > 1:
+        return "AdamW (small side <= rank)"
+    return "AdamW (too small for 8 bits)" if group.get("rest") == "adamw8bit" and p.ndim > 1 else "AdamW"
 
 
 def state_bytes(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> int:

@@ -48,6 +48,8 @@ def _or(value: Any, fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda x: x is value or (isinstance(value, str) and x == value) or fits(x)
 
 
+RESTS = ("adamw", "adamw8bit", "adafactor", "scale", "apollo")
+REST_KNOBS = frozenset({"rest", "normalize", "momentum"})  # what a group without a rank may say (optim/rest.py)
 RANDOM = "random"  # apollo-torch's name for what it draws, a Gaussian
 KNOBS: dict[str, Knob] = {
     "lr": Knob("a number >= 0", _is_lr),
@@ -69,9 +71,14 @@ KNOBS: dict[str, Knob] = {
     "state_dtype": Knob("torch.float32 or torch.bfloat16", _one_of(torch.float32, torch.bfloat16)),
     "stochastic_rounding": Knob("True or False", _one_of(True, False)),
     "seed": Knob("a whole number", lambda x: isinstance(x, int) and not isinstance(x, bool)),
+    "rest": Knob(f"one of {', '.join(map(repr, RESTS))}", _one_of(*RESTS)),
+    "normalize": Knob('"rows" or "columns"', _one_of("rows", "columns")),
+    "momentum": Knob("a number in [0, 1)", _number(0, below=1)),
     "view": Knob('None, "stack" or "conv"', _one_of(None, "stack", "conv")),
 }
-ADAMW_KNOBS = frozenset({"lr", "betas", "eps", "weight_decay", "state_dtype", "stochastic_rounding", "seed"})
+ADAMW_KNOBS = (
+    frozenset({"lr", "betas", "eps", "weight_decay", "state_dtype", "stochastic_rounding", "seed", "view"}) | REST_KNOBS
+)
 
 # keys that torch, schedulers and our own param_groups put into a group; they pass unchecked
 PASSED = frozenset(
@@ -102,6 +109,11 @@ def check_group(group: Group, defaults: Group, known: frozenset[str], owner: str
             raise InputError(f"{where}: {key}={value!r}, but it must be {KNOBS[key].wanted}")
     if group.get("proj", defaults.get("proj")) == RANDOM:
         group["proj"] = "gaussian"
+    if group.get("rest") == "apollo" and group.get("rank", defaults.get("rank")) is None:
+        raise InputError(
+            f"{where}: rest='apollo' needs a rank of its own: the group then follows its optimizer's rule. "
+            "param_groups(..., rest='apollo', rest_rank=...) names one; AdamW has none"
+        )
     if isinstance(group["params"], set):
         return  # torch refuses it: a set has no order
     group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])

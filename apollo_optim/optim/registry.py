@@ -11,7 +11,7 @@ from apollo_optim.optim.adamw import AdamW
 from apollo_optim.optim.apollo import Apollo, ApolloMini
 from apollo_optim.optim.base import MatrixOptimizer
 from apollo_optim.optim.groups import param_groups
-from apollo_optim.optim.knobs import KNOBS, nearest
+from apollo_optim.optim.knobs import REST_KNOBS, nearest
 from apollo_optim.optim.step import follows_rule
 
 
@@ -87,6 +87,8 @@ def build_optimizer(
     *,
     lr: float | None = None,
     rest_lr: float | None = None,
+    rest: str = "adamw",
+    rest_rank: int | None = None,
     rank: int | str | None = None,
     targets: str | Sequence[str] = ("attn", "mlp"),
     exclude: str | Sequence[str] = (),
@@ -99,6 +101,7 @@ def build_optimizer(
     Args:
         name: One of ``list_optimizers()``.
         lr: Of the matrices, and of everything else unless ``rest_lr`` says otherwise.
+        rest, rest_rank: What embedding, head and other matrices follow; see ``param_groups``.
         rank: A whole number, or "auto" (a quarter of the most common small side).
         **knobs: Any group key of the optimizer; see its docstring.
 
@@ -111,12 +114,15 @@ def build_optimizer(
             f"{name} is for low-bit weights and this model has none: call "
             f"apollo_optim.quantize_weights(model, bits={info.bits}) first (4 bits are possible, too)"
         )
+    known = info.cls.knobs - REST_KNOBS - (set() if "rank" in info.cls.knobs else {"view"})
     for key in knobs:
-        if key not in info.cls.knobs or key not in KNOBS:
-            raise InputError(f"optimizer {name!r} takes no {key!r}. {nearest(key, info.cls.knobs)}")
+        if key not in known:
+            raise InputError(f"optimizer {name!r} takes no {key!r}. {nearest(key, known)}")
     settings = {**info.defaults, **knobs} | ({} if lr is None else {"lr": lr})
     if "rank" not in info.cls.knobs and rank is not None:
         raise InputError(f"optimizer {name!r} has no rank: leave the key out")
+    if "rank" not in info.cls.knobs and rest == "apollo":
+        raise InputError(f"optimizer {name!r} has no rank, so rest='apollo' has no rule to follow. Choose another rest")
     default_rank = settings.pop("rank", None)
     groups = param_groups(
         model,
@@ -124,6 +130,8 @@ def build_optimizer(
         targets=targets,
         exclude=exclude,
         no_decay=no_decay,
+        rest=rest,
+        rest_rank=rest_rank,
         rest_lr=rest_lr,
         **settings,
     )

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
-from apollo_optim.core.layout import aligned, flat_index, local, settled, spread
-from apollo_optim.core.moments import Number, bias_corrections, updated
+from apollo_optim.core.blocks import Block, blocks, part
+from apollo_optim.core.layout import aligned, flat_index, local, spread
+from apollo_optim.core.moments import Number, bias_corrections
 from apollo_optim.core.project import channel_view
 from apollo_optim.core.random import Key, Purpose, hash32, key_at
 from apollo_optim.core.rounding import store
@@ -16,6 +16,7 @@ from apollo_optim.core.write import write
 from apollo_optim.optim.knobs import Group
 
 State = dict[str, Any]
+LEAST_8BIT, LEAST_COLUMNS = 4096, 64  # fewer entries, in all or in a row, keep fp32 moments
 ROUNDED: tuple[Purpose, ...] = ("weight", "exp_avg", "exp_avg_sq")
 _KEYS = ("projection", "rounding")
 
@@ -26,7 +27,7 @@ class Numbers(NamedTuple):
     lr: Number
     weight_decay: Number
     new1: Number  # 1 - beta1: a new gradient's weight in the first average
-    new2: Number
+    new2: Number  # 1 - beta2; Adafactor's t^-0.8
     eps: Number
     correction1: Number  # 1 - beta1^t
     correction2: Number  # sqrt(1 - beta2^t)
@@ -50,7 +51,9 @@ class Numbers(NamedTuple):
 class Spec(NamedTuple):
     """What stays: the constants that a compiled step is specialised on."""
 
-    rule: bool  # the optimizer's rule, or AdamW
+    rule: bool  # the optimizer's rule, or one of rest.py
+    rest: str  # which of them
+    normalize: str  # SCALE's: "rows" or "columns"
     conv: bool
     rank: int
     proj: str
@@ -91,16 +94,31 @@ def follows_rule(p: Tensor, group: Group) -> bool:
     return min(matrix_shape(tuple(p.shape), group["view"])[-2:]) > int(group["rank"])
 
 
+def rest_of(p: Tensor, group: Group) -> str:
+    """Which rule of rest.py ``p`` follows, where it does not follow its optimizer's: a matrix, what its group says.
+
+    What has no rows to normalise or to factor follows AdamW, and so does what is too small for 8-bit moments to save.
+    """
+    rest: str = group.get("rest", "adamw")
+    if rest == "apollo" or p.ndim < 2 or p.numel() == 0:
+        return "adamw"
+    columns = matrix_shape(tuple(p.shape), group.get("view"))[-1]
+    return "adamw" if rest == "adamw8bit" and (p.numel() < LEAST_8BIT or columns < LEAST_COLUMNS) else rest
+
+
 def as_matrix(t: Tensor, conv: bool) -> Tensor:
     return t.flatten(1) if conv else t
 
 
 def spec_of(p: Tensor, group: Group, step: int) -> Spec:
     rule = follows_rule(p, group)
+    rest = "" if rule else rest_of(p, group)
     proj = group["proj"] if rule else ""
     return Spec(
         rule=rule,
-        conv=rule and len(matrix_shape(tuple(p.shape), group["view"])) != p.ndim,
+        rest=rest,
+        normalize=group.get("normalize", "rows") if rest == "scale" else "",
+        conv=rest != "adamw" and len(matrix_shape(tuple(p.shape), group.get("view"))) != p.ndim,
         rank=group["rank"] if rule else 0,
         proj=proj,
         tensorwise=rule and group["scale_type"] == "tensor",
@@ -114,6 +132,7 @@ def spec_of(p: Tensor, group: Group, step: int) -> Spec:
 
 def numbers_of(p: Tensor, group: Group, step: int, seed: int) -> Numbers:
     rule = follows_rule(p, group)
+    rest = "" if rule else rest_of(p, group)
     scale = group["scale"] if rule else 1.0
     if scale == "auto":  # E[s^R / s] ~ sqrt(r / d): what the projection shrinks (APOLLO, theorem 4.2)
         scale = min(matrix_shape(tuple(p.shape), group["view"])[-2:]) / group["rank"]
@@ -122,8 +141,8 @@ def numbers_of(p: Tensor, group: Group, step: int, seed: int) -> Numbers:
     return Numbers(
         lr=group["lr"],
         weight_decay=group["weight_decay"],
-        new1=1 - group["betas"][0],
-        new2=1 - group["betas"][1],
+        new1=1 - group["betas"][0] if rest != "scale" else 1 - group.get("momentum", 0.0),
+        new2=1 - group["betas"][1] if rest != "adafactor" else step**-0.8,
         eps=group["eps"],
         correction1=correction1,
         correction2=correction2,
@@ -135,40 +154,35 @@ def numbers_of(p: Tensor, group: Group, step: int, seed: int) -> Numbers:
 
 
 def advance(rule: Rule, p: Tensor, grad: Tensor, state: State, n: Numbers, spec: Spec) -> None:
-    """Take one step: ``p`` and the tensors of ``state`` are written in place, each once.
+    """Take one step by the rule: ``p`` and the tensors of ``state`` are written in place, each once.
 
     A gradient whose norm is not finite leaves its matrix as it was - weight, moments and limit - and is counted in
     ``state["skipped"]``. That is a ``where``, not a branch: no value is ever read back by the host.
     """
-    grad = aligned(-grad if spec.maximize else grad, p)
-    if spec.rule:
-        matrix = as_matrix(grad, spec.conv)
-        view_ck = channel_view(matrix)
-        taken = rule(view_ck, state, n, spec)
-        if view_ck is not matrix:
-            taken = taken._replace(tensor=taken.tensor.mT, factor=taken.factor.mT)  # type: ignore[union-attr]
-    else:
-        taken = adamw(grad, state, n, spec)
+    matrix = as_matrix(aligned(-grad if spec.maximize else grad, p), spec.conv)
+    view_ck = channel_view(matrix)
+    taken = rule(view_ck, state, n, spec)
+    if view_ck is not matrix:
+        taken = taken._replace(tensor=taken.tensor.mT, factor=taken.factor.mT)  # type: ignore[union-attr]
     usable = torch.isfinite(taken.norm)
     for name, value in taken.state.items():
         old = state[name]
-        rounds = spec.stochastic and old.dtype is torch.bfloat16
-        bits = hash32(flat_index(old), n.rounding[name]) if rounds else None
-        here = local(spread(_fit(usable, old), old))
-        store(local(old), torch.where(here, local(aligned(value, old)), local(old).float()), bits)
+        here = local(spread(fit(usable, old), old))
+        for at in blocks(tuple(local(old).shape)):
+            keep(old, name, part(local(aligned(value, old)), at), part(here, at), n, spec, at)
     state["skipped"].add_(~usable)
     key = n.rounding["weight"] if spec.stochastic else None
-    write(p, taken.tensor, taken.factor, _fit(usable, taken.tensor), n.lr, n.weight_decay, key)
+    write(p, taken.tensor, taken.factor, fit(usable, taken.tensor), n.lr, n.weight_decay, key)
 
 
-def _fit(per_matrix: Tensor, t: Tensor) -> Tensor:
+def keep(old: Tensor, name: str, value: Tensor, usable: Tensor, n: Numbers, spec: Spec, at: Block) -> None:
+    """``old``'s block ``at`` <- ``value`` where ``usable``, rounded as its dtype and the group ask for."""
+    here = part(local(old), at)
+    rounds = spec.stochastic and old.dtype is torch.bfloat16
+    bits = hash32(flat_index(old, at), n.rounding[name]) if rounds else None
+    store(here, torch.where(usable, value, here.float()), bits)
+
+
+def fit(per_matrix: Tensor, t: Tensor) -> Tensor:
     missing = t.ndim - per_matrix.ndim
     return per_matrix[(..., *[None] * missing)] if missing else per_matrix
-
-
-def adamw(grad: Tensor, state: State, n: Numbers, spec: Spec) -> Step:
-    """torch.optim.AdamW's arithmetic (1711.05101): eps after the bias correction."""
-    exp_avg, exp_avg_sq = updated(grad, state["exp_avg"], state["exp_avg_sq"], n.new1, n.new2)
-    direction = exp_avg / (exp_avg_sq.sqrt() / n.correction2 + n.eps)
-    norm = settled(vector_norm(grad, dtype=torch.float32))
-    return Step(direction, 1 / n.correction1, norm, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq})

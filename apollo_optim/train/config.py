@@ -65,7 +65,12 @@ class OptimConfig:
     lr: float | None = None
     """Peak learning rate of the matrices that follow the rule."""
     rest_lr: float | None = None
-    """Peak learning rate of embedding, head and norms (they follow AdamW); None: the same `lr`."""
+    """Peak learning rate of embedding, head and norms; None: the same `lr`."""
+    rest: Literal["adamw", "adamw8bit", "adafactor", "scale", "apollo"] | None = None
+    """What embedding and head follow (norms: always AdamW); None: adamw. scale normalises the gradient (the head's
+    with a momentum), apollo is the rule of an optimizer with a rank, for them too."""
+    rest_rank: int | None = None
+    """Rank of embedding and head with `rest: apollo`; None: the same `rank`."""
     rank: int | str | None = None
     """Size of the compressed side, or "auto" (a quarter of it, as in the paper). APOLLO-Mini: 1."""
     scale: float | str | None = None

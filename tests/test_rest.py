@@ -1,0 +1,389 @@
+"""What embedding, head and other matrices follow where they follow no rank: every choice, under every optimizer."""
+
+import io
+import math
+import warnings
+
+import pytest
+import torch
+from test_contract import assert_same, flat_state, set_gradients, snapshot
+from torch import Tensor, nn
+
+from apollo_optim import AdamW, Apollo, InputError, build_optimizer, describe, list_optimizers, param_groups
+from apollo_optim.core import blocks as blocks_module
+from apollo_optim.core import eightbit
+from apollo_optim.core.random import hash32
+from apollo_optim.optim.groups import state_bytes
+from apollo_optim.optim.knobs import RESTS
+
+CASES = [
+    pytest.param(info.name, rest, id=f"{info.name}-{rest}")
+    for info in list_optimizers()
+    for rest in RESTS
+    if rest != "adamw" and (info.name, rest) != ("adamw", "apollo")
+]
+every_case = pytest.mark.parametrize(("name", "rest"), CASES)
+SCALE_ROWS = {"rest": "scale", "normalize": "rows", "momentum": 0.9}
+SCALE_COLUMNS = {"rest": "scale", "normalize": "columns"}
+RULES = {
+    "adamw8bit": {"rest": "adamw8bit"},
+    "adafactor": {"rest": "adafactor"},
+    "scale rows": SCALE_ROWS,
+    "scale columns": SCALE_COLUMNS,
+}
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+
+
+class Model(nn.Module):
+    """Rows of 300: two groups of 8-bit codes, one of them short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(17, 300)
+        self.mlp = nn.Linear(300, 40)
+        self.adapter = nn.Linear(300, 14, bias=False)
+        self.conv = nn.Conv1d(8, 60, 9)
+        self.norm = nn.LayerNorm(300)
+        self.lm_head = nn.Linear(300, 17, bias=False)
+
+
+def make(name: str, rest: str, **knobs) -> tuple[Model, torch.optim.Optimizer]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Model().bfloat16()
+    if name != "adamw":
+        knobs = {"rank": 1 if name == "apollo-mini" else 4, "update_proj_gap": 3, **knobs}
+    return model, build_optimizer(name, model, targets="mlp", rest=rest, **{"lr": 1e-2, **knobs})
+
+
+def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps) -> None:
+    for step in steps:
+        set_gradients(model, step)
+        optimizer.step()
+
+
+@every_case
+def test_it_steps_what_it_is_for_with_all_its_state_planned(name, rest):
+    model, optimizer = make(name, rest, weight_decay=0.0)
+    before = snapshot(model)
+    run(model, optimizer, [0])
+    first = flat_state(optimizer)
+    assert all(type(value) in (Tensor, int) for value in first.values())
+    run(model, optimizer, range(1, 4))
+    later = flat_state(optimizer)
+    assert {k: getattr(v, "shape", None) for k, v in first.items()} == {
+        k: getattr(v, "shape", None) for k, v in later.items()
+    }
+    for key, p in model.named_parameters():
+        assert p.isfinite().all()
+        assert p.dtype is torch.bfloat16
+        assert not torch.equal(p, before[key]), key
+        moved = (p.detach().float() - before[key].float()).square().mean().sqrt()
+        assert moved > 1e-4, "as far as lr says"
+    planned = sum(state_bytes(optimizer, p, group) for group in optimizer.param_groups for p in group["params"])
+    real = sum(t.numel() * t.element_size() for t in later.values() if isinstance(t, Tensor))
+    assert planned == real
+    table = describe(optimizer)
+    assert f"{planned:,}" in table
+    follows = {line.split()[0]: line for line in table.splitlines() if line}
+    said = {"adamw8bit": "AdamW 8-bit", "adafactor": "Adafactor", "scale": "SCALE", "apollo": "Apollo"}[rest]
+    assert all(said in follows[group] for group in ("embedding", "head", "others", "others_conv"))
+    assert "AdamW " in follows["norms"]
+    assert "8-bit" not in follows["norms"]
+
+
+@every_case
+def test_it_resumes_bitwise_through_a_weights_only_file(name, rest):
+    model, optimizer = make(name, rest)
+    run(model, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    run(model, optimizer, range(3, 7))
+    again, resumed = make(name, rest)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    run(again, resumed, range(3, 7))
+    assert_same(snapshot(model), snapshot(again))
+    assert_same(flat_state(optimizer), flat_state(resumed))
+    if rest in ("adamw8bit", "adafactor"):
+        _, other = make(name, "adamw")
+        foreign = optimizer.state_dict()
+        foreign["param_groups"] = other.state_dict()["param_groups"]
+        with pytest.raises(InputError, match="does not fit"):
+            other.load_state_dict(foreign)
+
+
+@every_case
+@pytest.mark.parametrize("bad", [0, 2])
+def test_zeros_are_harmless_and_a_non_finite_gradient_is_skipped(name, rest, bad):
+    model, optimizer = make(name, rest, weight_decay=0.0)
+    for step in range(4):
+        set_gradients(model, step, 0.0 if step == 1 else 1.0)
+        if step == bad:
+            for p in model.parameters():
+                p.grad.view(-1)[-1] = math.nan if bad else math.inf
+        weights, states = snapshot(model), flat_state(optimizer)
+        optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+        if step == bad:
+            assert_same(weights, snapshot(model))
+            kept = ("exp_avg", "prev_norm")
+            now = flat_state(optimizer)
+            assert_same(*({k: v for k, v in s.items() if k in states and k[1].startswith(kept)} for s in (states, now)))
+            assert all(state["skipped"].sum() == 1 for state in optimizer.state.values())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # as a schedule would
+    held = snapshot(model)
+    run(model, optimizer, [5])
+    assert_same(held, snapshot(model))
+
+
+@pytest.mark.parametrize("rest", [rest for rest in RESTS if rest != "adamw"])
+def test_it_reads_no_value_back(rest):
+    """The meta device has none."""
+    with torch.device("meta"):
+        model = Model()
+    optimizer = build_optimizer("apollo-mini", model, targets="mlp", rest=rest)
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+
+
+# --- the rules themselves, against fp64 written again ---
+
+
+def taken(rule: dict, shape: tuple[int, ...], grads: list[Tensor], **knobs) -> list[Tensor]:
+    """The fp32 steps of one parameter at lr 1, p before less p after."""
+    p = nn.Parameter(torch.zeros(shape))
+    optimizer = AdamW([{"params": [p], **rule}], **{"lr": 1.0, "weight_decay": 0.0, **knobs})
+    steps = []
+    for grad in grads:
+        with torch.no_grad():
+            p.zero_()
+        p.grad = grad.clone()
+        optimizer.step()
+        steps.append(-p.detach().double())
+    return steps
+
+
+def gradients(shape: tuple[int, ...], count: int = 5, seed: int = 0) -> list[Tensor]:
+    """Rows and columns of very different sizes, and a row that is zero now and then."""
+    draw = torch.Generator().manual_seed(seed)
+    sizes = 10 ** torch.randn(*shape[:-1], 1, generator=draw) * 10 ** torch.randn(shape[-1], generator=draw)
+    grads = [torch.randn(shape, generator=draw) * sizes for _ in range(count)]
+    grads[1].select(-2, 0).zero_()
+    return grads
+
+
+BLOCKS = pytest.mark.parametrize("size", [1 << 20, 64], ids=["whole", "in blocks"])
+
+
+@BLOCKS
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (3, 12, 8), (1, 50)], ids=str)
+def test_adafactor_is_the_papers(monkeypatch, shape, size):
+    """Algorithm 4 (1804.04235) with absolute steps: beta2 = 1 - t^-0.8, eps1 = 1e-30, d = 1, no first moment."""
+    monkeypatch.setattr(blocks_module, "BLOCK", size)
+    grads = gradients(shape)
+    ours = taken(RULES["adafactor"], shape, grads, lr=0.5)
+    row = col = 0.0
+    for t, (grad, our) in enumerate(zip(grads, ours, strict=True), 1):
+        beta2, g = 1 - t**-0.8, grad.double()
+        row = beta2 * row + (1 - beta2) * (g**2 + 1e-30).sum(-1)
+        col = beta2 * col + (1 - beta2) * (g**2 + 1e-30).sum(-2)
+        v = row[..., :, None] * col[..., None, :] / row.sum(-1)[..., None, None]
+        u = g / v.sqrt()
+        u = u / (u.square().mean((-2, -1), keepdim=True).sqrt() / 1.0).clamp(min=1.0)
+        torch.testing.assert_close(our, 0.5 * u, rtol=2e-5, atol=1e-6)
+        assert our.square().mean((-2, -1)).sqrt().max() <= 0.5 * (1 + 1e-5), "lr bounds the RMS of a step"
+
+
+@BLOCKS
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("normalize", "dim"), [("rows", -1), ("columns", -2)])
+@pytest.mark.parametrize("shape", [(30, 20), (3, 12, 8)], ids=str)
+def test_scale_is_the_papers(monkeypatch, shape, normalize, dim, momentum, size):
+    monkeypatch.setattr(blocks_module, "BLOCK", size)
+    grads = gradients(shape)
+    rule = {"rest": "scale", "normalize": normalize, "momentum": momentum}
+    m = torch.zeros(shape, dtype=torch.float64)
+    for grad, our in zip(grads, taken(rule, shape, grads), strict=True):
+        m = momentum * m + (1 - momentum) * grad.double()
+        expected = m / ((m**2).mean(dim, keepdim=True).sqrt() + 1e-8)
+        torch.testing.assert_close(our, expected, rtol=2e-5, atol=1e-6)
+
+
+@BLOCKS
+@pytest.mark.parametrize("shape", [(20, 300), (3, 40, 64), (70, 70)], ids=str)
+def test_adamw8bit_is_adamw_but_for_its_moments_rounding(monkeypatch, shape, size):
+    """Its first step is AdamW's to the last bit: the moments of a step are rounded after it was taken."""
+    monkeypatch.setattr(blocks_module, "BLOCK", size)
+    grads = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
+    ours, exact = (taken(rule, shape, grads) for rule in (RULES["adamw8bit"], {}))
+    assert torch.equal(ours[0], exact[0])
+    difference = (sum(ours) - sum(exact)).norm() / sum(exact).norm()
+    assert 1e-4 < difference < 0.1
+    again = taken(RULES["adamw8bit"], shape, grads)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), "no generator has a part in it"
+
+
+def test_blocks_do_not_change_a_bit_of_8_bit_moments(monkeypatch):
+    grads = [torch.randn(20, 300, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    whole = taken(RULES["adamw8bit"], (20, 300), grads)
+    monkeypatch.setattr(blocks_module, "BLOCK", 700)
+    assert all(torch.equal(a, b) for a, b in zip(whole, taken(RULES["adamw8bit"], (20, 300), grads), strict=True))
+
+
+def test_a_convolution_is_a_matrix_to_every_rule():
+    grads = gradients((60, 8, 9))
+    for rule in RULES.values():
+        conv = taken({**rule, "view": "conv"}, (60, 8, 9), grads)
+        flat = taken(rule, (60, 72), [g.flatten(1) for g in grads])
+        for a, b in zip(conv, flat, strict=True):
+            assert torch.equal(a.flatten(1), b)
+
+
+def spread_out(draw: torch.Generator) -> Tensor:
+    value = torch.randn(40, 700, generator=draw) * 10 ** (torch.rand(40, 700, generator=draw) * -3 - 10)
+    value[:, 5] = 0.0
+    return value
+
+
+def read_back(value: Tensor, encode, decode, draws: int = 200) -> Tensor:
+    """(draws, .., n): ``value`` kept and read, with other random bits each time."""
+    index = torch.arange(value.numel()).view(value.shape)
+    return torch.stack([decode(*encode(value, hash32(index, (i, 7)))) for i in range(draws)]).double()
+
+
+def test_an_8_bit_mean_is_fine_where_it_is_small():
+    value = spread_out(torch.Generator().manual_seed(0))
+    read = read_back(value, eightbit.encode_mean, eightbit.decode_mean)
+    largest = torch.stack([group.abs().amax(-1) for group in value.split(256, -1)], -1)
+    largest = largest.repeat_interleave(256, -1)[:, :700]
+    step = largest * (2 * (value.abs() / largest).sqrt() * 127 + 1) / 127**2  # from a code to the next
+    assert ((read - value).abs() <= 1.01 * step).all()
+    assert (read[..., 5] == 0).all()
+    bias = (read.mean(0) - value) / step
+    assert bias.abs().max() < 6 * 0.5 / math.sqrt(len(read))
+    assert abs(bias.mean()) < 0.01
+
+
+def test_an_8_bit_square_survives_beside_a_large_one():
+    """Small ones are kept, the mean of the rounding is the number, and what is on the grid stays where it is."""
+    value = spread_out(torch.Generator().manual_seed(0)).abs()
+    codes, offset = eightbit.encode_square(value, torch.zeros(value.shape, dtype=torch.int32))
+    assert (codes.dtype, offset.dtype, offset.shape) == (torch.uint8, torch.int16, (40, 3))
+    read = read_back(value, eightbit.encode_square, eightbit.decode_square)
+    in_range = value > value.max() * 2.0**-15
+    assert in_range.double().mean() > 0.8
+    assert ((read - value).abs() <= value / 16)[:, in_range].all()
+    assert (read[..., 5] == 0).all()
+    assert (read > 0)[:, value > 0].all(), "a small square does not become 0"
+    bias = (read.mean(0) - value)[in_range] / value[in_range]
+    assert bias.abs().max() < 6 * 0.03 / math.sqrt(len(read))
+    assert abs(bias.mean()) < 1e-3
+
+    grid = read[0].float()
+    grid[:, 0] = 4 * grid.max()  # another largest entry moves no other number
+    again = read_back(grid, eightbit.encode_square, eightbit.decode_square, draws=3)
+    stays = grid > grid.max() * 2.0**-14
+    assert stays[:, 1:256].any()
+    assert (again == grid)[:, stays].all()
+
+
+def test_8_bit_second_moments_decay():
+    """By 0.1 % a step, a fortieth of a code's width: rounding to nearest would hold them for ever."""
+    p = nn.Parameter(torch.zeros(64, 256))
+    optimizer = AdamW([{"params": [p], "rest": "adamw8bit"}], lr=0.0, stochastic_rounding=False)
+    for step in range(301):
+        p.grad = torch.full_like(p, 0.0 if step else 1.0)
+        optimizer.step()
+    state = optimizer.state[p]
+    v = eightbit.decode_square(state["exp_avg_sq"], state["exp_avg_sq_scale"])
+    assert v.mean().item() == pytest.approx(1e-3 * 0.999**300, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@every_rule
+def test_compiled_is_eager(rule, dtype):
+    """As in the contract suite: numbers within 1e-6, bf16 at most one ulp apart, 8-bit codes at most one step."""
+    torch.manual_seed(0)
+    start = torch.randn(40, 300).to(dtype)
+    ours, twin = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    eager, fast = (AdamW([{"params": [p], **rule}], lr=1e-2, compile=c) for p, c in ((ours, False), (twin, True)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(2):
+            ours.grad = torch.randn(start.shape).to(dtype)
+            twin.grad = ours.grad.clone()
+            twin.data.copy_(ours.data)
+            for key, value in eager.state[ours].items() if eager.state[ours] and fast.state[twin] else ():
+                if isinstance(value, Tensor):
+                    fast.state[twin][key].copy_(value)
+            eager.step()
+            fast.step()
+    assert len(fast._compiled) == 1
+    for key, value in eager.state[ours].items():
+        if isinstance(value, Tensor):
+            other = fast.state[twin][key]
+            if value.is_floating_point():
+                torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-7)
+            else:
+                differ = value.int() != other.int()
+                assert differ.float().mean() <= 1e-3
+                assert (value.int() - other.int()).abs().max() <= 1
+    if dtype is torch.bfloat16:
+        assert (ours != twin).float().mean() <= 1e-3
+        assert (ours.view(torch.int16).int() - twin.view(torch.int16).int()).abs().max() <= 1
+    else:
+        torch.testing.assert_close(ours, twin, rtol=1e-6, atol=1e-6)
+
+
+# --- what is said and what is refused ---
+
+
+def test_groups_say_what_they_follow():
+    model = Model()
+    groups = {g["name"]: g for g in param_groups(model, rank=4, targets="mlp", rest="scale", rest_lr=3e-3)}
+    assert (groups["embedding"]["normalize"], groups["embedding"].get("momentum")) == ("columns", None)
+    assert (groups["head"]["normalize"], groups["head"]["momentum"]) == ("rows", 0.9)
+    assert "rest" not in groups["matrices"]
+    assert all("rest" not in g for name, g in groups.items() if name.startswith("norms"))
+    assert groups["embedding"]["lr"] == groups["norms"]["lr"] == 3e-3
+    groups = {g["name"]: g for g in param_groups(model, rank=4, targets="mlp", rest="apollo", scale=2.0)}
+    assert groups["head"]["rank"] == 4
+    assert groups["head"]["scale"] == 2.0
+    groups = {g["name"]: g for g in param_groups(model, rank=4, targets="mlp", rest="apollo", rest_rank=1)}
+    assert (groups["head"]["rank"], groups["matrices"]["rank"]) == (1, 4)
+    assert all("rest" not in g for g in param_groups(model, rank=4, targets="mlp"))
+    optimizer = Apollo(param_groups(model, rank=4, targets="mlp", rest="apollo", rest_rank=1))
+    run(model, optimizer, [0])
+    assert optimizer.state[model.lm_head.weight]["exp_avg"].shape == (300, 1)
+
+
+def test_small_matrices_keep_fp32_moments():
+    model = nn.ModuleDict({"small": nn.Linear(64, 8), "embedding": nn.Embedding(100, 64)})
+    optimizer = build_optimizer("adamw", model, targets="small", exclude="small.weight", rest="adamw8bit")
+    table = describe(optimizer)
+    assert "AdamW (too small for 8 bits)" in table
+    assert "AdamW 8-bit" in table
+
+
+def test_refusals():
+    model, w = Model(), nn.Parameter(torch.ones(20, 10))
+    for call, message in [
+        (lambda: build_optimizer("apollo", model, targets="mlp", rest="adam"), "rest='adam', but it must be one of"),
+        (lambda: build_optimizer("adamw", model, targets="mlp", rest="apollo"), "has no rank"),
+        (lambda: build_optimizer("apollo", model, targets="mlp", rest_rank=2), "only rest='apollo' has a rank"),
+        (lambda: build_optimizer("apollo", model, targets="mlp", rest="apollo", rest_rank=0), "rank=0"),
+        (lambda: build_optimizer("apollo", model, targets="mlp", momentum=0.5), "takes no 'momentum'"),
+        (lambda: param_groups(model, rank=None, targets="mlp", rest="apollo"), "name a rank"),
+        (lambda: AdamW([{"params": [w], "rest": "apollo"}]), "needs a rank"),
+        (lambda: AdamW([{"params": [w], "rest": "adamv"}]), "rest='adamv'"),
+        (lambda: AdamW([{"params": [w], "rest": "scale", "normalize": "row"}]), "normalize='row'"),
+        (lambda: AdamW([{"params": [w], "rest": "scale", "momentum": 1.0}]), "momentum=1.0"),
+    ]:
+        with pytest.raises(InputError) as error:
+            call()
+        assert message in str(error.value)
