@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from apollo_optim import InputError, LowBitWeight, build_optimizer, quantize_weights
 from apollo_optim.core.random import hash32, key_at
 from apollo_optim.core.storage import is_finite, nbytes, parts
-from apollo_optim.quant import format, weight
+from apollo_optim.quant import format, tallied, weight
 
 both_bits = pytest.mark.parametrize("bits", [8, 4])
 SHAPES = [(16, 128), (10, 200), (3, 7), (2, 5, 130)]  # whole groups, a short last one, less than one, a stack
@@ -187,6 +187,27 @@ def test_rounding_to_nearest_is_refused():
     model.mlp(torch.ones(1, 16)).sum().backward()
     with pytest.raises(InputError, match="stochastic_rounding=True"):
         optimizer.step()
+
+
+@both_bits
+def test_a_tally_tells_what_rounding_made_of_a_step(bits):
+    model = nn.ModuleDict({"mlp": nn.Linear(300, 200, bias=False)})
+    names = quantize_weights(model, bits, 64, targets="mlp")
+    w = model["mlp"].weight
+    update = matrix(200, 300, seed=1) * 0.1
+    before = w.detach().clone()
+    with tallied(model) as tallies:
+        write(w, update, lr=0.5, decay=0.1)
+    assert list(tallies) == names
+    (tally,) = tallies.values()
+    assert tally.changed == (format.unpack(before.codes) != format.unpack(w.codes))[:, :300].float().mean().item()
+    assert 0 < tally.changed < 1
+    intended = -0.5 * (update + 0.1 * before.dequantize())
+    moved = w.dequantize() - before.dequantize()
+    assert tally.realised == pytest.approx(((moved * intended).sum() / intended.square().sum()).item(), rel=1e-4)
+    assert tally.realised == pytest.approx(1.0, abs=0.1)
+    write(w, update)  # outside of it nothing is counted
+    assert w.tally is None
 
 
 # --- as a tensor ---

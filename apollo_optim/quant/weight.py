@@ -17,6 +17,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.core.moments import Number
 from apollo_optim.core.random import Key
 from apollo_optim.quant import format
+from apollo_optim.quant.tally import Tally
 
 BLOCK = 1 << 15  # entries that an eager step works on at a time: some ten temporaries of it fit in a core's cache
 COMPILED_BLOCK = 1 << 18
@@ -38,6 +39,7 @@ class LowBitWeight(Tensor):
     scales: Tensor
     bits: int
     group_size: int
+    tally: Tally | None = None  # counts the steps while there is one (``tallied``)
 
     @staticmethod
     def __new__(
@@ -108,7 +110,13 @@ class LowBitWeight(Tensor):
                     self.bits,
                 )
                 step = _compiled_step(*_look(arguments)) if big else format.stepped
-                codes[matrix, here], scales[matrix, here] = step(*arguments)
+                new = step(*arguments)
+                if self.tally is not None:
+                    old_codes, old_scales, tensor_rn, part, taken, *_ = arguments
+                    old = format.dequantised(old_codes, old_scales, n, torch.float32)
+                    intended = -lr * (weight_decay * old + part * tensor_rn.float())
+                    self.tally.add((old_codes, old_scales), new, torch.where(taken, intended, 0.0))
+                codes[matrix, here], scales[matrix, here] = new
 
     # --- as a tensor ---
 

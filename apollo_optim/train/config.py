@@ -54,6 +54,9 @@ class QuantConfig:
     """Module names (part of a name, glob, re:regex) whose matrices are stored so; embedding and head must be named."""
     exclude: list[str] = field(default_factory=list)
     """Parameter names that are left in float, whatever `targets` says."""
+    tally: int | None = None
+    """Every so many steps, record for each low-bit weight the fraction of its codes that the step changed, and the
+    realised over the intended update."""
 
 
 @dataclass
@@ -208,7 +211,17 @@ class RunConfig:
 # What may differ between a run and its continuation: where it lies, what is measured, kept and shown, the number of
 # threads, and whether it steps inside the backward pass (which changes no bit). The number of steps is judged by the
 # schedule instead (loop.py): it may change as long as no step that was made would have had another rate.
-MAY_CHANGE = ("out", "eval", "checkpoint", "log", "train.threads", "train.release", "train.steps", "data.cache_dir")
+MAY_CHANGE = (
+    "out",
+    "quant.tally",
+    "eval",
+    "checkpoint",
+    "log",
+    "train.threads",
+    "train.release",
+    "train.steps",
+    "data.cache_dir",
+)
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
@@ -281,6 +294,7 @@ def check(cfg: RunConfig) -> None:
         "checkpoint.every": cfg.checkpoint.every,
         "checkpoint.keep": cfg.checkpoint.keep,
         "log.every": cfg.log.every,
+        "quant.tally": cfg.quant.tally,
         "model.vocab_size": cfg.model.vocab_size,
     }
     for key, value in positive.items():

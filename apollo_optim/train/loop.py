@@ -26,6 +26,7 @@ from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import is_finite
 from apollo_optim.optim.base import MatrixOptimizer
+from apollo_optim.quant import tallied
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.config import (
     OptimConfig,
@@ -347,7 +348,9 @@ def run_steps(job: Job, metrics: Metrics, display: Display, stop: Stop) -> None:
     for job.step in range(first, last + 1):
         set_lr(job.optimizer, factor(job.step, last, cfg.schedule))
         logged = due(job.step, cfg.log.every, last) or job.step == 1
-        loss, norm = one_step(job, next_batch(job, metrics), logged)
+        batch = next_batch(job, metrics)
+        with counted(job, metrics):
+            loss, norm = one_step(job, batch, logged)
         if job.step == first:
             sizes = measure.memory(job.model, job.optimizer)
             if job.released is not None:  # they are gone already
@@ -373,6 +376,19 @@ def run_steps(job: Job, metrics: Metrics, display: Display, stop: Stop) -> None:
             )
             raise Interrupted(goodbye)
         watch.start()
+
+
+@contextlib.contextmanager
+def counted(job: Job, metrics: Metrics) -> Iterator[None]:
+    """Every `quant.tally` steps: one line of the log on what rounding made of this one."""
+    every = job.cfg.quant.tally
+    if every is None or job.step % every:
+        yield
+        return
+    with tallied(job.model) as tallies:
+        yield
+    figures = {name: {"changed": tally.changed, "realised": tally.realised} for name, tally in tallies.items()}
+    metrics.write("tally", step=job.step, weights=figures)
 
 
 def due(step: int, every: int | None, last: int) -> bool:
