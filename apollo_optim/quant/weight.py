@@ -21,7 +21,7 @@ from apollo_optim.quant.tally import Tally
 
 BLOCK = 1 << 15  # entries that an eager step works on at a time: some ten temporaries of it fit in a core's cache
 COMPILED_BLOCK = 1 << 18
-COMPILED_FROM = 1 << 22  # entries of a weight for which compiling (20 s, then ten times faster) pays
+COMPILED_FROM = 1 << 18  # entries of a weight for which compiling (20 s a shape, then ten times faster) pays
 
 aten = torch.ops.aten
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,13 @@ def draw_weights(model: PreTrainedModel, finish: Callable[[torch.nn.Module], Non
     """
     from transformers import PreTrainedModel
 
-    real: dict[torch.Tensor, torch.Tensor] = {}  # a tied tensor is met twice
+    uses = Counter(t for module in model.modules() for t in (*module._parameters.values(), *module._buffers.values()))
+    tied: dict[torch.Tensor, torch.Tensor] = {}  # (what is not tied must not be held: it may be quantised next)
+
+    def drawn(tensor: torch.Tensor) -> torch.Tensor:
+        memory = torch.full_like(tensor, math.nan if tensor.is_floating_point() else 0, device="cpu")
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        return torch.nn.Parameter(memory, tensor.requires_grad) if is_parameter else memory
 
     def visit(module: torch.nn.Module, family: PreTrainedModel) -> None:
         for child in module.children():
@@ -148,11 +155,10 @@ def draw_weights(model: PreTrainedModel, finish: Callable[[torch.nn.Module], Non
             for name, tensor in own.items():
                 if tensor is None:
                     continue
-                if tensor not in real:
-                    memory = torch.full_like(tensor, math.nan if tensor.is_floating_point() else 0, device="cpu")
-                    is_parameter = isinstance(tensor, torch.nn.Parameter)
-                    real[tensor] = torch.nn.Parameter(memory, tensor.requires_grad) if is_parameter else memory
-                own[name] = real[tensor]  # type: ignore[assignment]
+                new = tied[tensor] if tensor in tied else drawn(tensor)
+                if uses[tensor] > 1:
+                    tied[tensor] = new
+                own[name] = new  # type: ignore[assignment]
         family._init_weights(module)  # type: ignore[no-untyped-call]
         if finish is not None:
             finish(module)
