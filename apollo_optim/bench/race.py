@@ -102,7 +102,9 @@ class Race:
             for future in as_completed(waiting):
                 trial, row = waiting[future], future.result()
                 if keep_log:
-                    shutil.copy(self.work / trial.name / "metrics.jsonl", self.out / f"{trial.name}.jsonl")
+                    shutil.copy(
+                        self.work / trial.name / "metrics.jsonl", self.out / f"{trial.method}-seed{trial.seed}.jsonl"
+                    )
                 with self.log.open("a") as log:
                     log.write(json.dumps(row) + "\n")
                 self.done[trial] = row

@@ -89,11 +89,16 @@ class LowBitWeight(Tensor):
             raise InputError(
                 "a low-bit weight needs stochastic_rounding=True: to nearest, steps smaller than half a code are lost"
             )
+        self._write(tensor, factor, usable, lr, weight_decay, key, self.numel() >= COMPILED_FROM)
+
+    def _write(
+        self, tensor: Tensor, factor: Number, usable: Tensor, lr: Number, weight_decay: Number, key: Key, big: bool
+    ) -> None:
         rows, n = tensor.shape[-2:]
+        big = big and can_compile(self.device.type)
         factor, usable = (_per_matrix(t, tensor) for t in (factor, usable))
         codes, scales = (t.view(-1, rows, t.shape[-1]) for t in (self.codes, self.scales))
         position = torch.int32 if self.numel() < 1 << 31 else torch.int64
-        big = self.numel() >= COMPILED_FROM and can_compile(self.device.type)
         some = _rows_at_a_time(rows, n, COMPILED_BLOCK if big else BLOCK)
         for matrix, update in enumerate(tensor.reshape(-1, rows, n)):
             for first in range(0, rows, some):
@@ -224,6 +229,15 @@ def _rows(t: Tensor) -> Tensor:
     return t.view(-1, t.shape[-1]) if t.is_contiguous() else t.reshape(-1, t.shape[-1])
 
 
+def warm_up(shape: tuple[int, ...], dtype: torch.dtype, bits: int, group_size: int, device: torch.device) -> None:
+    """Compile the step of weights of this shape before there is one: compilers take memory, too."""
+    rows, n = shape[-2:]
+    if torch.Size(shape).numel() >= COMPILED_FROM and can_compile(device.type):
+        block = torch.zeros(_rows_at_a_time(rows, n, COMPILED_BLOCK), n, dtype=dtype, device=device)
+        weight = LowBitWeight.from_float(block, bits, group_size)
+        weight._write(block, 1.0, torch.ones(1, 1, dtype=torch.bool, device=device), 0.0, 0.0, (0, 0), big=True)
+
+
 def _rows_at_a_time(rows: int, n: int, block: int) -> int:
     """Rows of a block of about this many entries; if possible so many that the last block is a whole one, too."""
     most = min(rows, max(1, block // max(1, n)))
@@ -250,7 +264,7 @@ def _per_matrix(t: "Number", like: Tensor) -> Tensor:
     """A number or a tensor that broadcasts to (.., m, n) as (stack, m or 1, n or 1)."""
     t = torch.as_tensor(t, device=like.device)
     t = t if t.ndim else t.view((1,) * like.ndim)
-    return t.expand(*like.shape[:-2], *t.shape[-2:]).reshape(-1, *t.shape[-2:])
+    return t.expand(*like.shape[:-2], *t.shape[-2:]).flatten().view(-1, *t.shape[-2:])  # strides as if new
 
 
 class _Linear(torch.autograd.Function):

@@ -209,6 +209,8 @@ def build(cfg: RunConfig, run: Path) -> Job:
     from apollo_optim.data import open_data
 
     device = choose_device(cfg)
+    if cfg.train.release and device.type == "cpu":
+        measure.give_back_memory()
     data = open_data(cfg.data)
     torch.manual_seed(cfg.train.seed)
     random.seed(cfg.train.seed)

@@ -39,6 +39,19 @@ def _tensors(tree: Any) -> Iterable[torch.Tensor]:
             yield from _tensors(value)
 
 
+def give_back_memory() -> bool:
+    """Have glibc give large blocks back to the system as soon as they are free; whether it could be asked.
+
+    By itself it learns to keep blocks of up to 32 MB for later, where they fragment: a 350M run in 8 bits peaked at
+    1.54 GB instead of 1.26 after two steps, and grew.
+    """
+    import ctypes
+
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    libc = ctypes.CDLL(None)
+    return hasattr(libc, "mallopt") and all(libc.mallopt(what, 1 << 20) for what in (mmap_threshold, trim_threshold))
+
+
 def peak_memory() -> int:
     """The most memory this process ever had resident, in bytes (VmHWM on Linux)."""
     try:

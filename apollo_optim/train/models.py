@@ -18,6 +18,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import is_finite
 from apollo_optim.optim.registry import find_optimizer
 from apollo_optim.quant.quantize import choose_weights, quantize_module, quantize_weights
+from apollo_optim.quant.weight import warm_up
 from apollo_optim.train.config import ModelConfig, QuantConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def with_new_weights(cfg: ModelConfig, config: PretrainedConfig, quant: QuantCon
     finish = None
     if quant.bits is not None:
         chosen = choose_weights(model, quant.targets, quant.exclude)
+        for shape in {tuple(module._parameters[own].shape) for module, names in chosen.items() for own in names}:  # type: ignore[union-attr]
+            warm_up(shape, DTYPES[cfg.dtype], quant.bits, quant.group_size, torch.device("cpu"))
         finish = functools.partial(quantize_module, chosen=chosen, bits=quant.bits, group_size=quant.group_size)
     draw_weights(model, finish)
     return model
