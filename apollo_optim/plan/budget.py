@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
@@ -103,29 +104,65 @@ def plan(
     Raises InputError for an unknown name or knob, for a model that is not on the meta device, and for a step inside
     backward together with DDP or FSDP2, both of which average gradients after that.
     """
-    if release and parallel:
-        raise InputError(
-            f"release with {parallel.kind}: the step inside backward would be made before the gradients of the GPUs "
-            "are averaged; leave one of the two out"
-        )
-    strange = next((p for p in model.parameters() if p.device.type != "meta"), None)
-    if strange is not None:
-        raise InputError(f"the model to plan must be on the meta device, this one is on {strange.device}")
     if isinstance(optimizer, str):
         name, optimizer = name or optimizer, build_optimizer(optimizer, model, **knobs)
-    resting, timeline, updates = _resting(model, optimizer, parallel), Timeline(trace, model), _updates(optimizer, model)
-    if parallel and parallel.kind == "fsdp2":
-        timeline.shard()
-        updates = {key: math.ceil(size * rows_of(model.get_parameter(key), parallel.gpus)) for key, size in updates.items()}
-    elif not (release or accumulate or parallel):
-        timeline.keep_gradients()
-    held = _held(model, release, accumulate, parallel)
-    moments = [
-        Moment("forward", _sum(resting, held[0], timeline.largest(0, trace.backward))),
-        Moment("backward", _sum(resting, held[1], timeline.largest(trace.backward, trace.end))),
-        *_steps(resting, held[2], timeline, updates, release),
-    ]
-    return Plan(name or type(optimizer).__name__, trace.batch, moments)
+    return Budget(model, optimizer, name=name, release=release, accumulate=accumulate, parallel=parallel).at(trace)
+
+
+class Budget:
+    """All of a plan but for the trace, so that many batches can be looked at. Arguments and errors: see ``plan``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: MatrixOptimizer,
+        *,
+        name: str | None = None,
+        release: bool = False,
+        accumulate: bool = False,
+        parallel: Parallel | None = None,
+    ) -> None:
+        if release and parallel:
+            raise InputError(
+                f"release with {parallel.kind}: the step inside backward would be made before the gradients of the "
+                "GPUs are averaged; leave one of the two out"
+            )
+        strange = next((p for p in model.parameters() if p.device.type != "meta"), None)
+        if strange is not None:
+            raise InputError(f"the model to plan must be on the meta device, this one is on {strange.device}")
+        self.name = name or type(optimizer).__name__
+        self.release, self.sharded = release, parallel is not None and parallel.kind == "fsdp2"
+        self.keeps = not (release or accumulate or parallel)
+        self.low_bit = {key for key, p in model.named_parameters() if len(parts(p)) > 1}
+        self.resting = _resting(model, optimizer, parallel)
+        self.held = _held(model, accumulate, parallel)
+        self.updates = _updates(optimizer, model)
+        if parallel and self.sharded:
+            for key, size in self.updates.items():
+                self.updates[key] = math.ceil(size * rows_of(model.get_parameter(key), parallel.gpus))
+
+    def at(self, trace: Trace) -> Plan:
+        """The plan of as many rows as were traced."""
+        blocks = [b for b in trace.blocks if b.kind != "float copy" or b.name in self.low_bit]
+        if self.sharded:  # whole gradients live as long as their block is gathered, and are counted with it
+            blocks = [b for b in blocks if b.kind != "gradients"]
+        if self.keeps:
+            blocks = [b._replace(died=trace.end + 2) if b.kind == "gradients" else b for b in blocks]
+        forward, backward, update = self.held
+        moments = [
+            Moment("forward", self._rows(forward, largest(blocks, 0, trace.backward))),
+            Moment("backward", self._rows(backward, largest(blocks, trace.backward, trace.end))),
+        ]
+        when = {key: trace.complete.get(key, trace.end) if self.release else trace.end for key in self.updates}
+        beside = {moment: alive(blocks, moment) for moment in set(when.values())}
+        updates = [
+            Moment(f"update of {key}", self._rows(update, beside[when[key]], {"update": size}))
+            for key, size in self.updates.items()
+        ]
+        return Plan(self.name, trace.batch, moments + sorted(updates, key=lambda moment: moment.total)[-1:])
+
+    def _rows(self, *more: dict[str, int]) -> dict[str, int]:
+        return {part: sum(rows.get(part, 0) for rows in (self.resting, *more)) for part in PARTS}
 
 
 def _resting(model: nn.Module, optimizer: MatrixOptimizer, parallel: Parallel | None) -> dict[str, int]:
@@ -153,10 +190,8 @@ def _state_bytes(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> int:
     return sum(local_bytes(t) for t in optimizer.init_state(p, group).values() if isinstance(t, Tensor))
 
 
-def _held(
-    model: nn.Module, release: bool, accumulate: bool, parallel: Parallel | None
-) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """What stays beside the timeline during the forward, the backward and the update, by the way gradients are kept."""
+def _held(model: nn.Module, accumulate: bool, parallel: Parallel | None) -> tuple[dict[str, int], ...]:
+    """What stays beside the trace during the forward, the backward and the update, by the way gradients are kept."""
     trained = [p for p in {id(p): p for p in model.parameters()}.values() if p.requires_grad]
     every = sum(p.numel() * p.element_size() for p in trained)
     if parallel and parallel.kind == "fsdp2":
@@ -168,14 +203,10 @@ def _held(
             {"gradients": share, "parallel": 2 * gathered},  # and as much again of gradients, on their way out
             {"gradients": share},
         )
-    if parallel:  # the buckets are there from the beginning to the end
-        copies = {} if parallel.bucket_view else {"parallel": every}
-        held = {"gradients": every, **copies}
-        return held, held, held
-    if accumulate and not release:
-        held = {"gradients": every}
-        return held, held, held
-    return {}, {}, {}
+    held = {"gradients": every} if parallel or accumulate else {}  # DDP's buckets are there from beginning to end
+    if parallel and not parallel.bucket_view:
+        held["parallel"] = every
+    return held, held, held
 
 
 def _updates(optimizer: MatrixOptimizer, model: nn.Module) -> dict[str, int]:
@@ -197,8 +228,6 @@ def _updates(optimizer: MatrixOptimizer, model: nn.Module) -> dict[str, int]:
 
 
 def _update_bytes(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> int:
-    import torch
-
     optimizer.state[p] = optimizer.init_state(p, group)
     p.grad = torch.empty(p.shape, dtype=p.dtype, device="meta")
     try:
@@ -210,67 +239,25 @@ def _update_bytes(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> int:
         del optimizer.state[p]
 
 
-class Timeline:
-    """The trace's blocks, by the kinds that a plan knows, as bytes alive at every moment."""
-
-    def __init__(self, trace: Trace, model: nn.Module) -> None:
-        low_bit = {name for name, p in model.named_parameters() if len(parts(p)) > 1}
-        self.end = trace.end
-        self.complete = trace.complete
-        self.blocks = [b for b in trace.blocks if b.kind != "float copy" or b.name in low_bit]
-
-    def keep_gradients(self) -> None:
-        """Gradients live until the optimizer has stepped."""
-        self._change(lambda block: block._replace(died=self.end + 2))
-
-    def shard(self) -> None:
-        """Whole gradients live as long as their block is gathered: that is counted with the blocks."""
-        self.blocks = [block for block in self.blocks if block.kind != "gradients"]
-
-    def _change(self, change: Any) -> None:
-        self.blocks = [change(block) if block.kind == "gradients" else block for block in self.blocks]
-
-    def alive(self, moment: int) -> dict[str, int]:
-        """Bytes by part at a moment."""
-        return _rows(block for block in self.blocks if block.born <= moment < block.died)
-
-    def largest(self, start: int, end: int) -> dict[str, int]:
-        """Bytes by part at the largest of the moments ``start <= moment < end``, the latest if there are several."""
-        changes = [0] * (self.end + 4)
-        for block in self.blocks:
-            changes[block.born] += block.size
-            changes[block.died] -= block.size
-        alive, most, when = 0, -1, start
-        for moment in range(end):
-            alive += changes[moment]
-            if moment >= start and alive >= most:
-                most, when = alive, moment
-        return self.alive(when)
-
-
-def _steps(
-    resting: dict[str, int], held: dict[str, int], timeline: Timeline, updates: dict[str, int], release: bool
-) -> list[Moment]:
-    """The largest moment of the update: after the backward, or, parameter by parameter, inside it."""
-    if not updates:
-        return []
-    candidates = [
-        Moment(
-            f"update of {name}",
-            _sum(resting, held, timeline.alive(timeline.complete.get(name, timeline.end) if release else timeline.end), {"update": size}),
-        )
-        for name, size in updates.items()
-    ]
-    return [max(candidates, key=lambda moment: moment.total)]
-
-
-def _rows(blocks: Iterable[Block]) -> dict[str, int]:
+def alive(blocks: Iterable[Block], moment: int) -> dict[str, int]:
+    """Bytes by part at a moment."""
     rows: dict[str, int] = {}
     for block in blocks:
-        part = "float copies" if block.kind == "float copy" else block.kind
-        rows[part] = rows.get(part, 0) + block.size
+        if block.born <= moment < block.died:
+            part = "float copies" if block.kind == "float copy" else block.kind
+            rows[part] = rows.get(part, 0) + block.size
     return rows
 
 
-def _sum(*rows: dict[str, int]) -> dict[str, int]:
-    return {part: sum(row.get(part, 0) for row in rows) for part in PARTS}
+def largest(blocks: Sequence[Block], start: int, end: int) -> dict[str, int]:
+    """Bytes by part at the largest of the moments ``start <= moment < end``, the latest if there are several."""
+    changes: dict[int, int] = {}
+    for block in blocks:
+        changes[block.born] = changes.get(block.born, 0) + block.size
+        changes[block.died] = changes.get(block.died, 0) - block.size
+    total, most, when = 0, -1, start
+    for moment in range(end):
+        total += changes.get(moment, 0)
+        if moment >= start and total >= most:
+            most, when = total, moment
+    return alive(blocks, when)

@@ -53,11 +53,11 @@ class Trace:
     """The moment after the last operation: what is alive here stays until the optimizer steps."""
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down every storage that operations make while it is active."""
 
     def __init__(self, known: dict[int, str] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.blocks: list[list[Any]] = []  # [kind, name, size, born, died]; the last None while alive
         self._index: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -107,7 +107,7 @@ class Recorder(TorchDispatchMode):
 
 
 def trace_step(model: nn.Module, loss: Loss, batch: int, seq: int) -> Trace:
-    """One forward and backward of ``model`` (on the meta device, its weights plain) on ``batch`` rows of ``seq`` tokens.
+    """One forward and backward of ``model`` (on the meta device, its weights plain), ``batch`` rows of ``seq`` tokens.
 
     Runs on fake CPU tensors, whose operations are chosen as on a real device (the meta device has no attention kernel
     of its own). Takes seconds for 7B, all layers. Gradients are freed when they are complete; ``Plan`` decides how long
@@ -133,7 +133,7 @@ def trace_step(model: nn.Module, loss: Loss, batch: int, seq: int) -> Trace:
 
     for name, p in twin.named_parameters():
         if p.requires_grad:
-            p.register_post_accumulate_grad_hook(hook(name))
+            p.register_post_accumulate_grad_hook(hook(name))  # type: ignore[no-untyped-call]
     twin.train()
     try:
         with ordinary_positions(), mode, recorder:

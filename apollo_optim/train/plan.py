@@ -8,17 +8,28 @@ from typing import TYPE_CHECKING
 import torch
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.plan import Parallel, Plan, Traces, plan, trace_step
-from apollo_optim.train.config import ModelConfig, RunConfig
+from apollo_optim.plan import Budget, Parallel, Plan, Traces, trace_step
+from apollo_optim.train.config import RunConfig
 from apollo_optim.train.evaluate import summed_loss
 from apollo_optim.train.loop import make_optimizer
-from apollo_optim.train.models import SIZES, build_model
+from apollo_optim.train.models import check_context, model_config, recompute, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def planned(
+def planned(cfg: RunConfig, *, vocab_size: int | None = None) -> Plan:
+    """The bytes of one step of this run, before anything of it exists.
+
+    >>> planned(RunConfig(model=ModelConfig("llama-7b", dtype="bfloat16"))).total
+
+    `vocab_size`: of a size by name, where the run file leaves it to the tokenizer.
+    Raises InputError for what the user can put right.
+    """
+    return budget_of(cfg, vocab_size=vocab_size).at(traces_of(cfg, vocab_size).at(micro_batch(cfg)))
+
+
+def budget_of(
     cfg: RunConfig,
     *,
     vocab_size: int | None = None,
@@ -26,29 +37,16 @@ def planned(
     bits: int | None = None,
     parallel: Parallel | None = None,
     batch: int | None = None,
-    traces: Traces | None = None,
-) -> Plan:
-    """The bytes of one step of this run, before anything of it exists.
-
-    >>> planned(RunConfig(model=ModelConfig("llama-7b", dtype="bfloat16"))).total
-
-    The arguments change what the run file says (None: as it says): `vocab_size`, `train.release`, `quant.bits`, and the
-    rows of a micro-batch; a trace (`traces_of`) can be shared by the plans of several optimizers on one model.
-    Raises InputError for what the user can put right.
-    """
-    release = bool(getattr(cfg.train, "release", False)) if release is None else release
-    traces = traces or traces_of(cfg, vocab_size)
+) -> Budget:
+    """All of a run's plan but for its trace. What is None is as the run file says."""
     model = float_model(cfg, vocab_size)
     quantise(model, cfg, bits)
-    size = batch or micro_batch(cfg)
-    accumulate = batch is None and size < cfg.train.batch_size
-    return plan(
+    return Budget(
         model,
         make_optimizer(cfg.optim, model),
-        traces.at(size),
         name=cfg.optim.name,
-        release=release,
-        accumulate=accumulate,
+        release=bool(getattr(cfg.train, "release", False)) if release is None else release,
+        accumulate=(batch or micro_batch(cfg)) < cfg.train.batch_size,
         parallel=parallel,
     )
 
@@ -66,15 +64,12 @@ def traces_of(cfg: RunConfig, vocab_size: int | None = None) -> Traces:
 
 def float_model(cfg: RunConfig, vocab_size: int | None = None) -> PreTrainedModel:
     """The run's model on the meta device, with plain weights."""
-    fixed = cfg.model if vocab_size is None else _with_vocabulary(cfg.model, vocab_size)
-    with torch.device("meta"):
-        return build_model(fixed, seq_len=cfg.data.seq_len)
-
-
-def _with_vocabulary(cfg: ModelConfig, vocab_size: int) -> ModelConfig:
-    import dataclasses
-
-    return dataclasses.replace(cfg, vocab_size=cfg.vocab_size or vocab_size) if cfg.name in SIZES else cfg
+    config = model_config(cfg.model, vocab_size)
+    check_context(cfg.model, config, cfg.data.seq_len)
+    model = skeleton(cfg.model, config)
+    if cfg.model.gradient_checkpointing:
+        recompute(model)
+    return model
 
 
 def quantise(model: torch.nn.Module, cfg: RunConfig, bits: int | None = None) -> None:

@@ -1,0 +1,239 @@
+"""`apollo-optim plan`: what a run would take, for every optimizer, before anything is allocated."""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.errors import InputError
+from .words import Parser, nearest
+
+if TYPE_CHECKING:
+    from ..plan import Budget, Traces
+    from ..train.config import RunConfig
+
+PROG = "apollo-optim plan"
+DESCRIPTION = """\
+Plan the memory of training, for every optimizer side by side, before anything is allocated: 7B takes seconds.
+
+WHAT is a LLaMA size by name (llama-60m ... llama-13b), a run file (.yaml), or the directory or config.json of any
+Hugging Face model. Weights and optimizer state are counted on the tensors that training will make, activations by the
+real forward and backward on tensors without memory. The table shows the fullest moment of a step."""
+EPILOG = """\
+examples:
+  apollo-optim plan llama-7b --release                        what fits where, as in the paper's Figure 2
+  apollo-optim plan llama-7b --release --checkpointing --memory 24GB
+  apollo-optim plan llama-7b --optimizer apollo adamw --rank 256 --optim.state_dtype bfloat16
+  apollo-optim plan llama-13b --optimizer apollo-mini --gpus 8 --parallel ddp
+  apollo-optim plan runs/llama-60m-apollo.yaml --out out/plan  also the picture and the page
+  apollo-optim plan ./my-model/config.json --batch 4 --seq 2048
+
+Any key of a run file can be changed, too: --model.config.num_hidden_layers 12, --optim.exclude [gate]"""
+BITS = {16: "bfloat16", 32: "float32"}
+UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def run(argv: Sequence[str]) -> int:
+    words = list(argv)
+    parser = make_parser()
+    args, keys = parser.parse_known_args(words)
+    check_words(parser, args, keys)
+    cfg = config_of(args, keys)
+    from apollo_optim import list_optimizers
+
+    from ..plan import Parallel
+    from ..plan.draw import NOTE, table_rows, write_plan
+    from ..train.plan import budget_of, micro_batch, traces_of
+
+    known = [info.name for info in list_optimizers()]
+    for name in args.optimizer or []:
+        if name not in known:
+            raise InputError(
+                f"--optimizer {name}: no such optimizer{nearest(name, known)}; there are {', '.join(known)}"
+            )
+    parallel = Parallel(args.parallel, args.gpus, not args.copy_buckets) if args.gpus > 1 else None
+    traces = traces_of(cfg)
+    release = args.release or None
+
+    names, batch = args.optimizer or known, args.batch or micro_batch(cfg)
+    budgets = [
+        budget_of(
+            with_optimizer(cfg, name, args.rank),
+            release=release,
+            bits=bits_of(name, args),
+            parallel=parallel,
+            batch=batch,
+        )
+        for name in names
+    ]
+    plans = [budget.at(traces.at(batch)) for budget in budgets]
+    largest = None
+    if args.memory:
+        limit = memory_of(args.memory)
+        largest = [largest_batch(budget, traces, limit) for budget in budgets]
+    title = title_of(args, cfg, batch)
+    print_table(title, table_rows(plans, largest), NOTE)
+    if args.out:
+        written = write_plan(plans, title, args.out, largest)
+        print(f"\npicture: {written.picture}\npage:    {written.page}")
+    return 0
+
+
+def make_parser() -> Parser:
+    parser = Parser(PROG, DESCRIPTION, EPILOG)
+    parser.add_argument(
+        "what", nargs="?", metavar="WHAT", help="a size, a run file, a model's directory or config.json"
+    )
+    parser.add_argument("--config", metavar="RUN.yaml", help="a run file, instead of WHAT")
+    parser.add_argument("--optimizer", nargs="+", metavar="NAME", help="only these (all that are registered)")
+    parser.add_argument("--rank", type=int, help="of the optimizers that have no rank of their own (a quarter)")
+    parser.add_argument(
+        "--bits", type=int, choices=(4, 8, 16, 32), help="of a weight: 4 and 8 are low-bit, 16 bfloat16"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of weights and activations (bfloat16)")
+    parser.add_argument("--batch", type=int, help="rows of a micro-batch, on each GPU (1)")
+    parser.add_argument("--seq", type=int, help="tokens of a row (256)")
+    parser.add_argument("--release", action="store_true", help="step inside the backward, gradients freed at once")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward")
+    parser.add_argument("--gpus", type=int, default=1, help="plan the first of so many (1)")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp", help="how they share (ddp)")
+    copies = "ddp without gradient_as_bucket_view: the reducer copies every gradient"
+    parser.add_argument("--copy-buckets", action="store_true", help=copies)
+    parser.add_argument("--memory", help="find the largest micro-batch that fits: 24GB, 80GiB")
+    parser.add_argument("--out", metavar="DIR", help="write plan.png and plan.html there")
+    return parser
+
+
+def check_words(parser: Parser, args: argparse.Namespace, keys: list[str]) -> None:
+    """Refuse what is neither this command's nor a key of a run file, and numbers that make no sense."""
+    for word in keys:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and "." not in flag:
+            raise InputError(
+                f"unknown argument {flag}{nearest(flag, parser._option_string_actions)}; see {PROG} --help"
+            )
+    if (args.what is None) == (args.config is None):
+        both = "both WHAT and --config are given" if args.what else "nothing to plan"
+        raise InputError(f"{both}: name a size (llama-7b), a run file or a model; see {PROG} --help")
+    for name in ("batch", "seq", "gpus", "rank"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: at least 1")
+    if args.memory:
+        memory_of(args.memory)
+    if args.bits in BITS and args.dtype not in (None, BITS[args.bits]):
+        raise InputError(f"--bits {args.bits} and --dtype {args.dtype} contradict each other: leave one out")
+
+
+def config_of(args: argparse.Namespace, keys: list[str]) -> "RunConfig":
+    """The run that is meant: a run file, or a model with the papers' settings; both changed key by key."""
+    from ..train.config import check
+    from . import pretrain
+
+    file = args.config or (args.what if Path(args.what).suffix in (".yaml", ".yml") else None)
+    dtype = args.dtype or BITS.get(args.bits) or (None if file else "bfloat16")
+    words = ["--config", file] if file else ["--model.name", args.what, "--train.batch_size", str(args.batch or 1)]
+    words += ["--model.dtype", dtype] if dtype else []
+    words += ["--data.seq_len", str(args.seq)] if args.seq else []
+    words += ["--model.gradient_checkpointing", "true"] if args.checkpointing else []
+    try:
+        cfg, _ = pretrain.parse([*words, *keys])
+    except InputError as error:
+        raise InputError(str(error).replace(pretrain.PROG, PROG)) from None
+    check(cfg)
+    return cfg
+
+
+def with_optimizer(cfg: "RunConfig", name: str, rank: int | None) -> "RunConfig":
+    """The same run with another optimizer: the keys of its rule are not handed on, those of all parameters are."""
+    from apollo_optim import list_optimizers
+
+    info = next(info for info in list_optimizers() if info.name == name)
+    kept = ("lr", "targets", "exclude", "no_decay", "state_dtype", "rest", "rest_rank")
+    optim = cfg.optim
+    if name != optim.name:
+        shared = {key: getattr(optim, key) for key in kept if hasattr(optim, key)}
+        optim = type(optim)(name=name, **shared)
+    if rank is not None and info.defaults.get("rank") == "auto":
+        optim = dataclasses.replace(optim, rank=rank)
+    return dataclasses.replace(cfg, optim=optim)
+
+
+def memory_of(text: str) -> float:
+    """Bytes of "24GB", "24" (GB, too) or "80 GiB"."""
+    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
+    try:
+        size = float(found[1]) * UNITS[found[2].upper() or "GB"] if found else 0.0
+    except (ValueError, KeyError):
+        size = 0.0
+    if size <= 0:
+        raise InputError(f"--memory {text}: give a size such as 24GB or 80GiB")
+    return size
+
+
+def bits_of(name: str, args: argparse.Namespace) -> int | None:
+    """Bits of low-bit weights: those asked for, else the optimizer's own."""
+    from apollo_optim import list_optimizers
+
+    info = next(info for info in list_optimizers() if info.name == name)
+    return (args.bits if args.bits in (4, 8) else None) if args.bits else getattr(info, "bits", None)
+
+
+def largest_batch(budget: "Budget", traces: "Traces", limit: float) -> int | None:
+    """The largest micro-batch within the limit; None if not even one row is.
+
+    Found on traces that follow from two others, and looked at on its own; where that disagrees, on real ones.
+    """
+
+    def fits(batch: int) -> bool:
+        return budget.at(traces.at(batch)).total <= limit
+
+    found = search(lambda batch: budget.at(traces.about(batch)).total <= limit)
+    if fits(found + 1) or (found and not fits(found)):
+        found = search(fits)
+    return found or None
+
+
+def search(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, 0 if none does."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def title_of(args: argparse.Namespace, cfg: "RunConfig", batch: int) -> str:
+    words = [f"{args.what or args.config}: {cfg.model.dtype}"]
+    words += [f"weights of {args.bits} bits"] if args.bits in (4, 8) else []
+    words += [f"micro-batch {batch} x {cfg.data.seq_len} tokens"]
+    words += ["step inside backward"] if args.release or getattr(cfg.train, "release", False) else []
+    words += ["activations recomputed"] if cfg.model.gradient_checkpointing else []
+    if args.gpus > 1:
+        view = (
+            "" if args.parallel == "fsdp2" else (" with copied buckets" if args.copy_buckets else " with bucket views")
+        )
+        words += [f"each of {args.gpus} GPUs by {args.parallel}{view}"]
+    return ", ".join(words)
+
+
+def print_table(title: str, rows: list[list[str]], note: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    head, *body = rows
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column(head[0])
+    for name in head[1:]:
+        table.add_column(name, justify="right")
+    for row in body:
+        table.add_row(*row, style="bold" if row[0] == "total" else None, end_section=row[0] in ("total",))
+    console = Console()
+    console.print(table)
+    console.print(note, style="dim", highlight=False)
