@@ -5,7 +5,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
 from .words import Parser, nearest
@@ -36,49 +36,64 @@ UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB"
 
 
 def run(argv: Sequence[str]) -> int:
-    words = list(argv)
     parser = make_parser()
-    args, keys = parser.parse_known_args(words)
+    args, keys = parser.parse_known_args(list(argv))
     check_words(parser, args, keys)
-    cfg = config_of(args, keys)
-    from apollo_optim import list_optimizers
-
+    cfg, limit = config_of(args, keys), memory_of(args.memory) if args.memory else None
     from ..plan import Parallel
     from ..plan.draw import NOTE, table_rows, write_plan
-    from ..train.plan import budget_of, micro_batch, traces_of
+    from ..train.plan import budget_of, micro_batch
 
-    known = [info.name for info in list_optimizers()]
-    for name in args.optimizer or []:
-        if name not in known:
-            raise InputError(
-                f"--optimizer {name}: no such optimizer{nearest(name, known)}; there are {', '.join(known)}"
-            )
+    batch = args.batch or micro_batch(cfg)
     parallel = Parallel(args.parallel, args.gpus, not args.copy_buckets) if args.gpus > 1 else None
-    traces = traces_of(cfg)
-    release = args.release or None
-
-    names, batch = args.optimizer or known, args.batch or micro_batch(cfg)
-    budgets = [
-        budget_of(
-            with_optimizer(cfg, name, args.rank),
-            release=release,
-            bits=bits_of(name, args),
-            parallel=parallel,
-            batch=batch,
-        )
-        for name in names
-    ]
-    plans = [budget.at(traces.at(batch)) for budget in budgets]
-    largest = None
-    if args.memory:
-        limit = memory_of(args.memory)
-        largest = [largest_batch(budget, traces, limit) for budget in budgets]
+    models, plans, largest = Models(), [], []
+    for name in names_of(args):
+        one = with_optimizer(cfg, name, args.rank)
+        model, traces = models.of(one)
+        budget = budget_of(one, model, parallel=parallel, batch=batch)
+        plans.append(budget.at(traces.at(batch)))
+        if limit is not None:
+            largest.append(largest_batch(budget, traces, limit))
     title = title_of(args, cfg, batch)
-    print_table(title, table_rows(plans, largest), NOTE)
+    print_table(title, table_rows(plans, largest or None), NOTE)
     if args.out:
-        written = write_plan(plans, title, args.out, largest)
+        written = write_plan(plans, title, args.out, largest or None)
         print(f"\npicture: {written.picture}\npage:    {written.page}")
     return 0
+
+
+class Models:
+    """The models to plan and their traces: one for every number of bits."""
+
+    def __init__(self) -> None:
+        self._made: dict[int | None, tuple[Any, Traces]] = {}
+
+    def of(self, cfg: "RunConfig") -> "tuple[Any, Traces]":
+        from ..plan import Traces, trace_step
+        from ..train.evaluate import summed_loss
+        from ..train.models import low_bit
+        from ..train.plan import model_of
+
+        bits = low_bit(cfg).bits
+        if bits not in self._made:
+            model = model_of(cfg)
+            traces = Traces(lambda batch: trace_step(model, summed_loss, batch, cfg.data.seq_len))
+            self._made[bits] = model, traces
+        return self._made[bits]
+
+
+def names_of(args: argparse.Namespace) -> list[str]:
+    """The optimizers that are asked for: those that fit the weights."""
+    from apollo_optim import list_optimizers
+
+    infos = {info.name: info for info in list_optimizers()}
+    for name in args.optimizer or []:
+        if name not in infos:
+            there = ", ".join(infos)
+            raise InputError(f"--optimizer {name}: no such optimizer{nearest(name, infos)}; there are {there}")
+        if infos[name].bits and args.bits in BITS:
+            raise InputError(f"--optimizer {name} is for low-bit weights: give --bits 8 or 4, or none")
+    return args.optimizer or [name for name, info in infos.items() if not (info.bits and args.bits in BITS)]
 
 
 def make_parser() -> Parser:
@@ -121,8 +136,6 @@ def check_words(parser: Parser, args: argparse.Namespace, keys: list[str]) -> No
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} {value}: at least 1")
-    if args.memory:
-        memory_of(args.memory)
     if args.bits in BITS and args.dtype not in (None, BITS[args.bits]):
         raise InputError(f"--bits {args.bits} and --dtype {args.dtype} contradict each other: leave one out")
 
@@ -138,6 +151,8 @@ def config_of(args: argparse.Namespace, keys: list[str]) -> "RunConfig":
     words += ["--model.dtype", dtype] if dtype else []
     words += ["--data.seq_len", str(args.seq)] if args.seq else []
     words += ["--model.gradient_checkpointing", "true"] if args.checkpointing else []
+    words += ["--train.release", "true"] if args.release else []
+    words += ["--quant.bits", str(args.bits)] if args.bits in (4, 8) else []
     try:
         cfg, _ = pretrain.parse([*words, *keys])
     except InputError as error:
@@ -173,14 +188,6 @@ def memory_of(text: str) -> float:
     return size
 
 
-def bits_of(name: str, args: argparse.Namespace) -> int | None:
-    """Bits of low-bit weights: those asked for, else the optimizer's own."""
-    from apollo_optim import list_optimizers
-
-    info = next(info for info in list_optimizers() if info.name == name)
-    return (args.bits if args.bits in (4, 8) else None) if args.bits else getattr(info, "bits", None)
-
-
 def largest_batch(budget: "Budget", traces: "Traces", limit: float) -> int | None:
     """The largest micro-batch within the limit; None if not even one row is.
 
@@ -211,9 +218,9 @@ def search(fits: Callable[[int], bool]) -> int:
 
 def title_of(args: argparse.Namespace, cfg: "RunConfig", batch: int) -> str:
     words = [f"{args.what or args.config}: {cfg.model.dtype}"]
-    words += [f"weights of {args.bits} bits"] if args.bits in (4, 8) else []
+    words += [f"weights of {cfg.quant.bits} bits"] if cfg.quant.bits else []
     words += [f"micro-batch {batch} x {cfg.data.seq_len} tokens"]
-    words += ["step inside backward"] if args.release or getattr(cfg.train, "release", False) else []
+    words += ["step inside backward"] if cfg.train.release else []
     words += ["activations recomputed"] if cfg.model.gradient_checkpointing else []
     if args.gpus > 1:
         view = (

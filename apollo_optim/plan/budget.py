@@ -92,7 +92,7 @@ def plan(
     """What ``optimizer`` (its name, or built on ``model``) takes to train ``model``, which is on the meta device.
 
     Weights, buffers and state are counted on the tensors that will be there, made by the code that will make them;
-    ``trace`` (of the same model, in floats) says what forward and backward take besides; the temporaries of the update
+    ``trace`` (of the same model) says what forward and backward take besides; the temporaries of the update
     are those of the optimizer's own step on the meta device, eager and one parameter at a time.
 
     Args:
@@ -102,7 +102,7 @@ def plan(
         **knobs: For ``build_optimizer``.
 
     Raises InputError for an unknown name or knob, for a model that is not on the meta device, and for a step inside
-    backward together with DDP or FSDP2, both of which average gradients after that.
+    backward together with DDP, which averages gradients after it.
     """
     if isinstance(optimizer, str):
         name, optimizer = name or optimizer, build_optimizer(optimizer, model, **knobs)
@@ -122,10 +122,10 @@ class Budget:
         accumulate: bool = False,
         parallel: Parallel | None = None,
     ) -> None:
-        if release and parallel:
+        if release and parallel and parallel.kind == "ddp":
             raise InputError(
-                f"release with {parallel.kind}: the step inside backward would be made before the gradients of the "
-                "GPUs are averaged; leave one of the two out"
+                "release with ddp, which averages the gradients of the GPUs after the step inside backward: use fsdp2, "
+                "or leave release out"
             )
         strange = next((p for p in model.parameters() if p.device.type != "meta"), None)
         if strange is not None:
@@ -133,9 +133,8 @@ class Budget:
         self.name = name or type(optimizer).__name__
         self.release, self.sharded = release, parallel is not None and parallel.kind == "fsdp2"
         self.keeps = not (release or accumulate or parallel)
-        self.low_bit = {key for key, p in model.named_parameters() if len(parts(p)) > 1}
         self.resting = _resting(model, optimizer, parallel)
-        self.held = _held(model, accumulate, parallel)
+        self.held = _held(model, release, accumulate, parallel)
         self.updates = _updates(optimizer, model)
         if parallel and self.sharded:
             for key, size in self.updates.items():
@@ -143,7 +142,7 @@ class Budget:
 
     def at(self, trace: Trace) -> Plan:
         """The plan of as many rows as were traced."""
-        blocks = [b for b in trace.blocks if b.kind != "float copy" or b.name in self.low_bit]
+        blocks = trace.blocks
         if self.sharded:  # whole gradients live as long as their block is gathered, and are counted with it
             blocks = [b for b in blocks if b.kind != "gradients"]
         if self.keeps:
@@ -190,13 +189,15 @@ def _state_bytes(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> int:
     return sum(local_bytes(t) for t in optimizer.init_state(p, group).values() if isinstance(t, Tensor))
 
 
-def _held(model: nn.Module, accumulate: bool, parallel: Parallel | None) -> tuple[dict[str, int], ...]:
+def _held(model: nn.Module, release: bool, accumulate: bool, parallel: Parallel | None) -> tuple[dict[str, int], ...]:
     """What stays beside the trace during the forward, the backward and the update, by the way gradients are kept."""
     trained = [p for p in {id(p): p for p in model.parameters()}.values() if p.requires_grad]
     every = sum(p.numel() * p.element_size() for p in trained)
     if parallel and parallel.kind == "fsdp2":
         share = sum(math.ceil(p.numel() * p.element_size() * rows_of(p, parallel.gpus)) for p in trained)
         around, block = units(model)
+        if release and not accumulate:  # one block's at a time
+            share = math.ceil(max(around, block) / parallel.gpus)
         gathered = around + 2 * block  # this block and the one that is gathered ahead; what is around them stays
         return (
             {"gradients": share if accumulate else 0, "parallel": gathered},
@@ -244,8 +245,7 @@ def alive(blocks: Iterable[Block], moment: int) -> dict[str, int]:
     rows: dict[str, int] = {}
     for block in blocks:
         if block.born <= moment < block.died:
-            part = "float copies" if block.kind == "float copy" else block.kind
-            rows[part] = rows.get(part, 0) + block.size
+            rows[block.kind] = rows.get(block.kind, 0) + block.size
     return rows
 
 

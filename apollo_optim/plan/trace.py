@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.storage import parts
 
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
 """(model, input_ids, labels) -> the loss: what the training loop calls."""
@@ -30,9 +31,9 @@ class Block(NamedTuple):
 
     kind: str
     """activations (whatever the forward and the backward make), logits (what is as wide as the vocabulary), gradients
-    (of parameters), float copy (of a weight while a product reads it: it exists only where the weight is low-bit)."""
+    (of parameters), float copies (of a low-bit weight, while a product reads it)."""
     name: str
-    """The parameter that a gradient or a float copy belongs to."""
+    """The parameter that a gradient belongs to."""
     size: int
     """Bytes."""
     born: int
@@ -56,13 +57,13 @@ class Trace:
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down every storage that operations make while it is active."""
 
-    def __init__(self, known: dict[int, str] | None = None) -> None:
+    def __init__(self, vocabulary: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.blocks: list[list[Any]] = []  # [kind, name, size, born, died]; the last None while alive
         self._index: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._weights = known or {}
-        self.vocabulary: int | None = None
+        self._there: dict[int, bool] = {}  # storages that are there from the beginning: are they a low-bit weight's?
+        self._vocabulary = vocabulary
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -72,31 +73,34 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now += 1
         output = func(*args, **kwargs)
         given = {id(t.untyped_storage()) for t in inputs}
-        results = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        made = [t for t in results if id(t.untyped_storage()) not in given and self.add(t)]
-        if made and func is not torch.ops.aten.embedding.default:  # which copies a few rows, not the weight
-            self._note_reads(inputs)
+        copies = bool(inputs) and all(self._is_weight(t) for t in inputs)
+        for t in tree_leaves(output):
+            if isinstance(t, Tensor) and id(t.untyped_storage()) not in given:
+                self._add(t, "float copies" if copies else self._kind(t))
         return output
 
-    def add(self, t: Tensor) -> bool:
-        """Write ``t``'s storage down, if it is a new one."""
+    def expect(self, t: Tensor, low_bit: bool) -> None:
+        """``t`` is there from the beginning, a part of a low-bit weight or not: it is no block."""
+        self._there[id(t.untyped_storage())] = low_bit
+
+    def _is_weight(self, t: Tensor) -> bool:
         storage = t.untyped_storage()
-        if id(storage) in self._weights or storage in self._index:
-            return False
-        kind = "logits" if t.ndim > 1 and t.shape[-1] == self.vocabulary else "activations"
-        self._index[storage] = number = len(self.blocks)
-        self.blocks.append([kind, "", storage.nbytes(), self.now, None])
-        weakref.finalize(storage, self._died, number)
-        return True
+        if storage in self._index:
+            return bool(self.blocks[self._index[storage]][0] == "float copies")
+        return self._there.get(id(storage), False)
+
+    def _kind(self, t: Tensor) -> str:
+        return "logits" if t.ndim > 1 and t.shape[-1] == self._vocabulary else "activations"
+
+    def _add(self, t: Tensor, kind: str) -> None:
+        storage = t.untyped_storage()
+        if storage not in self._index and id(storage) not in self._there:
+            self._index[storage] = number = len(self.blocks)
+            self.blocks.append([kind, "", storage.nbytes(), self.now, None])
+            weakref.finalize(storage, self._died, number)
 
     def _died(self, number: int) -> None:
         self.blocks[number][4] = self.now + 1
-
-    def _note_reads(self, inputs: list[Tensor]) -> None:
-        for t in inputs:
-            name = self._weights.get(id(t.untyped_storage()))
-            if name is not None and t.ndim > 1:
-                self.blocks.append(["float copy", name, t.untyped_storage().nbytes(), self.now, self.now + 1])
 
     def rename(self, t: Tensor, kind: str, name: str) -> None:
         self.blocks[self._index[t.untyped_storage()]][:2] = kind, name
@@ -107,7 +111,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def trace_step(model: nn.Module, loss: Loss, batch: int, seq: int) -> Trace:
-    """One forward and backward of ``model`` (on the meta device, its weights plain), ``batch`` rows of ``seq`` tokens.
+    """One forward and backward of ``model`` (on the meta device), ``batch`` rows of ``seq`` tokens.
 
     Runs on fake CPU tensors, whose operations are chosen as on a real device (the meta device has no attention kernel
     of its own). Takes seconds for 7B, all layers. Gradients are freed when they are complete; ``Plan`` decides how long
@@ -116,9 +120,10 @@ def trace_step(model: nn.Module, loss: Loss, batch: int, seq: int) -> Trace:
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
     mode = FakeTensorMode()
-    twin, storages = fake_twin(model, mode)
-    recorder = Recorder({id(storage): name for storage, name in storages})
-    recorder.vocabulary = vocabulary(model)
+    twin, recorder = fake_twin(model, mode), Recorder(vocabulary(model))
+    for t in (*twin.parameters(), *twin.buffers()):
+        for part in parts(t).values():
+            recorder.expect(part, low_bit=len(parts(t)) > 1)
     complete: dict[str, int] = {}
 
     def hook(name: str) -> Callable[[Tensor], None]:
@@ -152,28 +157,33 @@ def trace_step(model: nn.Module, loss: Loss, batch: int, seq: int) -> Trace:
     return Trace(batch, blocks, complete, backward, end)
 
 
-def fake_twin(model: nn.Module, mode: Any) -> tuple[nn.Module, list[tuple[Any, str]]]:
-    """A copy of ``model`` on fake CPU tensors, and the storages of its parameters and buffers with their names."""
+def fake_twin(model: nn.Module, mode: Any) -> nn.Module:
+    """A copy of ``model`` on fake CPU tensors."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     twin = copy.deepcopy(model)
     fakes: dict[int, Tensor] = {}
 
     def fake(t: Tensor) -> Tensor:
-        if t.device.type != "meta":
-            raise InputError(f"the model to plan must be on the meta device, this one is on {t.device}")
-        if id(t) not in fakes:
-            made = FakeTensor(mode, t.detach(), torch.device("cpu"))
-            fakes[id(t)] = nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
-        return fakes[id(t)]
+        if not is_traceable_wrapper_subclass(t):
+            return FakeTensor(mode, t, torch.device("cpu"))
+        names, context = t.__tensor_flatten__()
+        inner = {name: fake(getattr(t, name)) for name in names}
+        whole: Tensor = t.__tensor_unflatten__(inner, context, t.shape, t.stride())
+        return whole
 
     for module in twin.modules():
         for tensors in (module._parameters, module._buffers):
             for name, t in tensors.items():
-                if t is not None:
-                    tensors[name] = fake(t)  # type: ignore[assignment]
-    named = [*twin.named_parameters(), *twin.named_buffers()]
-    return twin, [(t.untyped_storage(), name) for name, t in named]
+                if t is None:
+                    continue
+                if t.device.type != "meta":
+                    raise InputError(f"the model to plan must be on the meta device, this one is on {t.device}")
+                if id(t) not in fakes:
+                    made = fake(t.detach())
+                    fakes[id(t)] = nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
+                tensors[name] = fakes[id(t)]  # type: ignore[assignment]
+    return twin
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ class LowBitWeight(Tensor):
         big = self.numel() >= COMPILED_FROM and can_compile(self.device.type)
         some = _rows_at_a_time(rows, n, COMPILED_BLOCK if big else BLOCK)
         for matrix, update in enumerate(tensor.reshape(-1, rows, n)):
-            for first in range(0, rows, some):
+            for first in range(0, some if self.is_meta else rows, some):  # there, one block shows what all take
                 here = slice(first, min(first + some, rows))
                 arguments = (
                     codes[matrix, here],
