@@ -74,23 +74,39 @@ def draw(plans: Sequence[Plan], title: str) -> Figure:
     axes = figure.subplots()
     unit, name = unit_of(plans)
     widest = max(plan.total for plan in plans) / unit
-    shown = [part for part in PARTS if any(plan.rows[part] > 0 for plan in plans)]
+    shown = [part for part in PARTS if any(plan.rows[part] for plan in plans)]
+    seen = {part for part in shown if any(plan.rows[part] / unit > 0.001 * widest for plan in plans)}
     for part in shown:
         sizes = [plan.rows[part] / unit for plan in plans]
         lefts = [sum(plan.rows[before] for before in shown[: shown.index(part)]) / unit for plan in plans]
-        axes.barh(range(len(plans)), sizes, left=lefts, height=0.7, color=COLOURS[part], edgecolor="white", label=part)
+        axes.barh(
+            range(len(plans)),
+            sizes,
+            left=lefts,
+            height=0.7,
+            color=COLOURS[part],
+            edgecolor="white",
+            label=part if part in seen else None,
+        )
     for row, plan in enumerate(plans):
-        axes.text(plan.total / unit, row, f" {plan.total / unit:.3g}", va="center", fontsize=9)
+        axes.text(
+            plan.total / unit,
+            row,
+            f" {plan.total / unit:.3g}",
+            va="center",
+            fontsize=9,
+            bbox={"facecolor": "white", "pad": 1, "linewidth": 0},
+        )
     for card in CARDS:
         place = card * 1e9 / unit
         if place < 1.1 * widest:
-            axes.axvline(place, color="0.4", linewidth=0.8, linestyle=":")
+            axes.axvline(place, color="0.4", linewidth=0.8, linestyle=":", zorder=0)
             axes.text(place, -0.62, f"{card} GB", ha="center", va="bottom", fontsize=8, color="0.35")
     axes.set_yticks(range(len(plans)), [plan.optimizer for plan in plans])
     axes.set(xlabel=f"{name} at the fullest moment of a step", xlim=(0, 1.12 * widest))
     axes.set_ylim(len(plans) - 0.4, -0.95)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(len(shown), 5), frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=min(len(seen), 5), frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure
 
