@@ -231,16 +231,29 @@ def title_of(args: argparse.Namespace, cfg: "RunConfig", batch: int) -> str:
 
 
 def print_table(title: str, rows: list[list[str]], note: str) -> None:
+    """The table; on a narrow terminal in several pieces, for a figure that is cut off is none."""
     from rich.console import Console
     from rich.table import Table
 
-    head, *body = rows
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column(head[0])
-    for name in head[1:]:
-        table.add_column(name, justify="right")
-    for row in body:
-        table.add_row(*row, style="bold" if row[0] == "total" else None, end_section=row[0] in ("total",))
     console = Console()
-    console.print(table)
+    console.print(title, style="bold", highlight=False)
+    for columns in pieces(rows, console.width):
+        head, *body = ([row[column] for column in columns] for row in rows)
+        table = Table(header_style="bold")
+        for column, name in enumerate(head):
+            table.add_column(name, justify="right" if column else "left", no_wrap=True)
+        for row in body:
+            table.add_row(*row, style="bold" if row[0] == "total" else None, end_section=row[0] == "total")
+        console.print(table)
     console.print(note, style="dim", highlight=False)
+
+
+def pieces(rows: list[list[str]], width: int) -> list[list[int]]:
+    """The columns of as many tables as the width asks for, the first column in each of them."""
+    widths = [max(map(len, column)) + 3 for column in zip(*rows, strict=True)]
+    found: list[list[int]] = []
+    for column in range(1, len(widths)):
+        if not found or 1 + sum(widths[i] for i in found[-1]) + widths[column] > width:
+            found.append([0])
+        found[-1].append(column)
+    return found
