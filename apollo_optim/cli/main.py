@@ -15,6 +15,7 @@ from .words import complain, nearest
 
 COMMANDS = {
     "pretrain": "train a causal language model from a run file",
+    "plan": "what a run would take of memory, for every optimizer",
     "optimizers": "list the optimizers, their defaults and their papers",
     "sample": "let a trained model write text",
     "report": "draw loss and memory of one run or several, and print the table",
@@ -33,6 +34,7 @@ examples:
   apollo-optim pretrain                                     a small LLaMA on Python source, nothing to download
   apollo-optim pretrain --config runs/llama-60m-apollo.yaml --out out/60m
   apollo-optim pretrain --out out/60m --resume              go on after a stop
+  apollo-optim plan llama-7b --release --memory 24GB        what would fit
   apollo-optim sample out/60m --prompt "def main("
   apollo-optim report out/60m out/60m-adamw                 side by side
 """

@@ -240,7 +240,7 @@ def choose_device(cfg: RunConfig) -> torch.device:
     return device
 
 
-def make_optimizer(cfg: OptimConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(cfg: OptimConfig, model: torch.nn.Module) -> MatrixOptimizer:
     """By its name in the registry; keys that are None are left to its defaults."""
     knobs = {key: value for key, value in dataclasses.asdict(cfg).items() if value is not None and key != "name"}
     if cfg.state_dtype is not None:

@@ -67,12 +67,7 @@ def build_model(
     With `quant.bits`, new weights are quantised as they are drawn, module by module: the float model never exists.
     """
     config = model_config(cfg, vocab_size, tokenizer)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if seq_len is not None and context is not None and seq_len > context:
-        raise InputError(
-            f"data.seq_len={seq_len} is longer than the context of {cfg.name}, {context} tokens: shorten it, or, "
-            f"for new weights, set model.config.max_position_embeddings={seq_len}"
-        )
+    check_context(cfg, config, seq_len)
     quant = quant or QuantConfig()
     if cfg.pretrained:
         model = load_pretrained(cfg, config)
@@ -81,10 +76,25 @@ def build_model(
     else:
         model = with_new_weights(cfg, config, quant)
     if cfg.gradient_checkpointing:
-        # Its name until transformers 5.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        recompute(model)
     return model
+
+
+def check_context(cfg: ModelConfig, config: PretrainedConfig, seq_len: int | None) -> None:
+    """Refuse rows that are longer than the model's context."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if seq_len is not None and context is not None and seq_len > context:
+        raise InputError(
+            f"data.seq_len={seq_len} is longer than the context of {cfg.name}, {context} tokens: shorten it, or, "
+            f"for new weights, set model.config.max_position_embeddings={seq_len}"
+        )
+
+
+def recompute(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass, layer by layer."""
+    # Its name until transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def skeleton(cfg: ModelConfig, config: PretrainedConfig | None = None) -> PreTrainedModel:

@@ -1,0 +1,259 @@
+"""`apollo-optim plan`: what a run would take, for every optimizer, before anything is allocated."""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import InputError
+from .words import Parser, nearest
+
+if TYPE_CHECKING:
+    from ..plan import Budget, Traces
+    from ..train.config import RunConfig
+
+PROG = "apollo-optim plan"
+DESCRIPTION = """\
+Plan the memory of training, for every optimizer side by side, before anything is allocated: 7B takes seconds.
+
+WHAT is a LLaMA size by name (llama-60m ... llama-13b), a run file (.yaml), or the directory or config.json of any
+Hugging Face model. Weights and optimizer state are counted on the tensors that training will make, activations by the
+real forward and backward on tensors without memory. The table shows the fullest moment of a step."""
+EPILOG = """\
+examples:
+  apollo-optim plan llama-7b --release                        what fits where, as in the paper's Figure 2
+  apollo-optim plan llama-7b --release --checkpointing --memory 24GB
+  apollo-optim plan llama-7b --optimizer apollo adamw --rank 256 --optim.state_dtype bfloat16
+  apollo-optim plan llama-13b --optimizer apollo-mini --gpus 8 --parallel ddp
+  apollo-optim plan runs/llama-60m-apollo.yaml --out out/plan  also the picture and the page
+  apollo-optim plan ./my-model/config.json --batch 4 --seq 2048
+
+Any key of a run file can be changed, too: --model.config.num_hidden_layers 12, --optim.exclude [gate]"""
+BITS = {16: "bfloat16", 32: "float32"}
+UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = make_parser()
+    args, keys = parser.parse_known_args(list(argv))
+    check_words(parser, args, keys)
+    cfg, limit = config_of(args, keys), memory_of(args.memory) if args.memory else None
+    from ..plan import Parallel
+    from ..plan.draw import NOTE, table_rows, write_plan
+    from ..train.plan import budget_of, micro_batch
+
+    batch = args.batch or micro_batch(cfg)
+    parallel = Parallel(args.parallel, args.gpus, not args.copy_buckets) if args.gpus > 1 else None
+    models, plans, largest = Models(), [], []
+    for name in names_of(args):
+        one = with_optimizer(cfg, name, args.rank)
+        model, traces = models.of(one)
+        budget = budget_of(one, model, parallel=parallel, batch=batch)
+        plans.append(budget.at(traces.at(batch)))
+        if limit is not None:
+            largest.append(largest_batch(budget, traces, limit))
+    title = title_of(args, cfg, batch)
+    print_table(title, table_rows(plans, largest or None), NOTE)
+    if args.out:
+        written = write_plan(plans, title, args.out, largest or None)
+        print(f"\npicture: {written.picture}\npage:    {written.page}")
+    return 0
+
+
+class Models:
+    """The models to plan and their traces: one for every number of bits."""
+
+    def __init__(self) -> None:
+        self._made: dict[int | None, tuple[Any, Traces]] = {}
+
+    def of(self, cfg: "RunConfig") -> "tuple[Any, Traces]":
+        from ..plan import Traces, trace_step
+        from ..train.evaluate import summed_loss
+        from ..train.models import low_bit
+        from ..train.plan import model_of
+
+        bits = low_bit(cfg).bits
+        if bits not in self._made:
+            model = model_of(cfg)
+            traces = Traces(lambda batch: trace_step(model, summed_loss, batch, cfg.data.seq_len))
+            self._made[bits] = model, traces
+        return self._made[bits]
+
+
+def names_of(args: argparse.Namespace) -> list[str]:
+    """The optimizers that are asked for: those that fit the weights."""
+    from apollo_optim import list_optimizers
+
+    infos = {info.name: info for info in list_optimizers()}
+    for name in args.optimizer or []:
+        if name not in infos:
+            there = ", ".join(infos)
+            raise InputError(f"--optimizer {name}: no such optimizer{nearest(name, infos)}; there are {there}")
+        if infos[name].bits and args.bits in BITS:
+            raise InputError(f"--optimizer {name} is for low-bit weights: give --bits 8 or 4, or none")
+    return args.optimizer or [name for name, info in infos.items() if not (info.bits and args.bits in BITS)]
+
+
+def make_parser() -> Parser:
+    parser = Parser(PROG, DESCRIPTION, EPILOG)
+    parser.add_argument(
+        "what", nargs="?", metavar="WHAT", help="a size, a run file, a model's directory or config.json"
+    )
+    parser.add_argument("--config", metavar="RUN.yaml", help="a run file, instead of WHAT")
+    parser.add_argument("--optimizer", nargs="+", metavar="NAME", help="only these (all that are registered)")
+    parser.add_argument("--rank", type=int, help="of the optimizers that have no rank of their own (a quarter)")
+    parser.add_argument(
+        "--bits", type=int, choices=(4, 8, 16, 32), help="of a weight: 4 and 8 are low-bit, 16 bfloat16"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of weights and activations (bfloat16)")
+    parser.add_argument("--batch", type=int, help="rows of a micro-batch, on each GPU (1)")
+    parser.add_argument("--seq", type=int, help="tokens of a row (256)")
+    parser.add_argument("--release", action="store_true", help="step inside the backward, gradients freed at once")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward")
+    parser.add_argument("--gpus", type=int, default=1, help="plan the first of so many (1)")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp", help="how they share (ddp)")
+    copies = "ddp without gradient_as_bucket_view: the reducer copies every gradient"
+    parser.add_argument("--copy-buckets", action="store_true", help=copies)
+    parser.add_argument("--memory", help="find the largest micro-batch that fits: 24GB, 80GiB")
+    parser.add_argument("--out", metavar="DIR", help="write plan.png and plan.html there")
+    return parser
+
+
+def check_words(parser: Parser, args: argparse.Namespace, keys: list[str]) -> None:
+    """Refuse what is neither this command's nor a key of a run file, and numbers that make no sense."""
+    for word in keys:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and "." not in flag:
+            raise InputError(
+                f"unknown argument {flag}{nearest(flag, parser._option_string_actions)}; see {PROG} --help"
+            )
+    if (args.what is None) == (args.config is None):
+        both = "both WHAT and --config are given" if args.what else "nothing to plan"
+        raise InputError(f"{both}: name a size (llama-7b), a run file or a model; see {PROG} --help")
+    for name in ("batch", "seq", "gpus", "rank"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: at least 1")
+    if args.bits in BITS and args.dtype not in (None, BITS[args.bits]):
+        raise InputError(f"--bits {args.bits} and --dtype {args.dtype} contradict each other: leave one out")
+
+
+def config_of(args: argparse.Namespace, keys: list[str]) -> "RunConfig":
+    """The run that is meant: a run file, or a model with the papers' settings; both changed key by key."""
+    from ..train.config import check
+    from . import pretrain
+
+    file = args.config or (args.what if Path(args.what).suffix in (".yaml", ".yml") else None)
+    dtype = args.dtype or BITS.get(args.bits) or (None if file else "bfloat16")
+    words = ["--config", file] if file else ["--model.name", args.what, "--train.batch_size", str(args.batch or 1)]
+    words += ["--model.dtype", dtype] if dtype else []
+    words += ["--data.seq_len", str(args.seq)] if args.seq else []
+    words += ["--model.gradient_checkpointing", "true"] if args.checkpointing else []
+    words += ["--train.release", "true"] if args.release else []
+    words += ["--quant.bits", str(args.bits)] if args.bits in (4, 8) else []
+    try:
+        cfg, _ = pretrain.parse([*words, *keys])
+    except InputError as error:
+        raise InputError(str(error).replace(pretrain.PROG, PROG)) from None
+    check(cfg)
+    return cfg
+
+
+def with_optimizer(cfg: "RunConfig", name: str, rank: int | None) -> "RunConfig":
+    """The same run with another optimizer: the keys of its rule are not handed on, those of all parameters are."""
+    from apollo_optim import list_optimizers
+
+    info = next(info for info in list_optimizers() if info.name == name)
+    kept = ("lr", "targets", "exclude", "no_decay", "state_dtype", "rest", "rest_rank")
+    optim = cfg.optim
+    if name != optim.name:
+        shared = {key: getattr(optim, key) for key in kept if hasattr(optim, key)}
+        optim = type(optim)(name=name, **shared)
+    if rank is not None and info.defaults.get("rank") == "auto":
+        optim = dataclasses.replace(optim, rank=rank)
+    return dataclasses.replace(cfg, optim=optim)
+
+
+def memory_of(text: str) -> float:
+    """Bytes of "24GB", "24" (GB, too) or "80 GiB"."""
+    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
+    try:
+        size = float(found[1]) * UNITS[found[2].upper() or "GB"] if found else 0.0
+    except (ValueError, KeyError):
+        size = 0.0
+    if size <= 0:
+        raise InputError(f"--memory {text}: give a size such as 24GB or 80GiB")
+    return size
+
+
+def largest_batch(budget: "Budget", traces: "Traces", limit: float) -> int | None:
+    """The largest micro-batch within the limit; None if not even one row is.
+
+    Found on traces that follow from two others, and looked at on its own; where that disagrees, on real ones.
+    """
+
+    def fits(batch: int) -> bool:
+        return budget.at(traces.at(batch)).total <= limit
+
+    found = search(lambda batch: budget.at(traces.about(batch)).total <= limit)
+    if fits(found + 1) or (found and not fits(found)):
+        found = search(fits)
+    return found or None
+
+
+def search(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, 0 if none does."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def title_of(args: argparse.Namespace, cfg: "RunConfig", batch: int) -> str:
+    words = [f"{args.what or args.config}: {cfg.model.dtype}"]
+    words += [f"weights of {cfg.quant.bits} bits"] if cfg.quant.bits else []
+    words += [f"micro-batch {batch} x {cfg.data.seq_len} tokens"]
+    words += ["step inside backward"] if cfg.train.release else []
+    words += ["activations recomputed"] if cfg.model.gradient_checkpointing else []
+    if args.gpus > 1:
+        view = (
+            "" if args.parallel == "fsdp2" else (" with copied buckets" if args.copy_buckets else " with bucket views")
+        )
+        words += [f"each of {args.gpus} GPUs by {args.parallel}{view}"]
+    return ", ".join(words)
+
+
+def print_table(title: str, rows: list[list[str]], note: str) -> None:
+    """The table; on a narrow terminal in several pieces, for a figure that is cut off is none."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(title, style="bold", highlight=False)
+    for columns in pieces(rows, console.width):
+        head, *body = ([row[column] for column in columns] for row in rows)
+        table = Table(header_style="bold")
+        for column, name in enumerate(head):
+            table.add_column(name, justify="right" if column else "left", no_wrap=True)
+        for row in body:
+            table.add_row(*row, style="bold" if row[0] == "total" else None, end_section=row[0] == "total")
+        console.print(table)
+    console.print(note, style="dim", highlight=False)
+
+
+def pieces(rows: list[list[str]], width: int) -> list[list[int]]:
+    """The columns of as many tables as the width asks for, the first column in each of them."""
+    widths = [max(map(len, column)) + 3 for column in zip(*rows, strict=True)]
+    found: list[list[int]] = []
+    for column in range(1, len(widths)):
+        if not found or 1 + sum(widths[i] for i in found[-1]) + widths[column] > width:
+            found.append([0])
+        found[-1].append(column)
+    return found

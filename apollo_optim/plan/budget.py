@@ -1,0 +1,263 @@
+"""The bytes of a training step: what stays, what a step takes besides, and the moment at which both are largest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apollo_optim.core.errors import InputError
+from apollo_optim.core.storage import nbytes, parts
+from apollo_optim.optim.base import MatrixOptimizer
+from apollo_optim.optim.knobs import Group
+from apollo_optim.optim.registry import build_optimizer
+from apollo_optim.optim.step import follows_rule
+from apollo_optim.plan.shards import Parallel, distinct_bytes, first_part, local_bytes, mesh_of, rows_of, units
+from apollo_optim.plan.trace import Block, Trace, most_alive, recorded
+
+PARTS = {
+    "weights": "parameters, in the form they are trained in",
+    "gradients": "of parameters, complete or kept",
+    "state, matrices": "what the optimizer keeps for the matrices of attention and MLP (optim.targets)",
+    "state, rest": "what it keeps for embedding, head and norms",
+    "activations": "what the forward keeps for the backward, and what both make on the way",
+    "logits": "whatever is as wide as the vocabulary",
+    "buffers": "of the model",
+    "float copies": "of low-bit weights, while a product reads them",
+    "update": "what the optimizer makes while it writes one parameter",
+    "parallel": "gathered blocks (FSDP2), the reducer's copy of the gradients (DDP)",
+}
+"""The parts of a plan, in the order of its table."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is alive at one moment of a step."""
+
+    when: str
+    rows: dict[str, int]
+    """Bytes by part: every key of ``PARTS``."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.rows.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The bytes of one training step on one device, from the second step on (the state exists)."""
+
+    optimizer: str
+    batch: int
+    """Rows in a micro-batch."""
+    moments: list[Moment]
+    """The largest moment of the forward, of the backward and of the update."""
+
+    @property
+    def peak(self) -> Moment:
+        """The largest of them: what the device must hold."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """The parts at the peak; they add up to ``total``."""
+        return self.peak.rows
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak: tensors alone, without the process, the device's context and what an allocator wastes."""
+        return self.peak.total
+
+    @property
+    def most(self) -> dict[str, int]:
+        """Each part at its own largest moment: they are not there together, and don't add up to the total."""
+        return {part: max(moment.rows[part] for moment in self.moments) for part in PARTS}
+
+
+def plan(
+    model: nn.Module,
+    optimizer: str | MatrixOptimizer,
+    trace: Trace,
+    *,
+    name: str | None = None,
+    release: bool = False,
+    accumulate: bool = False,
+    parallel: Parallel | None = None,
+    **knobs: Any,
+) -> Plan:
+    """What ``optimizer`` (its name, or built on ``model``) takes to train ``model``, which is on the meta device.
+
+    Weights, buffers and state are counted on the tensors that will be there, made by the code that will make them;
+    ``trace`` (of the same model) says what forward and backward take besides; the temporaries of the update
+    are those of the optimizer's own step on the meta device, eager and one parameter at a time.
+
+    Args:
+        release: The step is made inside the backward, and every gradient freed at once.
+        accumulate: The step has several micro-batches: all gradients are there before the last backward begins.
+        parallel: Of several GPUs, the first one (batch: its own micro-batch).
+        **knobs: For ``build_optimizer``.
+
+    Raises InputError for an unknown name or knob, for a model that is not on the meta device, and for a step inside
+    backward together with DDP, which averages gradients after it.
+    """
+    if isinstance(optimizer, str):
+        name, optimizer = name or optimizer, build_optimizer(optimizer, model, **knobs)
+    return Budget(model, optimizer, name=name, release=release, accumulate=accumulate, parallel=parallel).at(trace)
+
+
+class Budget:
+    """All of a plan but for the trace, so that many batches can be looked at. Arguments and errors: see ``plan``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: MatrixOptimizer,
+        *,
+        name: str | None = None,
+        release: bool = False,
+        accumulate: bool = False,
+        parallel: Parallel | None = None,
+    ) -> None:
+        if release and parallel and parallel.kind == "ddp":
+            raise InputError(
+                "release with ddp, which averages the gradients of the GPUs after the step inside backward: use fsdp2, "
+                "or leave release out"
+            )
+        strange = next((p for p in model.parameters() if p.device.type != "meta"), None)
+        if strange is not None:
+            raise InputError(f"the model to plan must be on the meta device, this one is on {strange.device}")
+        self.name = name or type(optimizer).__name__
+        self.release, self.sharded = release, parallel is not None and parallel.kind == "fsdp2"
+        self.keeps = not (release or accumulate or parallel)
+        self.resting = _resting(model, optimizer, parallel)
+        self.held = _held(model, release, accumulate, parallel)
+        self.updates = _updates(optimizer, model)
+        if parallel and self.sharded:
+            for key, size in self.updates.items():
+                self.updates[key] = math.ceil(size * rows_of(model.get_parameter(key), parallel.gpus))
+
+    def at(self, trace: Trace) -> Plan:
+        """The plan of as many rows as were traced."""
+        blocks = trace.blocks
+        if self.sharded:  # whole gradients live as long as their block is gathered, and are counted with it
+            blocks = [b for b in blocks if b.kind != "gradients"]
+        if self.keeps:
+            blocks = [b._replace(died=trace.end + 2) if b.kind == "gradients" else b for b in blocks]
+        forward, backward, update = self.held
+        moments = [
+            Moment("forward", self._rows(forward, largest(blocks, 0, trace.backward))),
+            Moment("backward", self._rows(backward, largest(blocks, trace.backward, trace.end))),
+        ]
+        when = {key: trace.complete.get(key, trace.end) if self.release else trace.end for key in self.updates}
+        beside = {moment: alive(blocks, moment) for moment in set(when.values())}
+        updates = [
+            Moment(f"update of {key}", self._rows(update, beside[when[key]], {"update": size}))
+            for key, size in self.updates.items()
+        ]
+        return Plan(self.name, trace.batch, moments + sorted(updates, key=lambda moment: moment.total)[-1:])
+
+    def _rows(self, *more: dict[str, int]) -> dict[str, int]:
+        return {part: sum(rows.get(part, 0) for rows in (self.resting, *more)) for part in PARTS}
+
+
+def _resting(model: nn.Module, optimizer: MatrixOptimizer, parallel: Parallel | None) -> dict[str, int]:
+    """What is there at every moment: weights, state and buffers."""
+    mesh = mesh_of(parallel.gpus) if parallel and parallel.kind == "fsdp2" else None
+    rows = dict.fromkeys(("weights", "state, matrices", "state, rest"), 0)
+    for p in {id(p): p for p in model.parameters()}.values():
+        if mesh is not None and len(parts(p)) > 1:
+            raise InputError("low-bit weights with fsdp2: they can't be sharded; plan one GPU, or ddp")
+        rows["weights"] += nbytes(p) if mesh is None or not p.ndim else local_bytes(first_part(p, mesh))
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            kind = "state, matrices" if _of_matrices(p, group) else "state, rest"
+            rows[kind] += _state_bytes(optimizer, p if mesh is None or not p.ndim else first_part(p, mesh), group)
+    return {**rows, "buffers": distinct_bytes(model.buffers())}
+
+
+def _of_matrices(p: Tensor, group: Group) -> bool:
+    """The split that `param_groups` makes, so that AdamW's state is split, too; else, whether it follows the rule."""
+    return str(group["name"]).startswith("matrices") if "name" in group else follows_rule(p, group)
+
+
+def _state_bytes(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> int:
+    """As ``optim.groups.state_bytes``, of this rank."""
+    return sum(local_bytes(t) for t in optimizer.init_state(p, group).values() if isinstance(t, Tensor))
+
+
+def _held(model: nn.Module, release: bool, accumulate: bool, parallel: Parallel | None) -> tuple[dict[str, int], ...]:
+    """What stays beside the trace during the forward, the backward and the update, by the way gradients are kept."""
+    trained = [p for p in {id(p): p for p in model.parameters()}.values() if p.requires_grad]
+    every = sum(p.numel() * p.element_size() for p in trained)
+    if parallel and parallel.kind == "fsdp2":
+        share = sum(math.ceil(p.numel() * p.element_size() * rows_of(p, parallel.gpus)) for p in trained)
+        around, block = units(model)
+        if release and not accumulate:  # one block's at a time
+            share = math.ceil(max(around, block) / parallel.gpus)
+        gathered = around + 2 * block  # this block and the one that is gathered ahead; what is around them stays
+        return (
+            {"gradients": share if accumulate else 0, "parallel": gathered},
+            {"gradients": share, "parallel": 2 * gathered},  # and as much again of gradients, on their way out
+            {"gradients": share},
+        )
+    held = {"gradients": every} if parallel or accumulate else {}  # DDP's buckets are there from beginning to end
+    if parallel and not parallel.bucket_view:
+        held["parallel"] = every
+    return held, held, held
+
+
+def _updates(optimizer: MatrixOptimizer, model: nn.Module) -> dict[str, int]:
+    """Bytes that each parameter's step makes and frees again, by the parameter's name: a real step on the meta device.
+
+    Parameters of one group, shape and form take the same step: it is made once.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    sizes: dict[Any, int] = {}
+    found: dict[str, int] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if p.requires_grad:
+                key = number, p.shape, p.dtype, type(p)
+                if key not in sizes:
+                    sizes[key] = _update_bytes(optimizer, p, group)
+                found[names[id(p)]] = sizes[key]
+    return found
+
+
+def _update_bytes(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> int:
+    optimizer.state[p] = optimizer.init_state(p, group)
+    p.grad = torch.empty(p.shape, dtype=p.dtype, device="meta")
+    try:
+        with recorded() as recorder:
+            optimizer.step_one(p, group)
+        return most_alive(recorder.finished())
+    finally:
+        p.grad = None
+        del optimizer.state[p]
+
+
+def alive(blocks: Iterable[Block], moment: int) -> dict[str, int]:
+    """Bytes by part at a moment."""
+    rows: dict[str, int] = {}
+    for block in blocks:
+        if block.born <= moment < block.died:
+            rows[block.kind] = rows.get(block.kind, 0) + block.size
+    return rows
+
+
+def largest(blocks: Sequence[Block], start: int, end: int) -> dict[str, int]:
+    """Bytes by part at the largest of the moments ``start <= moment < end``, the latest if there are several."""
+    changes: dict[int, int] = {}
+    for block in blocks:
+        changes[block.born] = changes.get(block.born, 0) + block.size
+        changes[block.died] = changes.get(block.died, 0) - block.size
+    total, most, when = 0, -1, start
+    for moment in range(end):
+        total += changes.get(moment, 0)
+        if moment >= start and total >= most:
+            most, when = total, moment
+    return alive(blocks, when)

@@ -1,0 +1,165 @@
+"""A plan as a table, a picture (the stacked bars of the paper's Figure 2) and a page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from apollo_optim.plan.budget import PARTS, Plan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CARDS = (8, 12, 16, 24, 40, 80)  # GB
+# Okabe and Ito's palette, which people with any colour vision tell apart, and its lighter shades.
+COLOURS = {
+    "weights": "#0072B2",
+    "gradients": "#D55E00",
+    "state, matrices": "#009E73",
+    "state, rest": "#7FCEB9",
+    "activations": "#E69F00",
+    "logits": "#F0E442",
+    "buffers": "#000000",
+    "float copies": "#56B4E9",
+    "update": "#CC79A7",
+    "parallel": "#999999",
+}
+NOTE = (
+    'Bytes of tensors at the fullest moment of a step ("peak in"): a part may be larger at another one. Not counted: '
+    "Python and its libraries, the context of a GPU (half a GB each), what the allocator wastes, the scratch memory of "
+    "single kernels. The update is the eager one; a compiled one takes less. GB = 1e9 bytes."
+)
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def unit_of(plans: Sequence[Plan]) -> tuple[float, str]:
+    """One unit for all figures of a table."""
+    most = max(plan.total for plan in plans)
+    return next((unit for unit in UNITS if most >= unit[0]), UNITS[-1])
+
+
+def smallest_card(total: int) -> str:
+    return next((f"{card} GB" for card in CARDS if total <= card * 1e9), f"> {CARDS[-1]} GB")
+
+
+def table_rows(plans: Sequence[Plan], largest: Sequence[int | None] | None = None) -> list[list[str]]:
+    """The table by rows, the first one its head. A part that no plan has is left out.
+
+    The parts of a column add up to its total as bytes; as printed, to the last digit but rounding.
+    """
+    unit, name = unit_of(plans)
+    rows = [[name, *(plan.optimizer for plan in plans)]]
+    rows += [
+        [part, *(f"{plan.rows[part] / unit:.3f}" for plan in plans)]
+        for part in PARTS
+        if any(plan.rows[part] for plan in plans)
+    ]
+    rows.append(["total", *(f"{plan.total / unit:.3f}" for plan in plans)])
+    rows.append(["peak in", *(plan.peak.when.partition(" of ")[0] for plan in plans)])
+    rows.append(["smallest card", *(smallest_card(plan.total) for plan in plans)])
+    if largest is not None:
+        rows.append(["largest micro-batch", *("-" if batch is None else str(batch) for batch in largest)])
+    return rows
+
+
+def draw(plans: Sequence[Plan], title: str) -> Figure:
+    """One stacked bar for each plan, and the sizes of the usual cards."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.6 + 0.5 * len(plans)), layout="constrained", dpi=140)
+    axes = figure.subplots()
+    unit, name = unit_of(plans)
+    widest = max(plan.total for plan in plans) / unit
+    shown = [part for part in PARTS if any(plan.rows[part] for plan in plans)]
+    seen = {part for part in shown if any(plan.rows[part] / unit > 0.001 * widest for plan in plans)}
+    for part in shown:
+        sizes = [plan.rows[part] / unit for plan in plans]
+        lefts = [sum(plan.rows[before] for before in shown[: shown.index(part)]) / unit for plan in plans]
+        axes.barh(
+            range(len(plans)),
+            sizes,
+            left=lefts,
+            height=0.7,
+            color=COLOURS[part],
+            edgecolor="white",
+            label=part if part in seen else None,
+        )
+    for row, plan in enumerate(plans):
+        axes.text(
+            plan.total / unit,
+            row,
+            f" {plan.total / unit:.3g}",
+            va="center",
+            fontsize=9,
+            bbox={"facecolor": "white", "pad": 1, "linewidth": 0},
+        )
+    for card in CARDS:
+        place = card * 1e9 / unit
+        if place < 1.1 * widest:
+            axes.axvline(place, color="0.4", linewidth=0.8, linestyle=":", zorder=0)
+            axes.text(place, -0.62, f"{card} GB", ha="center", va="bottom", fontsize=8, color="0.35")
+    axes.set_yticks(range(len(plans)), [plan.optimizer for plan in plans])
+    axes.set(xlabel=f"{name} at the fullest moment of a step", xlim=(0, 1.12 * widest))
+    axes.set_ylim(len(plans) - 0.4, -0.95)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=min(len(seen), 5), frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 65rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; background: #fff }}
+h1 {{ font-size: 1.4rem }}
+img {{ max-width: 100%; height: auto }}
+.wide {{ overflow-x: auto }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }}
+th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }}
+th:first-child, td:first-child {{ text-align: left }}
+.note {{ color: #555; font-size: .85rem }}
+</style></head><body>
+<h1>{title}</h1>
+<p><img alt="Memory by part, one bar for each optimizer. The figures are in the table below." src="data:image/png;base64,{image}"></p>
+<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>
+{body}
+</tbody></table></div>
+<p class="note">{note}</p>
+</body></html>
+"""  # noqa: E501
+
+
+class Written(NamedTuple):
+    picture: Path
+    page: Path
+
+
+def write_plan(
+    plans: Sequence[Plan], title: str, out: str | Path, largest: Sequence[int | None] | None = None, note: str = NOTE
+) -> Written:
+    """Write `plan.png` and `plan.html`, which needs nothing beside it, into the directory `out`."""
+    buffer = io.BytesIO()
+    draw(plans, title).savefig(buffer, format="png")
+    head, *rows = table_rows(plans, largest)
+    page = PAGE.format(
+        title=html.escape(title),
+        image=base64.b64encode(buffer.getvalue()).decode(),
+        head=_cells("th", head),
+        body="\n".join(f"<tr>{_cells('td', row)}</tr>" for row in rows),
+        note=html.escape(note),
+    )
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    written = Written(out / "plan.png", out / "plan.html")
+    written.picture.write_bytes(buffer.getvalue())
+    written.page.write_text(page, encoding="utf-8")
+    return written
+
+
+def _cells(tag: str, texts: Iterable[str]) -> str:
+    return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)

@@ -1,0 +1,86 @@
+"""What one GPU of several keeps: DDP copies everything, FSDP2 cuts every parameter along its first dimension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from apollo_optim.core.errors import InputError
+from apollo_optim.core.layout import is_sharded, local
+from apollo_optim.core.storage import nbytes
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a run is spread over ``gpus`` GPUs; a plan is of the first one, which keeps the largest part."""
+
+    kind: Literal["ddp", "fsdp2"]
+    gpus: int
+    bucket_view: bool = True
+    """DDP(gradient_as_bucket_view=True): gradients live in the reducer's buckets instead of being copied there."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("ddp", "fsdp2"):
+            raise InputError(f"parallel={self.kind!r}: choose ddp or fsdp2")
+        if self.gpus < 1:
+            raise InputError(f"gpus={self.gpus}: at least 1")
+
+
+def first_part(p: Tensor, mesh: DeviceMesh) -> Tensor:
+    """``p`` as ``fully_shard`` would keep it, split along its first dimension: a DTensor on the meta device.
+
+    The first rank has ceil(rows / gpus) rows, the last ones what is left, perhaps nothing.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape = compute_local_shape_and_global_offset(p.shape, mesh, [Shard(0)])[0]
+    part = torch.empty(tuple(shape), dtype=p.dtype, device="meta")
+    return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())
+
+
+def mesh_of(gpus: int) -> DeviceMesh:
+    """A mesh that is only asked who has what: no process is started, nothing is sent."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh("cpu", torch.arange(gpus), _init_backend=False, _rank=0)
+
+
+def local_bytes(t: Tensor) -> int:
+    """Bytes on this rank."""
+    return nbytes(local(t)) if is_sharded(t) else nbytes(t)
+
+
+def rows_of(p: Tensor, gpus: int) -> float:
+    """The share of ``p`` that the first rank has."""
+    return -(-p.shape[0] // gpus) / p.shape[0] if p.ndim else 1.0
+
+
+def units(model: nn.Module) -> tuple[int, int]:
+    """Bytes of what ``fully_shard`` on every block and on the whole gathers: (the rest around the blocks, the largest).
+
+    Blocks are the elements of the outermost ``nn.ModuleList``s.
+    """
+    blocks: list[nn.Module] = []
+
+    def walk(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                blocks.extend(child)
+            else:
+                walk(child)
+
+    walk(model)
+    sizes = [distinct_bytes(block.parameters()) for block in blocks]
+    return distinct_bytes(model.parameters()) - sum(sizes), max(sizes, default=0)
+
+
+def distinct_bytes(tensors: Any) -> int:
+    """Bytes of all of them, each counted once."""
+    return sum(nbytes(t) for t in {id(t): t for t in tensors}.values())

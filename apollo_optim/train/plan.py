@@ -1,0 +1,58 @@
+"""The plan of a run: the model, the optimizer and the loss of a run file, without a byte of theirs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apollo_optim.plan import Budget, Parallel, Plan, trace_step
+from apollo_optim.quant import quantize_weights
+from apollo_optim.train.config import RunConfig
+from apollo_optim.train.evaluate import summed_loss
+from apollo_optim.train.loop import make_optimizer
+from apollo_optim.train.models import check_context, low_bit, model_config, recompute, skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def planned(cfg: RunConfig, *, vocab_size: int | None = None) -> Plan:
+    """The bytes of one step of this run, before anything of it exists.
+
+    >>> planned(RunConfig(model=ModelConfig("llama-7b", dtype="bfloat16"))).total
+
+    `vocab_size`: of a size by name, where the run file leaves it to the tokenizer.
+    Raises InputError for what the user can put right.
+    """
+    model = model_of(cfg, vocab_size)
+    return budget_of(cfg, model).at(trace_step(model, summed_loss, micro_batch(cfg), cfg.data.seq_len))
+
+
+def budget_of(
+    cfg: RunConfig, model: PreTrainedModel, *, parallel: Parallel | None = None, batch: int | None = None
+) -> Budget:
+    """All of a run's plan but for the trace of `model` (`model_of`); `batch`: of its micro-batch, if not the run's."""
+    return Budget(
+        model,
+        make_optimizer(cfg.optim, model),
+        name=cfg.optim.name,
+        release=cfg.train.release,
+        accumulate=(batch or micro_batch(cfg)) < cfg.train.batch_size,
+        parallel=parallel,
+    )
+
+
+def micro_batch(cfg: RunConfig) -> int:
+    """Rows of one forward pass."""
+    return min(cfg.train.micro_batch or cfg.train.batch_size, cfg.train.batch_size)
+
+
+def model_of(cfg: RunConfig, vocab_size: int | None = None) -> PreTrainedModel:
+    """The run's model on the meta device, its weights in the form in which they will be trained."""
+    config = model_config(cfg.model, vocab_size)
+    check_context(cfg.model, config, cfg.data.seq_len)
+    model, quant = skeleton(cfg.model, config), low_bit(cfg)
+    if quant.bits is not None:
+        quantize_weights(model, quant.bits, quant.group_size, quant.targets, quant.exclude)
+    if cfg.model.gradient_checkpointing:
+        recompute(model)
+    return model
