@@ -129,7 +129,10 @@ def test_convolutions_are_seen_as_matrices():
 
 @pytest.mark.parametrize("info", list_optimizers(), ids=lambda info: info.name)
 def test_every_registered_optimizer_is_built_by_name(info):
-    optimizer = build_optimizer(info.name, llama(), lr=5e-3, rest_lr=1e-3)
+    model = llama()
+    if info.bits:
+        quantize_weights(model, info.bits)
+    optimizer = build_optimizer(info.name, model, lr=5e-3, rest_lr=1e-3)
     assert type(optimizer) is info.cls
     assert {g["name"]: g["lr"] for g in optimizer.param_groups} == {
         "matrices": 5e-3, "embedding": 1e-3, "head": 1e-3, "norms": 1e-3,
