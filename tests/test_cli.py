@@ -52,7 +52,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         ("pretran", "unknown command pretran (did you mean pretrain?)"),
-        ("zzz", "unknown command zzz; there are pretrain, optimizers"),
+        ("zzz", "unknown command zzz; there are pretrain, plan, optimizers"),
         ("report --otu x DIR", "unknown argument --otu (did you mean --out?)"),
         ("report", "required: DIR"),
         ("report nowhere", "nowhere: no metrics.jsonl there"),

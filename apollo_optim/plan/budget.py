@@ -132,7 +132,7 @@ class Budget:
             raise InputError(f"the model to plan must be on the meta device, this one is on {strange.device}")
         self.name = name or type(optimizer).__name__
         self.release, self.sharded = release, parallel is not None and parallel.kind == "fsdp2"
-        self.keeps = not (release or accumulate or parallel)
+        self.keeps = not (release or accumulate or self.sharded or (parallel and parallel.bucket_view))
         self.resting = _resting(model, optimizer, parallel)
         self.held = _held(model, release, accumulate, parallel)
         self.updates = _updates(optimizer, model)
@@ -204,8 +204,9 @@ def _held(model: nn.Module, release: bool, accumulate: bool, parallel: Parallel 
             {"gradients": share, "parallel": 2 * gathered},  # and as much again of gradients, on their way out
             {"gradients": share},
         )
-    held = {"gradients": every} if parallel or accumulate else {}  # DDP's buckets are there from beginning to end
-    if parallel and not parallel.bucket_view:
+    viewed = parallel is not None and parallel.bucket_view
+    held = {"gradients": every} if viewed or accumulate else {}
+    if parallel and not viewed:  # DDP's buckets are there from beginning to end
         held["parallel"] = every
     return held, held, held
 
