@@ -285,8 +285,8 @@ def parity() -> Found:
 
 def rests() -> Found:
     """Rules of rows and columns, where ranks hold rows, columns, and both. (8 bits: for matrices this small, too.)"""
-    step = "apollo_optim.optim.step."
-    with mock.patch(step + "LEAST_8BIT", 0), mock.patch(step + "LEAST_COLUMNS", 1):
+    least = ("apollo_optim.optim.step.LEAST_8BIT", 0), ("apollo_optim.core.eightbit.LEAST", 1)
+    with mock.patch(*least[0]), mock.patch(*least[1]):
         for where in ("fsdp 2", "columns 2") if dist.get_world_size() == 2 else ("rows x columns",):
             for game in RESTS:
                 try:

@@ -78,6 +78,7 @@ def largest_allocation(optimizer: torch.optim.Optimizer) -> int:
 
 LARGE = [
     pytest.param(AdamW, {}, id="adamw"),
+    *(pytest.param(AdamW, {"rest": rest}, id=rest) for rest in ("adamw8bit", "adafactor", "scale")),
     pytest.param(ApolloMini, {"rank": 1}, id="apollo-mini"),
     pytest.param(Apollo, {"rank": 64}, id="apollo"),
     pytest.param(Apollo, {"rank": 512, "proj": "sketch"}, id="apollo sketch at d/4"),
@@ -90,7 +91,8 @@ def test_no_temporary_of_a_step_is_large(cls, knobs, shape):
     """At most a quarter of the fp32 weight: a bf16 weight of 8.4 million entries, its gradient and state apart."""
     p = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
     p.grad = torch.randn(shape, dtype=torch.bfloat16)
-    optimizer = cls([p], **knobs)
+    group = {"params": [p], **knobs} | ({"momentum": 0.9} if knobs.get("rest") == "scale" else {})
+    optimizer = cls([group])
     optimizer.step()  # makes the state
     assert 0 < largest_allocation(optimizer) <= p.numel() * 4 // 4
 

@@ -215,7 +215,7 @@ def test_foreign_directories_are_refused(run, model):
     manifest.write_text(
         manifest.read_text()
         .replace("something else", "apollo-optim checkpoint")
-        .replace('"version": 1', '"version": 2')
+        .replace(f'"version": {checkpoint.VERSION}', f'"version": {checkpoint.VERSION + 1}')
     )
     with pytest.raises(InputError, match="newer"):
         load_state(newest(run))

@@ -28,8 +28,15 @@ def test_every_run_file_is_a_run(path: Path) -> None:
     cfg, _ = pretrain.parse(["--config", str(path)])
     assert path.read_text().startswith("# ")
     assert cfg.model.name in SIZES
-    assert cfg.train.micro_batch is not None
-    assert cfg.train.batch_size % cfg.train.micro_batch == 0
+    assert cfg.train.batch_size % (cfg.train.micro_batch or cfg.train.batch_size) == 0
+    if path.stem == "llama-7b-q-apollo-mini":  # what one CPU can show, not the papers' protocol
+        assert (cfg.train.batch_size, cfg.data.seq_len, cfg.train.release, cfg.model.dtype) == (
+            1,
+            256,
+            True,
+            "bfloat16",
+        )
+        return
     assert (cfg.schedule.kind, cfg.schedule.warmup, cfg.schedule.min_lr) == ("cosine", 0.1, 0.1)
     if path.stem != "demo":
         assert (cfg.data.source, cfg.data.subset, cfg.data.mode) == ("allenai/c4", "en", "pad")

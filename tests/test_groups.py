@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from apollo_optim import InputError, build_optimizer, describe, list_optimizers, param_groups
+from apollo_optim import InputError, build_optimizer, describe, list_optimizers, param_groups, quantize_weights
 
 transformers = pytest.importorskip("transformers")
 

@@ -219,7 +219,7 @@ def what_follows(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> str:
         return {"adamw8bit": "AdamW 8-bit", "adafactor": "Adafactor"}[rest]
     if group.get("rank") and p.ndim > 1:
         return "AdamW (small side <= rank)"
-    return "AdamW (too small for 8 bits)" if group.get("rest") == "adamw8bit" and p.ndim > 1 else "AdamW"
+    return "AdamW (not in 8 bits)" if group.get("rest") == "adamw8bit" and p.ndim > 1 else "AdamW"
 
 
 def state_bytes(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> int:

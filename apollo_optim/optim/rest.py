@@ -78,10 +78,11 @@ def parts(tensors: State, at: Block) -> State:
 def sums(function: Callable[[Tensor, Block], Tensor], t: Tensor, *dims: int) -> Tensor:
     """``function(rows, block)`` of ``t``, summed over ``dims`` (kept, of size 1), block by block and over the ranks."""
     own = local(t)
-    total: Tensor = torch.zeros(
-        [1 if d - t.ndim in dims else size for d, size in enumerate(own.shape)], device=own.device
-    )
-    for at in blocks(tuple(own.shape), whole=1):
+    cuts = blocks(tuple(own.shape), whole=1)
+    if len(cuts) == 1:
+        return local(summed(function(own, ()).sum(dims, keepdim=True), t, dims))
+    total = torch.zeros([1 if d - t.ndim in dims else size for d, size in enumerate(own.shape)], device=own.device)
+    for at in cuts:
         part(total, at).add_(function(part(own, at), at).sum(dims, keepdim=True))
     return local(summed(total, t, dims))
 
@@ -123,7 +124,7 @@ def init_adamw8bit(matrix: Tensor, group: Group) -> State:
 
 
 def adamw8bit(grad: Tensor, state: State, n: Numbers, spec: Spec) -> Move:
-    """AdamW on moments kept in 8 bits (core/eightbit.py), with a scale for every 256 of a row.
+    """AdamW on moments kept in 8 bits (core/eightbit.py), with a scale for up to 256 of a row.
 
     Codes are rounded stochastically whatever the group says of its weights: no average of 1,000 would move otherwise.
     """
@@ -136,8 +137,9 @@ def keep_codes(state: State, name: str, value: Tensor, usable: Tensor, n: Number
     """As ``keep``, for a moment in codes; a block of whole rows."""
     codes = state[name]
     encode = encode_mean if name == "exp_avg" else encode_square
-    new = encode(value, hash32(flat_index(codes, at), n.rounding[name]))
-    for old, fresh in zip((codes, state[name + OF_GROUP]), new, strict=True):
+    scale = state[name + OF_GROUP]
+    new = encode(value, hash32(flat_index(codes, at), n.rounding[name]), scale.shape[-1])
+    for old, fresh in zip((codes, scale), new, strict=True):
         here = part(local(old), at)
         here.copy_(torch.where(usable, fresh, here))
 
@@ -150,11 +152,16 @@ def init_scale(matrix: Tensor, group: Group) -> State:
 
 
 def look_scale(grad: Tensor, state: State, n: Numbers, spec: Spec) -> State:
-    """The norm of every row or column of what is to be normalised, as a mean square."""
+    """The mean square of every row or column of what is to be normalised."""
     dim = -1 if spec.normalize == "rows" else -2
     averages = {name: local(t) for name, t in state.items()}
-    squares = sums(lambda block, at: averaged(block, parts(averages, at), n).square(), grad, dim)
-    return {"mean_square": squares / grad.shape[dim]}
+
+    def squares(block: Tensor, at: Block) -> Tensor:
+        square = averaged(block, parts(averages, at), n).square()
+        # rows in two halves: torch 2.13 for CPUs cannot compile one sum over a row of what is written back, too
+        return square.reshape(*square.shape[:-1], 2, -1).sum(-1) if dim == -1 and square.shape[-1] % 2 == 0 else square
+
+    return {"mean_square": sums(squares, grad, dim) / grad.shape[dim]}
 
 
 def scale(grad: Tensor, state: State, n: Numbers, spec: Spec) -> Move:
@@ -206,9 +213,10 @@ def look_adafactor(grad: Tensor, state: State, n: Numbers, spec: Spec) -> State:
 
     def stepped(block: Tensor, at: Block) -> Tensor:
         here = parts(inverse, at)
-        return (block.float() * here["col_factor"] * here["row_factor"]).square()
+        step: Tensor = block.float() * here["col_factor"] * here["row_factor"]
+        return step.square()
 
-    rms = (sums(stepped, grad, -1, -2) / (rows * columns)).sqrt()
+    rms: Tensor = (sums(stepped, grad, -1, -2) / (rows * columns)).sqrt()
     inverse["row_factor"] = inverse["row_factor"] / (rms / CLIP).clamp(min=1.0)
     return {"exp_avg_sq_row": row, "exp_avg_sq_col": col, **inverse}
 

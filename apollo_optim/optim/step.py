@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from apollo_optim.core.blocks import Block, blocks, part
+from apollo_optim.core.eightbit import groups_of
 from apollo_optim.core.layout import aligned, flat_index, local, spread
 from apollo_optim.core.moments import Number, bias_corrections
 from apollo_optim.core.project import channel_view
@@ -16,7 +17,7 @@ from apollo_optim.core.write import write
 from apollo_optim.optim.knobs import Group
 
 State = dict[str, Any]
-LEAST_8BIT, LEAST_COLUMNS = 4096, 64  # fewer entries, in all or in a row, keep fp32 moments
+LEAST_8BIT = 4096  # matrices of fewer entries keep fp32 moments
 ROUNDED: tuple[Purpose, ...] = ("weight", "exp_avg", "exp_avg_sq")
 _KEYS = ("projection", "rounding")
 
@@ -97,13 +98,14 @@ def follows_rule(p: Tensor, group: Group) -> bool:
 def rest_of(p: Tensor, group: Group) -> str:
     """Which rule of rest.py ``p`` follows, where it does not follow its optimizer's: a matrix, what its group says.
 
-    What has no rows to normalise or to factor follows AdamW, and so does what is too small for 8-bit moments to save.
+    What has no rows to normalise or to factor follows AdamW, and so does what is too small for 8-bit moments to save,
+    or has rows that fall into no groups of one size.
     """
     rest: str = group.get("rest", "adamw")
     if rest == "apollo" or p.ndim < 2 or p.numel() == 0:
         return "adamw"
     columns = matrix_shape(tuple(p.shape), group.get("view"))[-1]
-    return "adamw" if rest == "adamw8bit" and (p.numel() < LEAST_8BIT or columns < LEAST_COLUMNS) else rest
+    return "adamw" if rest == "adamw8bit" and (p.numel() < LEAST_8BIT or not groups_of(columns)) else rest
 
 
 def as_matrix(t: Tensor, conv: bool) -> Tensor:
