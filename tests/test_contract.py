@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from low_bit import prepare
 from torch import Tensor, nn
 
 import apollo_optim
@@ -14,11 +15,9 @@ from apollo_optim import (
     AdamW,
     Apollo,
     InputError,
-    LowBitWeight,
     build_optimizer,
     describe,
     list_optimizers,
-    quantize_weights,
 )
 from apollo_optim.optim.groups import state_bytes
 
@@ -55,12 +54,8 @@ def make_model(dtype: torch.dtype = torch.float32) -> Model:
         return Model().to(dtype)
 
 
-BITS = {info.name: info.bits for info in list_optimizers()}
-
-
 def make(name: str, model: nn.Module, **knobs) -> torch.optim.Optimizer:
-    if BITS[name] and not any(isinstance(p, LowBitWeight) for p in model.parameters()):
-        quantize_weights(model, BITS[name], group_size=6, targets="mlp")
+    prepare(name, model)
     if name != "adamw":
         knobs = {"rank": 1 if "mini" in name else 2, **SHORT_GAP, **knobs}
     return build_optimizer(name, model, targets="mlp", **{"lr": 1e-2, **knobs})

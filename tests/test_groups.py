@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from low_bit import prepare
 from torch import nn
 
-from apollo_optim import InputError, build_optimizer, describe, list_optimizers, param_groups, quantize_weights
+from apollo_optim import InputError, build_optimizer, describe, list_optimizers, param_groups
 
 transformers = pytest.importorskip("transformers")
 
@@ -130,8 +131,7 @@ def test_convolutions_are_seen_as_matrices():
 @pytest.mark.parametrize("info", list_optimizers(), ids=lambda info: info.name)
 def test_every_registered_optimizer_is_built_by_name(info):
     model = llama()
-    if info.bits:
-        quantize_weights(model, info.bits)
+    prepare(info.name, model, targets=("attn", "mlp"))
     optimizer = build_optimizer(info.name, model, lr=5e-3, rest_lr=1e-3)
     assert type(optimizer) is info.cls
     assert {g["name"]: g["lr"] for g in optimizer.param_groups} == {

@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from low_bit import prepare
 from test_contract import assert_same, both_dtypes, every_optimizer, flat_state, snapshot
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
@@ -63,8 +64,9 @@ def make_model(dtype: torch.dtype = torch.float32, **kinds: bool) -> Model:
 
 
 def make(name: str, model: nn.Module, **knobs) -> MatrixOptimizer:
+    prepare(name, model)
     if name != "adamw":
-        knobs = {"rank": 1 if name == "apollo-mini" else 2, "update_proj_gap": 2, **knobs}
+        knobs = {"rank": 1 if "mini" in name else 2, "update_proj_gap": 2, **knobs}
     return build_optimizer(name, model, targets="mlp", **{"lr": 1e-2, "rest_lr": 3e-3, **knobs})
 
 

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from low_bit import prepare
 from test_contract import assert_same, flat_state, set_gradients, snapshot
 from torch import Tensor, nn
 
@@ -51,8 +52,9 @@ def make(name: str, rest: str, **knobs) -> tuple[Model, torch.optim.Optimizer]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Model().bfloat16()
+    prepare(name, model)
     if name != "adamw":
-        knobs = {"rank": 1 if name == "apollo-mini" else 4, "update_proj_gap": 3, **knobs}
+        knobs = {"rank": 1 if "mini" in name else 4, "update_proj_gap": 3, **knobs}
     return model, build_optimizer(name, model, targets="mlp", rest=rest, **{"lr": 1e-2, **knobs})
 
 
