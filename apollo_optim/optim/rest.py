@@ -216,7 +216,7 @@ def look_adafactor(grad: Tensor, state: State, n: Numbers, spec: Spec) -> State:
         step: Tensor = block.float() * here["col_factor"] * here["row_factor"]
         return step.square()
 
-    rms: Tensor = (sums(stepped, grad, -1, -2) / (rows * columns)).sqrt()
+    rms = (sums(stepped, grad, -1, -2) / (rows * columns)).sqrt()
     inverse["row_factor"] = inverse["row_factor"] / (rms / CLIP).clamp(min=1.0)
     return {"exp_avg_sq_row": row, "exp_avg_sq_col": col, **inverse}
 
