@@ -72,4 +72,4 @@ def decode_square(codes: Tensor, offset: Tensor) -> Tensor:
 
 def _grouped(t: Tensor, groups: int) -> Tensor:
     """(.., n) -> (.., groups, n / groups)."""
-    return t.reshape(*t.shape[:-1], groups, -1)
+    return t.reshape(*t.shape[:-1], groups, t.shape[-1] // groups)

@@ -159,7 +159,8 @@ def look_scale(grad: Tensor, state: State, n: Numbers, spec: Spec) -> State:
     def squares(block: Tensor, at: Block) -> Tensor:
         square = averaged(block, parts(averages, at), n).square()
         # rows in two halves: torch 2.13 for CPUs cannot compile one sum over a row of what is written back, too
-        return square.reshape(*square.shape[:-1], 2, -1).sum(-1) if dim == -1 and square.shape[-1] % 2 == 0 else square
+        halves = (*square.shape[:-1], 2, square.shape[-1] // 2)
+        return square.reshape(halves).sum(-1) if dim == -1 and square.shape[-1] % 2 == 0 else square
 
     return {"mean_square": sums(squares, grad, dim) / grad.shape[dim]}
 
