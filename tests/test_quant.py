@@ -167,16 +167,17 @@ def test_random_bits_are_those_of_the_global_position():
 
 
 def test_compiled_is_eager(monkeypatch):
+    """With a short last group, too: padding is what a compiler has got wrong elsewhere."""
     ends = []
     for compiled_from in (1 << 40, 0):
         monkeypatch.setattr(weight, "COMPILED_FROM", compiled_from)
-        w = LowBitWeight.from_float(matrix(8, 64, dtype=torch.bfloat16), 8, 16)
+        w = LowBitWeight.from_float(matrix(8, 60, dtype=torch.bfloat16), 8, 16)
         for t in range(3):
-            write(w, matrix(8, 64, seed=t, dtype=torch.bfloat16), lr=0.1, decay=0.1, t=t)
+            write(w, matrix(8, 60, seed=t, dtype=torch.bfloat16), lr=0.1, decay=0.1, t=t)
         ends.append(w)
     assert (ends[0].codes != ends[1].codes).float().mean() <= 1e-3
     torch.testing.assert_close(ends[0].scales, ends[1].scales, rtol=1e-2, atol=0)
-    assert (ends[0].codes - ends[1].codes).abs().max() <= 1
+    assert (ends[0].codes.int() - ends[1].codes.int()).abs().max() <= 1
 
 
 def test_rounding_to_nearest_is_refused():
