@@ -22,15 +22,12 @@ class Tally:
         self._changed, self._entries = torch.zeros((), dtype=torch.int64), 0
         self._product = self._square = torch.zeros((), dtype=torch.float64)
 
-    def add(self, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], intended_rn: Tensor) -> None:
-        """Count a block: codes and scales before and after, and the update it was to be, fp32."""
-        n = intended_rn.shape[-1]
-        before, after = (format.unpack(codes)[..., :n] for codes, _ in (old, new))
-        self._changed = self._changed + (before != after).sum()
-        self._entries += intended_rn.numel()
-        moved = format.dequantised(*new, n, torch.float32) - format.dequantised(*old, n, torch.float32)
-        self._product = self._product + (moved * intended_rn).sum(dtype=torch.float64)
-        self._square = self._square + intended_rn.square().sum(dtype=torch.float64)
+    def add(self, entries: int, changed: Tensor, product: Tensor, square: Tensor) -> None:
+        """Count a block: what ``measured`` said of it."""
+        self._entries += entries
+        self._changed = self._changed + changed
+        self._product = self._product + product.double()
+        self._square = self._square + square.double()
 
     @property
     def changed(self) -> float:
@@ -39,6 +36,23 @@ class Tally:
     @property
     def realised(self) -> float:
         return float(self._product / self._square)
+
+
+def measured(
+    old: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    tensor_rn: Tensor,
+    factor: Tensor,
+    usable: Tensor,
+    lr: Tensor,
+    weight_decay: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes changed, <moved, intended> and <intended, intended> of a block: codes and scales before and after."""
+    n = tensor_rn.shape[-1]
+    before, after = (format.unpack(codes)[..., :n] for codes, _ in (old, new))
+    old_rn, new_rn = (format.dequantised(*it, n, torch.float32) for it in (old, new))
+    intended = torch.where(usable, -lr * (weight_decay * old_rn + factor * tensor_rn.float()), 0.0)
+    return (before != after).sum(), ((new_rn - old_rn) * intended).sum(), intended.square().sum()
 
 
 @contextlib.contextmanager

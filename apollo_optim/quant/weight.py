@@ -10,14 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from apollo_optim.core.compile import can_compile, compiled
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.moments import Number
 from apollo_optim.core.random import Key
 from apollo_optim.quant import format
-from apollo_optim.quant.tally import Tally
+from apollo_optim.quant.tally import Tally, measured
 
 BLOCK = 1 << 15  # entries that an eager step works on at a time: some ten temporaries of it fit in a core's cache
 COMPILED_BLOCK = 1 << 18
@@ -114,13 +114,10 @@ class LowBitWeight(Tensor):
                     tuple(torch.as_tensor(word, dtype=torch.int32) for word in key),
                     self.bits,
                 )
-                step = _compiled_step(*_look(arguments)) if big else format.stepped
-                new = step(*arguments)
+                new = _ready(format.stepped, arguments, big)(*arguments)
                 if self.tally is not None:
-                    old_codes, old_scales, tensor_rn, part, taken, *_ = arguments
-                    old = format.dequantised(old_codes, old_scales, n, torch.float32)
-                    intended = -lr * (weight_decay * old + part * tensor_rn.float())
-                    self.tally.add((old_codes, old_scales), new, torch.where(taken, intended, 0.0))
+                    difference = (arguments[:2], new, *arguments[2:7])
+                    self.tally.add(update[here].numel(), *_ready(measured, difference, big)(*difference))
                 codes[matrix, here], scales[matrix, here] = new
 
     # --- as a tensor ---
@@ -249,15 +246,16 @@ def _blocks(rows: Tensor) -> list[slice]:
     return [slice(first, first + some) for first in range(0, len(rows), some)]
 
 
-def _look(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a compiled step is specialised on."""
-    return tuple((t.shape, t.stride(), t.dtype, t.device) if isinstance(t, Tensor) else None for t in arguments)
+def _ready(function: Callable[..., Any], arguments: tuple[Any, ...], big: bool) -> Callable[..., Any]:
+    """The function itself, or compiled for arguments that look like these."""
+    look = [(t.shape, t.stride(), t.dtype, t.device) for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+    return _compiled_for(function, *look) if big else function
 
 
 @functools.cache
-def _compiled_step(*look: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """One for every look of the arguments, and for the few models of a process that have it."""
-    return compiled(format.stepped)
+def _compiled_for(function: Callable[..., Any], *look: Any) -> Callable[..., Any]:
+    """One for every look, kept as long as the process."""
+    return compiled(function)
 
 
 def _per_matrix(t: "Number", like: Tensor) -> Tensor:
