@@ -34,6 +34,8 @@ optimizers = apollo_optim.list_optimizers()
 for info in optimizers:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.ReLU(), torch.nn.Linear(96, 8))
+    if info.bits:
+        apollo_optim.quantize_weights(model, info.bits, targets="*")
     optimizer = apollo_optim.build_optimizer(info.name, model, targets=("all-linear",))
     x, y = torch.randn(64, 48), torch.randint(8, (64,))
     losses = []
