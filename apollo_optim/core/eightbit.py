@@ -1,14 +1,12 @@
 """Eight-bit moments: a format for the mean and one for the square, each with a scale for up to 256 neighbours in a row.
 
-Both were chosen by the error of AdamW's update against fp32 moments, over 100 steps on real gradients (docs/rest.md).
-
 The *mean* is int8, the signed square root of the fraction of its group's largest entry: fine where most entries are.
 
 The *square* is uint8, a small float: an fp32's exponent and four leading bits of its mantissa, counted from an offset
 that the group shares. It stands under a root in a denominator, so a small one must not become 0 beside a large one
-(fractions of the largest do that: an update was wrong by a factor of 1,000), and it is an average of a thousand
-gradients: what has not changed must be written back exactly, whatever a neighbour did. A step is 3-6 % of a number, the
-range within a group 2^16; smaller squares are held at the lower end, which makes a step smaller, never larger.
+(fractions of the largest do that, and the update is nonsense), and it is an average of a thousand gradients: what has
+not changed must be written back exactly, whatever a neighbour did. A step is 3-6 % of a number, the range within a
+group 2^16; smaller squares are held at the lower end, which makes a step smaller, never larger.
 
 Rounding is stochastic, so that the mean of what is kept is what was meant: an average that moves by 0.1 % a step would
 otherwise never move.

@@ -2,7 +2,9 @@
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
 
 
 def as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -22,3 +24,8 @@ def matches(pattern: str, name: str) -> bool:
 def summary(names: Sequence[str], most: int = 60) -> str:
     """The names with their layer numbers as ``*``, each once: what there is to choose from."""
     return ", ".join(sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names})[:most])
+
+
+def with_matrices(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of the modules that hold a matrix themselves, from ``named_parameters(remove_duplicate=False)``."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name, p in parameters if p.ndim >= 2))

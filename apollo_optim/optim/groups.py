@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.names import as_tuple, matches, summary
+from apollo_optim.core.names import as_tuple, matches, summary, with_matrices
 from apollo_optim.core.storage import nbytes
 from apollo_optim.optim.base import MatrixOptimizer
 from apollo_optim.optim.knobs import RESTS, Group, check_parameter
@@ -159,16 +159,12 @@ def _kind(
 
 
 def _check_cover(targets: tuple[str, ...], exclude: tuple[str, ...], used: Counter[str], model: nn.Module) -> None:
-    modules = [name for name, module in model.named_modules() if _has_matrix(module)]
+    modules = with_matrices(model.named_parameters(remove_duplicate=False))
     # a second target may find all its modules taken by the first one: that is no typo
     idle = [t for t in targets if not used[t] and not any(matches(t, name) for name in modules)]
     idle += [pattern for pattern in exclude if not used[pattern]]
     if idle:
         raise InputError(f"{idle[0]!r} matches nothing in this model. Modules with matrices: {summary(modules)}")
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(p.ndim >= 2 for p in module.parameters(recurse=False))
 
 
 def _quarter(members: dict[tuple[str, bool, bool], list[tuple[str, Tensor]]]) -> int:

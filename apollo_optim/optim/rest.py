@@ -21,6 +21,7 @@ from apollo_optim.core.layout import aligned, flat_index, local, splits, summed,
 from apollo_optim.core.moments import Number, updated
 from apollo_optim.core.random import hash32
 from apollo_optim.core.scaling import TINY, full_norm
+from apollo_optim.core.storage import writes_itself
 from apollo_optim.core.write import write, write_block
 from apollo_optim.optim.knobs import Group
 from apollo_optim.optim.step import Numbers, Spec, State, as_matrix, keep
@@ -53,7 +54,7 @@ def advance_rest(rule: Rest, p: Tensor, grad: Tensor, state: State, n: Numbers, 
     seen = rule.look(grad, state, n, spec)
     held = {name: local(t) for name, t in state.items()} | seen
     key = n.rounding["weight"] if spec.stochastic else None
-    low_bit = hasattr(p, "_write_update_")  # such a weight writes itself, all of it at once
+    low_bit = writes_itself(p)  # all of it at once
     for at in [()] if low_bit else blocks(tuple(own.shape), whole=int(spec.rest != "adamw")):
         move = rule.step(part(own, at), parts(held, at), n, spec)
         if low_bit:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.names import as_tuple, matches, summary
+from apollo_optim.core.names import as_tuple, matches, summary, with_matrices
 from apollo_optim.core.storage import is_finite
 from apollo_optim.quant.format import TOP
 from apollo_optim.quant.weight import LowBitWeight
@@ -58,7 +58,7 @@ def choose_weights(model: nn.Module, targets: str | Sequence[str], exclude: str 
                     f"{name} and {other} are one weight, which cannot be low-bit: leave both out of targets"
                 )
             chosen.setdefault(module, {})[own] = name
-    modules = [name for name, module in model.named_modules() if _has_matrix(module)]
+    modules = with_matrices(model.named_parameters(remove_duplicate=False))
     for target in as_tuple(targets):
         if not any(matches(target, name) for name in modules):
             raise InputError(f"{target!r} matches nothing in this model. Modules with matrices: {summary(modules)}")
@@ -78,7 +78,3 @@ def quantize_module(module: nn.Module, chosen: Chosen, bits: int, group_size: in
             raise InputError(f"{name} is not finite: it cannot be quantised")
         weight = LowBitWeight.from_float(p.detach(), bits, group_size)
         module._parameters[own] = nn.Parameter(weight, p.requires_grad)
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(p.ndim >= 2 for p in module.parameters(recurse=False))

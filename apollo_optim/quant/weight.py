@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from apollo_optim.core.blocks import blocks
 from apollo_optim.core.compile import can_compile, compiled
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.moments import Number
@@ -66,12 +67,8 @@ class LowBitWeight(Tensor):
 
     @torch.no_grad()
     def _assign(self, value: Tensor) -> "LowBitWeight":
-        rows = _rows(value)
-        codes, scales = _rows(self.codes), _rows(self.scales)
-        for some in _blocks(rows):
-            new = format.quantised(rows[some], self.bits, self.group_size)
-            codes[some].copy_(new[0])
-            scales[some].copy_(new[1])
+        for at in blocks(tuple(value.shape), whole=1):
+            self.codes[at], self.scales[at] = format.quantised(value[at], self.bits, self.group_size)
         return self
 
     def _parts(self) -> dict[str, Tensor]:
@@ -99,6 +96,8 @@ class LowBitWeight(Tensor):
         factor, usable = (_per_matrix(t, tensor) for t in (factor, usable))
         codes, scales = (t.view(-1, rows, t.shape[-1]) for t in (self.codes, self.scales))
         position = torch.int32 if self.numel() < 1 << 31 else torch.int64
+        rates = [torch.as_tensor(number, dtype=torch.float32) for number in (lr, weight_decay)]
+        words = tuple(torch.as_tensor(word, dtype=torch.int32) for word in key)
         some = _rows_at_a_time(rows, n, COMPILED_BLOCK if big else BLOCK)
         for matrix, update in enumerate(tensor.reshape(-1, rows, n)):
             for first in range(0, some if self.is_meta else rows, some):  # there, one block shows what all take
@@ -109,9 +108,9 @@ class LowBitWeight(Tensor):
                     update[here],
                     factor[matrix, here] if factor.shape[1] > 1 else factor[matrix],
                     usable[matrix],
-                    *(torch.as_tensor(number, dtype=torch.float32) for number in (lr, weight_decay)),
+                    *rates,
                     torch.tensor((matrix * rows + first) * n, dtype=position),
-                    tuple(torch.as_tensor(word, dtype=torch.int32) for word in key),
+                    words,
                     self.bits,
                 )
                 new = _ready(format.stepped, arguments, big)(*arguments)
@@ -221,11 +220,6 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
     return [values.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
-def _rows(t: Tensor) -> Tensor:
-    """(.., m, n) -> (rows, n), a view."""
-    return t.view(-1, t.shape[-1]) if t.is_contiguous() else t.reshape(-1, t.shape[-1])
-
-
 def warm_up(shape: tuple[int, ...], dtype: torch.dtype, bits: int, group_size: int, device: torch.device) -> None:
     """Compile the step of weights of this shape before there is one: compilers take memory, too."""
     rows, n = shape[-2:]
@@ -239,11 +233,6 @@ def _rows_at_a_time(rows: int, n: int, block: int) -> int:
     """Rows of a block of about this many entries; if possible so many that the last block is a whole one, too."""
     most = min(rows, max(1, block // max(1, n)))
     return next((some for some in range(most, most // 2, -1) if rows % some == 0), most)
-
-
-def _blocks(rows: Tensor) -> list[slice]:
-    some = _rows_at_a_time(len(rows), rows.shape[-1], BLOCK)
-    return [slice(first, first + some) for first in range(0, len(rows), some)]
 
 
 def _ready(function: Callable[..., Any], arguments: tuple[Any, ...], big: bool) -> Callable[..., Any]:

@@ -74,7 +74,7 @@ def build_model(
         if quant.bits is not None:
             quantize_weights(model, quant.bits, quant.group_size, quant.targets, quant.exclude)
     else:
-        model = with_new_weights(cfg, config, quant)
+        model = with_new_weights(cfg, config, quant, to_train=True)
     if cfg.gradient_checkpointing:
         recompute(model)
     return model
@@ -109,14 +109,21 @@ def skeleton(cfg: ModelConfig, config: PretrainedConfig | None = None) -> PreTra
     return model
 
 
-def with_new_weights(cfg: ModelConfig, config: PretrainedConfig, quant: QuantConfig) -> PreTrainedModel:
-    """The model on the CPU, its weights drawn and, if `quant.bits`, quantised one module at a time."""
+def with_new_weights(
+    cfg: ModelConfig, config: PretrainedConfig, quant: QuantConfig, *, to_train: bool = False
+) -> PreTrainedModel:
+    """The model on the CPU, its weights drawn and, if `quant.bits`, quantised one module at a time.
+
+    `to_train`: the step of low-bit weights is compiled before they take memory.
+    """
     model = skeleton(cfg, config)
     finish = None
     if quant.bits is not None:
         chosen = choose_weights(model, quant.targets, quant.exclude)
-        for shape in {tuple(module._parameters[own].shape) for module, names in chosen.items() for own in names}:  # type: ignore[union-attr]
-            warm_up(shape, DTYPES[cfg.dtype], quant.bits, quant.group_size, torch.device("cpu"))
+        if to_train:
+            shapes = {tuple(module.get_parameter(own).shape) for module, names in chosen.items() for own in names}
+            for shape in sorted(shapes):  # the same order in every process
+                warm_up(shape, DTYPES[cfg.dtype], quant.bits, quant.group_size, torch.device("cpu"))
         finish = functools.partial(quantize_module, chosen=chosen, bits=quant.bits, group_size=quant.group_size)
     draw_weights(model, finish)
     return model
