@@ -1,12 +1,15 @@
 """The race: the same small LLaMA trained by every optimizer, each with the same budget for its learning rates.
 
     python -m apollo_optim.bench.race --out results/race/llama-4m
+    python -m apollo_optim.bench.race --methods apollo-bf16 apollo-int8 apollo-int4 --table
 
 The protocol:
 
 1. Search. Every method gets at most fifteen short runs (each a fifth of the horizon with its own full cosine and a
    quarter of warm-up, seed 0) over the learning rate of the matrices x that of the rest, *separately*: from the centres
-   below, by factors of two, always around the best pair so far, until no neighbour of it is better.
+   below, by factors of two, always around the best pair so far, until no neighbour of it is better. A variant of a
+   method (the same in bf16, in low-bit weights, with another rest) starts from that method's best pair and searches
+   only what ``METHODS`` says, or nothing.
 2. Final. The best pair of each method at full length with every seed. A seed fixes the initial weights and the order
    of the data, so that differences between methods are paired.
 
@@ -20,14 +23,47 @@ import shutil
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from apollo_optim.train.config import RunConfig
 
-CENTRES = {"adamw": (1e-3, 1e-2), "apollo": (1e-2, 1e-2), "apollo-mini": (1e-2, 1e-2)}
+
+@dataclass(frozen=True)
+class Method:
+    """What is raced: the optimizer, more keys of the run file, and how its two learning rates are found."""
+
+    optim: str
+    keys: dict[str, Any] = field(default_factory=dict)
+    centre: tuple[float, float] = (1e-2, 1e-2)
+    """Learning rates of matrices and rest that the search starts from."""
+    rates_of: str | None = None
+    """Start from that method's best pair instead."""
+    axes: tuple[str, ...] = ("lr", "rest_lr")
+    """What is searched."""
+
+
+BF16 = {"model.dtype": "bfloat16"}
+METHODS = {
+    "adamw": Method("adamw", centre=(1e-3, 1e-2)),
+    "apollo": Method("apollo"),
+    "apollo-mini": Method("apollo-mini"),
+    **{
+        f"{name}{tail}": Method(f"{q}{name}", BF16 | keys, rates_of=name, axes=())
+        for name in ("apollo", "apollo-mini")
+        for q, tail, keys in (("", "-bf16", {}), ("q-", "-int8", {}), ("q-", "-int4", {"quant.bits": 4}))
+    },
+    **{
+        f"apollo-rest-{rest}": Method("apollo", {"optim.rest": rest}, rates_of="apollo", axes=("rest_lr",))
+        for rest in ("adamw8bit", "adafactor", "scale", "apollo")
+    },
+    "apollo-sketch": Method("apollo", {"optim.proj": "sketch"}, rates_of="apollo", axes=()),
+    "apollo-d8": Method("apollo", {"optim.rank": 24}, rates_of="apollo", axes=()),
+    "apollo-d8-sketch": Method("apollo", {"optim.rank": 24, "optim.proj": "sketch"}, rates_of="apollo", axes=()),
+}
+DEFAULT = ("adamw", "apollo", "apollo-mini")
 SEARCH_WARMUP = 0.25  # a tenth of a short run is 14 steps: APOLLO-Mini at 1e-2 ends at 534 with them, at 294 with 35
 BUDGET = 15
 BATCH, SEQ_LEN, EVAL_TOKENS = 16, 256, 131_072
@@ -51,10 +87,10 @@ class Trial:
 
 
 def config_of(trial: Trial, out: Path) -> RunConfig:
-    cfg = RunConfig(out=str(out))
+    cfg, method = RunConfig(out=str(out)), METHODS[trial.method]
     cfg.model.name = trial.model
     cfg.data.source, cfg.data.seq_len, cfg.data.seed = "packages", SEQ_LEN, trial.seed
-    cfg.optim.name, cfg.optim.lr, cfg.optim.rest_lr = trial.method, trial.lr, trial.rest_lr
+    cfg.optim.name, cfg.optim.lr, cfg.optim.rest_lr = method.optim, trial.lr, trial.rest_lr
     cfg.optim.weight_decay, cfg.optim.seed = 0.0, trial.seed
     cfg.train.steps, cfg.train.batch_size, cfg.train.micro_batch = trial.steps, BATCH, 8
     cfg.schedule.warmup = trial.warmup
@@ -63,6 +99,9 @@ def config_of(trial: Trial, out: Path) -> RunConfig:
     cfg.eval.every, cfg.eval.tokens = 175, EVAL_TOKENS  # a search run is evaluated at its end alone
     cfg.checkpoint.every, cfg.checkpoint.keep = 100, 1
     cfg.log.display = "none"
+    for key, value in method.keys.items():
+        section, name = key.split(".")
+        setattr(getattr(cfg, section), name, value)
     return cfg
 
 
@@ -115,22 +154,34 @@ class Race:
         return float(self.done[trial]["loss"])
 
 
-def search(race: Race, model: str, steps: int, methods: list[str]) -> dict[str, Trial]:
+def start_of(method: str, rates: Race, model: str, steps: int) -> Trial:
+    """The short run that a method's search begins with."""
+    other = METHODS[method].rates_of
+    if other is None:
+        return Trial(model, method, *METHODS[method].centre, 0, steps, SEARCH_WARMUP)
+    known = [trial for trial in rates.done if trial.method == other and trial.warmup == SEARCH_WARMUP]
+    if not known:
+        raise SystemExit(f"{method} starts from the best rates of {other}, which {rates.log} does not have: race it")
+    best = min(known, key=rates.loss)
+    return Trial(model, method, best.lr, best.rest_lr, 0, steps, SEARCH_WARMUP)
+
+
+def search(race: Race, starts: dict[str, Trial]) -> dict[str, Trial]:
     """The best pair of learning rates of each method, after ``BUDGET`` short runs or when no neighbour is better."""
-    tried: dict[str, list[Trial]] = {method: [] for method in methods}
+    tried: dict[str, list[Trial]] = {method: [] for method in starts if METHODS[method].axes}
 
     def moves(method: str) -> list[Trial]:
         if not tried[method]:
-            return [Trial(model, method, *CENTRES[method], 0, steps, SEARCH_WARMUP)]
+            return [starts[method]]
         best = min(tried[method], key=race.loss)
-        around = [replace(best, **{axis: getattr(best, axis) * f}) for axis in ("lr", "rest_lr") for f in (2.0, 0.5)]
+        around = [replace(best, **{axis: getattr(best, axis) * f}) for axis in METHODS[method].axes for f in (2.0, 0.5)]
         return [trial for trial in around if trial not in tried[method]][: min(2, BUDGET - len(tried[method]))]
 
-    while batch := {method: trials for method in methods if (trials := moves(method))}:
+    while batch := {method: trials for method in tried if (trials := moves(method))}:
         race.run([trial for trials in batch.values() for trial in trials])
         for method, trials in batch.items():
             tried[method] += trials
-    return {method: min(tried[method], key=race.loss) for method in methods}
+    return starts | {method: min(trials, key=race.loss) for method, trials in tried.items()}
 
 
 def table(race: Race, finals: dict[str, list[Trial]]) -> str:
@@ -155,10 +206,10 @@ def table(race: Race, finals: dict[str, list[Trial]]) -> str:
     return "\n".join(lines)
 
 
-def finished(race: Race, steps: int) -> dict[str, list[Trial]]:
+def finished(race: Race, steps: int, methods: list[str]) -> dict[str, list[Trial]]:
     """The final runs there are, those seeds that every method has."""
     trials = sorted((trial for trial in race.done if trial.steps == steps), key=lambda trial: trial.seed)
-    finals = {method: [trial for trial in trials if trial.method == method] for method in CENTRES}
+    finals = {method: [trial for trial in trials if trial.method == method] for method in methods}
     if not all(finals.values()):
         raise SystemExit(f"{race.log} holds no final run yet of {', '.join(m for m, t in finals.items() if not t)}")
     seeds = set.intersection(*({trial.seed for trial in done} for done in finals.values()))
@@ -170,7 +221,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/race/llama-4m"), help="where results are kept")
     parser.add_argument("--work", type=Path, default=Path("out/race"), help="where unfinished runs live")
     parser.add_argument("--model", default="llama-4m")
-    parser.add_argument("--methods", nargs="+", default=list(CENTRES), choices=list(CENTRES))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(DEFAULT),
+        choices=list(METHODS),
+        metavar="METHOD",
+        help=f"the first is what the others are compared to; of {', '.join(METHODS)}",
+    )
+    parser.add_argument("--rates", type=Path, help="another race, whose best rates variants start from (--out's own)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -178,9 +237,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     race = Race(args.out, args.work, args.jobs)
     if args.table:
-        print(table(race, finished(race, args.steps)))
+        print(table(race, finished(race, args.steps, args.methods)))
         return 0
-    best = search(race, args.model, args.steps // 5, args.methods)
+    rates = Race(args.rates, args.work, args.jobs) if args.rates else race
+    best = search(race, {m: start_of(m, rates, args.model, args.steps // 5) for m in args.methods})
     finals = {
         method: [Trial(args.model, method, trial.lr, trial.rest_lr, seed, args.steps) for seed in args.seeds]
         for method, trial in best.items()
@@ -188,7 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     # seed by seed, so that a race cut short has compared all methods on the seeds it reached
     race.run([trials[i] for i in range(len(args.seeds)) for trials in finals.values()], keep_log=True)
     text = table(race, finals)
-    (args.out / "table.md").write_text(text + "\n")
+    if args.methods == list(DEFAULT):
+        (args.out / "table.md").write_text(text + "\n")
     print(text)
     return 0
 
