@@ -58,7 +58,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@$(SAY) "racing the optimizers (hours on two cores; Ctrl-C is safe, the same command goes on)"
-	$(BIN)/python -m apollo_optim.bench.race $(BENCH_ARGS)
+	$(BIN)/apollo-optim bench race $(BENCH_ARGS)
 
 docs: $(VENV)/.dev
 	@$(SAY) "building the documentation"

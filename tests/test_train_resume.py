@@ -213,9 +213,9 @@ def test_sigterm_ends_a_process_that_has_saved(tmp_path):
 
 
 def test_kill_9_at_random_and_during_a_save(tmp_path, capsys, monkeypatch):
-    """The protocol of `python -m apollo_optim.bench.kill`, with two kills."""
+    """The protocol of `apollo-optim bench kill`, with two kills."""
     cfg = tiny(tmp_path, model={"dtype": "bfloat16"}, train={"steps": 24}, checkpoint={"every": 3})
     monkeypatch.setattr(kill, "fingerprint", str)
-    assert kill.main(2, 1, configs={"bfloat16": cfg}) == 0
+    assert kill.compare(2, 1, configs={"bfloat16": cfg}) == 0
     assert "2 of 2" in capsys.readouterr().out
     assert Path(cfg.out).exists() is False

@@ -1,6 +1,6 @@
 """Kill runs with `kill -9` at random moments, some of them in the middle of a save, resume them, compare to the bit.
 
-    python -m apollo_optim.bench.kill [--runs 10] [--during-save 3]
+    apollo-optim bench kill [--runs 10] [--during-save 3]
 
 Two runs are never stopped: one in float32 (APOLLO), one in bfloat16 (APOLLO-Mini), both with dropout, so that random
 numbers matter. Every killed run is one of these two. Afterwards step, tokens, loss, lr, gradient norm and evaluations
@@ -90,7 +90,7 @@ def two_runs(steps: int) -> dict[str, RunConfig]:
     }
 
 
-def main(
+def compare(
     runs: int = 10, during_save: int = 3, *, seed: int = 0, steps: int = 60, configs: dict[str, RunConfig] | None = None
 ) -> int:
     """The whole protocol; prints a table and returns the exit code."""
@@ -214,16 +214,18 @@ def expect(true: bool, message: str) -> None:
         raise SystemExit(f"error: {message}")
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "apollo-optim bench kill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--during-save", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    return compare(options.runs, options.during_save, seed=options.seed, steps=options.steps)
 
 
 if __name__ == "__main__":
-    options = arguments()
-    raise SystemExit(main(options.runs, options.during_save, seed=options.seed, steps=options.steps))
+    raise SystemExit(main())

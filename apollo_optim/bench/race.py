@@ -1,7 +1,7 @@
 """The race: the same small LLaMA trained by every optimizer, each with the same budget for its learning rates.
 
-    python -m apollo_optim.bench.race --out results/race/llama-4m
-    python -m apollo_optim.bench.race --methods apollo-bf16 apollo-int8 apollo-int4 --table
+    apollo-optim bench race --out results/race/llama-4m
+    apollo-optim bench race --methods apollo-bf16 apollo-int8 apollo-int4 --table
 
 The protocol:
 
@@ -22,6 +22,7 @@ import json
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -216,8 +217,10 @@ def finished(race: Race, steps: int, methods: list[str]) -> dict[str, list[Trial
     return {method: [trial for trial in done if trial.seed in seeds] for method, done in finals.items()}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "apollo-optim bench race", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/race/llama-4m"), help="where results are kept")
     parser.add_argument("--work", type=Path, default=Path("out/race"), help="where unfinished runs live")
     parser.add_argument("--model", default="llama-4m")

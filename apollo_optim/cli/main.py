@@ -19,6 +19,7 @@ COMMANDS = {
     "optimizers": "list the optimizers, their defaults and their papers",
     "sample": "let a trained model write text",
     "report": "draw loss and memory of one run or several, and print the table",
+    "bench": "measure speed, memory and quality against other optimizers",
     "export": "write a checkpoint as a Hugging Face directory",
 }
 
