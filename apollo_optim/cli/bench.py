@@ -1,4 +1,4 @@
-"""`apollo-optim bench`: the measurements behind the claims, each a module of `apollo_optim.bench` with its own --help."""
+"""`apollo-optim bench`: measurements behind the claims, each a module of `apollo_optim.bench` with its own --help."""
 
 import importlib
 from collections.abc import Sequence
