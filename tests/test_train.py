@@ -316,7 +316,8 @@ def test_a_run_leaves_its_log_checkpoints_and_a_model_that_transformers_opens(do
     (real,) = records(done, "memory")
     assert real["gradients"] == real["weights"] == end["memory"]["gradients"]
     assert real["optimizer"] == end["memory"]["optimizer"] > 0
-    assert end["memory"]["peak"] > 10**8
+    assert list(start["baseline"]) == ["imports", "data"]
+    assert all(10**8 < size < end["memory"]["peak"] for size in start["baseline"].values())
     assert sorted(path.name for path in (done / "checkpoints").iterdir()) == [
         "latest",
         "step-00000004",

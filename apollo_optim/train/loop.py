@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import math
 import os
 import random
@@ -89,6 +90,8 @@ class Job:
     data: Data
     released: Released | None = None
     """The step inside the backward pass, if `train.release`."""
+    baseline: dict[str, int] = field(default_factory=dict)
+    """Bytes resident before there was a model: after the imports, and with the text open."""
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -211,7 +214,10 @@ def build(cfg: RunConfig, run: Path) -> Job:
     device = choose_device(cfg)
     if cfg.train.release and device.type == "cpu":
         measure.give_back_memory()
+    importlib.import_module("transformers.modeling_utils")  # what the model would import, to be counted without it
+    baseline = {"imports": measure.resident_memory()}
     data = open_data(cfg.data)
+    baseline["data"] = measure.resident_memory()
     torch.manual_seed(cfg.train.seed)
     random.seed(cfg.train.seed)
     model = build_model(cfg.model, usable_vocabulary(data.tokenizer), cfg.data.seq_len, data.tokenizer, low_bit(cfg))
@@ -221,7 +227,7 @@ def build(cfg: RunConfig, run: Path) -> Job:
         model.compile()  # in place: the names of the parameters stay
     optimizer = make_optimizer(cfg.optim, model)
     released = release(model, optimizer, clip=cfg.train.clip_tensor) if cfg.train.release else None
-    return Job(cfg, run, device, model, optimizer, data, released)
+    return Job(cfg, run, device, model, optimizer, data, released, baseline)
 
 
 def choose_device(cfg: RunConfig) -> torch.device:
@@ -330,6 +336,7 @@ def introduce(job: Job, metrics: Metrics, display: Display, resumed_from: int | 
         hardware=measure.hardware(job.device),
         params=parameters,
         memory=measure.memory(job.model, job.optimizer),
+        baseline=job.baseline,
         resumed_from=resumed_from,
     )
     display.note(f"{parameters:,} parameters in {job.cfg.model.dtype} on {job.device}; results in {job.run}")

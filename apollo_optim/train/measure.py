@@ -54,13 +54,27 @@ def give_back_memory() -> bool:
 
 def peak_memory() -> int:
     """The most memory this process ever had resident, in bytes (VmHWM on Linux)."""
+    return _status("VmHWM") or _most_so_far()
+
+
+def resident_memory() -> int:
+    """The memory this process has resident now, in bytes (VmRSS on Linux; elsewhere the most it had so far)."""
+    return _status("VmRSS") or _most_so_far()
+
+
+def _status(key: str) -> int | None:
+    """A line of Linux's account of this process, in bytes."""
     try:
         with open("/proc/self/status", encoding="ascii") as status:
             for line in status:
-                if line.startswith("VmHWM:"):
+                if line.startswith(f"{key}:"):
                     return int(line.split()[1]) * 1024
     except OSError:
         pass  # not Linux
+    return None
+
+
+def _most_so_far() -> int:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
