@@ -317,15 +317,15 @@ def mutants() -> Found:
         for row in compare(fsdp(2), "apollo gaussian"):
             yield "rank in the seed", row
     with (
-        mock.patch("apollo_optim.core.write.flat_index", by_local_position),
-        mock.patch("apollo_optim.optim.rest.flat_index", by_local_position),
+        mock.patch("apollo_optim.core.write.rounding_noise", by_local_position),
+        mock.patch("apollo_optim.optim.rest.rounding_noise", by_local_position),
     ):
         for row in compare(fsdp(2), "apollo gaussian", torch.bfloat16):
             yield "bits by local position", row
 
 
-def by_local_position(t: Tensor, at: Block = ()) -> Tensor:
-    return layout.flat_index(layout.local(t), at)
+def by_local_position(t: Tensor, key: hashing.Key, at: Block = ()) -> Tensor:
+    return layout.rounding_noise(layout.local(t), key, at)
 
 
 def non_finite() -> Found:

@@ -10,7 +10,7 @@ from torch import nn
 
 from apollo_optim import AdamW, Apollo, ApolloMini
 from apollo_optim.core.project import channel_view, down, random_basis, svd_basis
-from apollo_optim.core.random import hash32, key_at, mix_seed, normal_pairs, signs, uniform
+from apollo_optim.core.random import dither, hash32, key_at, mix_seed, normal_pairs, signs, uniform
 from apollo_optim.core.rounding import round_stochastically
 from apollo_optim.core.scaling import limit_growth
 
@@ -248,7 +248,7 @@ def test_the_mean_of_stochastic_rounding_is_the_number():
     n = 1 << 16
     for value in (1.001, -3.1415927, 1e-3, 2.0**-20 * 1.3):
         x = torch.full((n,), value)
-        rounded = round_stochastically(x, hash32(torch.arange(n), KEY))
+        rounded = round_stochastically(x, noise(256, 256).flatten())
         assert rounded.dtype is torch.bfloat16
         neighbours = rounded.float().unique()
         assert len(neighbours) == 2
@@ -258,11 +258,55 @@ def test_the_mean_of_stochastic_rounding_is_the_number():
 
 def test_what_needs_no_rounding_is_not_rounded():
     exact = torch.tensor([0.0, -0.0, 1.0, -1.5, math.inf, -math.inf, 2.0**-130, 3.3895314e38])
-    bits = torch.full(exact.shape, -1, dtype=torch.int32)
-    assert torch.equal(round_stochastically(exact, bits).float(), exact.to(torch.bfloat16).float())
+    most = torch.full(exact.shape, 1 - 2.0**-16)
+    assert torch.equal(round_stochastically(exact, most).float(), exact.to(torch.bfloat16).float())
     nan = torch.tensor([math.nan]), torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
     for x in nan:
-        assert round_stochastically(x, bits[:1]).isnan().all()
+        assert round_stochastically(x, most[:1]).isnan().all()
+
+
+def test_compiled_rounding_is_the_same_rounding():
+    """Compiled for a CPU it works on numbers instead of bits: the same for every number a weight can be."""
+    draw = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-100, 90, (100_000,), generator=draw)
+    random = torch.randn(100_000, generator=draw) * 2.0**exponents
+    powers = 2.0 ** torch.arange(-110, 96)
+    edges = [t for power in (powers, -powers) for t in (power, power * (1 - 2.0**-24), power * (1 + 2.0**-23))]
+    x = torch.cat([random, *edges, torch.tensor([0.0, math.inf, -math.inf, 2.0**127])])
+    noises = noise(1, len(x)).flatten(), torch.zeros(len(x)), torch.full((len(x),), 1 - 2.0**-16)
+    compiled = torch.compile(round_stochastically, fullgraph=True)
+    for u in noises:
+        assert torch.equal(compiled(x, u), round_stochastically(x, u))
+    assert compiled(torch.full((4,), math.nan), torch.zeros(4)).isnan().all()
+
+
+def noise(m: int, n: int, key: tuple[int, int] = KEY) -> torch.Tensor:
+    return dither(torch.arange(m, dtype=torch.int32), torch.arange(n, dtype=torch.int32), key)
+
+
+def test_dither_is_uniform_and_entries_are_independent_in_pairs():
+    """Over 4,000 keys: each entry's mean and variance, and the correlation of neighbours in row, column and across."""
+    draws = torch.stack([noise(4, 5, key_at(3, "weight", t)) for t in range(4000)]).double()
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert torch.equal(draws, (draws * 2**16).round() / 2**16)
+    centred = draws - 0.5
+    assert (centred.mean(0).abs() < 5 * math.sqrt(1 / 12 / 4000)).all()
+    assert ((centred**2).mean(0) - 1 / 12).abs().max() < 5 * math.sqrt(1 / 180 / 4000)
+    flat = centred.flatten(1)
+    correlation = (flat.T @ flat / 4000 * 12).fill_diagonal_(0)
+    assert correlation.abs().max() < 5 / math.sqrt(4000)
+
+
+def test_dither_belongs_to_the_position():
+    """In parts and compiled: the same."""
+    whole = noise(40, 70)
+    rows, columns = torch.arange(40, dtype=torch.int32), torch.arange(70, dtype=torch.int32)
+    assert torch.equal(dither(rows[10:20], columns[30:], KEY), whole[10:20, 30:])
+    assert torch.equal(torch.compile(dither, fullgraph=True)(rows, columns, KEY), whole)
+    as_tensors = tuple(torch.tensor(word, dtype=torch.int32) for word in KEY)
+    assert torch.equal(dither(rows, columns, as_tensors), whole)
+    assert whole[:2, :3].tolist() == GOLDEN["dither"]
 
 
 def test_small_updates_reach_a_bf16_weight():
@@ -293,6 +337,10 @@ def test_bf16_moments_decay():
 
 
 GOLDEN = {
+    "dither": [
+        [0.1177825927734375, 0.52520751953125, 0.7568206787109375],
+        [0.1781768798828125, 0.573150634765625, 0.2918243408203125],
+    ],
     "mix_seed(0, 0)": 6017775124710473527,
     "mix_seed(7, 41)": 507207032534846950,
     "keys": {

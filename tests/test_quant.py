@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apollo_optim import InputError, LowBitWeight, build_optimizer, quantize_weights
-from apollo_optim.core.random import hash32, key_at
+from apollo_optim.core.random import dither, key_at
 from apollo_optim.core.storage import is_finite, nbytes, parts
 from apollo_optim.quant import format, tallied, weight
 
@@ -154,15 +154,15 @@ def test_blocks_do_not_change_the_result(bits, monkeypatch):
 
 
 def test_random_bits_are_those_of_the_global_position():
-    """A step to halfway between two codes goes up exactly where the hash says so: a format, not a stream."""
+    """A step to halfway between two codes goes up exactly where the dither says so: a format, not a stream."""
     w = LowBitWeight.from_float(torch.full((3, 8), 127.0), 8, 8)
     w.codes.zero_()
     w.codes[:, 0] = 100  # keeps the scale, which is 1
     update = torch.full((3, 8), -0.5)
     update[:, 0] = 0
     write(w, update)
-    bits = hash32(torch.arange(24), key_at(7, "weight", 1)).view(3, 8)
-    up = ((bits >> 8) & 0xFFFFFF) < 1 << 23
+    rows, columns = torch.arange(3, dtype=torch.int32), torch.arange(8, dtype=torch.int32)
+    up = dither(rows, columns, key_at(7, "weight", 1)) < 0.5
     assert torch.equal(w.codes[:, 1:], up[:, 1:].to(torch.int8))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from apollo_optim.core.blocks import Block
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.random import Key, dither
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -48,17 +49,24 @@ def offsets(t: Tensor) -> tuple[int, ...]:
     return tuple(compute_local_shape_and_global_offset(t.shape, mesh, placements)[1])
 
 
-def flat_index(t: Tensor, at: Block = ()) -> Tensor:
+def flat_index(t: Tensor, at: Block = (), dims: slice = slice(None)) -> Tensor:
     """The global flat position of every element of this rank's part, or of one block ``at`` of that part.
 
-    It is what the rounding bits are drawn for.
+    With ``dims``: in a tensor of these dimensions of it alone.
     """
-    dtype = torch.int32 if prod(t.shape) < 1 << 31 else torch.int64
+    everywhere = t.shape[dims]
+    dtype = torch.int32 if prod(everywhere) < 1 << 31 else torch.int64
+    cut = [(s.start, s.stop) for s in at] + [(0, size) for size in local(t).shape[len(at) :]]
     index = torch.zeros((), dtype=dtype, device=t.device)
-    for dim, (start, here, everywhere) in enumerate(zip(offsets(t), local(t).shape, t.shape, strict=True)):
-        first, last = (at[dim].start, at[dim].stop) if dim < len(at) else (0, here)
-        index = index[..., None] * everywhere + torch.arange(start + first, start + last, dtype=dtype, device=t.device)
+    for start, (first, last), size in zip(offsets(t)[dims], cut[dims], everywhere, strict=True):
+        index = index[..., None] * size + torch.arange(start + first, start + last, dtype=dtype, device=t.device)
     return index
+
+
+def rounding_noise(t: Tensor, key: Key, at: Block = ()) -> Tensor:
+    """``dither`` of this rank's part of ``t``, or of one block ``at`` of it: an entry's is its own wherever it lies."""
+    noise = dither(flat_index(t, at, slice(-1)), flat_index(t, at, slice(-1, None)), key)
+    return noise if t.ndim else noise.view(())
 
 
 def zeros(shape: tuple[int, ...], view_ck: Tensor, dtype: torch.dtype) -> Tensor:

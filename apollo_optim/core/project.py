@@ -18,10 +18,12 @@ from torch import Tensor
 
 from apollo_optim.core import layout
 from apollo_optim.core.blocks import Block, by_rows
-from apollo_optim.core.random import Key, normal_pairs, signs
+from apollo_optim.core.random import Key, in_memory, normal_pairs, signs
+from apollo_optim.core.scaling import channel_norms
 
 Projection = Literal["gaussian", "sketch", "rademacher", "svd"]
 PROJECTIONS: tuple[str, ...] = get_args(Projection)
+_PART = 8
 
 
 def channel_view(t: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ def random_basis(view_ck: Tensor, rank: int, proj: str, key: Key) -> Tensor:
         return torch.arange(stack * n, dtype=torch.int64, device=view_ck.device)
 
     if proj == "sketch":
-        return signs(positions(k), key).view(*batch, k)
+        return in_memory(signs(positions(k), key).view(*batch, k))
     if proj == "rademacher":
         return signs(positions(k * rank), key).view(*batch, k, rank) / math.sqrt(rank)
     half = (k * rank + 1) // 2  # each hash pair gives two normals: one for either half of a matrix
@@ -78,6 +80,26 @@ def down(grad_ck: Tensor, basis: Tensor, rank: int) -> Tensor:
         return by_rows(rows, part)
 
     return layout.projected(grad_ck, rank, product)
+
+
+def down_and_norms(grad_ck: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``down`` and ``channel_norms`` of a gradient, compiled from one pass over it where that is possible."""
+    if not torch.compiler.is_compiling():
+        return down(grad_ck, basis, rank), channel_norms(grad_ck)
+    grad = grad_ck.float()
+    if basis.ndim < grad_ck.ndim:
+        low_cr = _bucket_sums(grad * basis.unsqueeze(-2), 0, rank)
+        return low_cr, _bucket_sums(grad.square(), 0, rank).sum(-1, keepdim=True).sqrt()
+    low_cr = _row_sums(grad * basis.mT) if rank == 1 else down(grad_ck, basis, rank)
+    return low_cr, _row_sums(grad.square()).sqrt()
+
+
+def _row_sums(t: Tensor) -> Tensor:
+    """(.., c, k) -> (.., c, 1). Of a transpose in parts: the compiled loop goes down a few rows at a time."""
+    *batch, k = t.shape
+    if t.stride(-1) == 1 or k % _PART:
+        return t.sum(-1, keepdim=True)
+    return t.reshape(*batch, k // _PART, _PART).sum(-1).sum(-1, keepdim=True)
 
 
 def _bucket_sums(signed_ck: Tensor, first: int, rank: int) -> Tensor:

@@ -70,6 +70,27 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
+def dither(rows: Tensor, columns: Tensor, key: Key) -> Tensor:
+    """What stochastic rounding adds to every entry (.., m, n) of a matrix: uniform in [0, 1) in steps of 2^-16, fp32.
+
+    ``rows`` (.., m) and ``columns`` (n), int32: global positions. Not a hash for each entry, which would cost more than
+    the step it rounds, but one for each row and column: u_ij = frac(a_i t_j + b_i). As a_i is odd, every u_ij is
+    uniform and any two are independent, so that errors of rounding add up as if all were. All of it is exact in fp32.
+    """
+    key0, key1 = key
+    column, row = hash32(columns, key), hash32(rows, (key1, key0))
+    t_n = in_memory(_shift(column, 16).float() * 2.0**-16)
+    a_m1 = in_memory((row & 0x3F) * 2.0 + 1.0).unsqueeze(-1)  # odd numbers below 128: 23 bits with t's
+    b_m1 = in_memory(_shift(row, 16).float() * 2.0**-16).unsqueeze(-1)
+    u_mn = t_n * a_m1 + b_m1
+    return u_mn - u_mn.floor()
+
+
+def in_memory(t: Tensor) -> Tensor:
+    """``t``, which a compiler would otherwise compute again for every entry that it is combined with."""
+    return t.as_strided(t.shape, t.stride()) if torch.compiler.is_compiling() else t
+
+
 def signs(index: Tensor, key: Key) -> Tensor:
     """+1.0 or -1.0 for every index, fp32: the hash's top bit."""
     return 1.0 - 2.0 * _shift(hash32(index, key), 31).float()

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from apollo_optim.core.blocks import blocks, part
-from apollo_optim.core.layout import flat_index, local, spread
+from apollo_optim.core.layout import local, rounding_noise, spread
 from apollo_optim.core.moments import Number
-from apollo_optim.core.random import Key, hash32
+from apollo_optim.core.random import Key
 from apollo_optim.core.rounding import store
 from apollo_optim.core.storage import writes_itself
 
@@ -27,9 +27,9 @@ def write(
     factor = local(spread(factor, tensor)) if isinstance(factor, Tensor) else factor
     usable = local(spread(usable, tensor))
     for at in blocks(tuple(own.shape), whole=int(weight.ndim != own.ndim)):
-        bits = hash32(flat_index(tensor, at), key) if key and p.dtype is torch.bfloat16 else None
+        noise = rounding_noise(tensor, key, at) if key and p.dtype is torch.bfloat16 else None
         here = part(factor, at) if isinstance(factor, Tensor) else factor
-        write_block(part(weight, at), part(own, at), here, part(usable, at), lr, weight_decay, bits)
+        write_block(part(weight, at), part(own, at), here, part(usable, at), lr, weight_decay, noise)
 
 
 def write_block(
@@ -39,9 +39,9 @@ def write_block(
     usable: Tensor,
     lr: Number,
     weight_decay: Number,
-    bits: Tensor | None,
+    noise: Tensor | None,
 ) -> None:
     """The arithmetic of ``write``, of one block of plain tensors. ``weight`` may be ``tensor``'s unflattened form."""
     old = weight.reshape(tensor.shape).float()
     stepped = torch.where(usable, old * (1 - lr * weight_decay) - tensor.float() * (factor * lr), old)
-    store(weight, stepped.view(weight.shape), None if bits is None else bits.view(weight.shape))
+    store(weight, stepped.view(weight.shape), None if noise is None else noise.view(weight.shape))

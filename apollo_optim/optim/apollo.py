@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apollo_optim.core import layout
 from apollo_optim.core.moments import updated
-from apollo_optim.core.project import down, random_basis, svd_basis
+from apollo_optim.core.project import down_and_norms, random_basis, svd_basis
 from apollo_optim.core.scaling import channel_norms, limit_growth, ratio, tensor_norm
 from apollo_optim.optim.base import MatrixOptimizer
 from apollo_optim.optim.knobs import KNOBS, Group
@@ -117,11 +117,11 @@ class Apollo(MatrixOptimizer):
     def direction(cls, grad_ck: Tensor, state: State, n: Numbers, spec: Spec) -> Step:
         """Algorithm 1 of the paper, with the limiter folded into one factor per channel (or per tensor)."""
         basis_kr = cls.basis(grad_ck, state, n, spec)
-        low_cr = down(grad_ck, basis_kr, spec.rank)
+        low_cr, grad_c1 = down_and_norms(grad_ck, basis_kr, spec.rank)
         exp_avg, exp_avg_sq = updated(low_cr, state["exp_avg"], state["exp_avg_sq"], n.new1, n.new2)
         adam_cr = exp_avg / (exp_avg_sq.sqrt() + n.eps)
 
-        grad_c1, low_c1, adam_c1 = channel_norms(grad_ck), channel_norms(low_cr), channel_norms(adam_cr)
+        low_c1, adam_c1 = channel_norms(low_cr), channel_norms(adam_cr)
         if spec.tensorwise:
             factor = ratio(tensor_norm(adam_c1), tensor_norm(low_c1))[..., None, None]
         else:

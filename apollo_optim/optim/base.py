@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from apollo_optim.core import layout
-from apollo_optim.core.compile import can_compile, compiled
+from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.project import channel_view
 from apollo_optim.core.random import mix_seed
-from apollo_optim.core.storage import writes_itself
+from apollo_optim.optim.fast import Graphs, advance_compiled
 from apollo_optim.optim.knobs import Group, check_group, decide_rank
 from apollo_optim.optim.rest import RULES, advance_rest
 from apollo_optim.optim.step import (
@@ -38,7 +38,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], defaults: Group, *, compile: bool = False) -> None:
         self.compile = compile
-        self._compiled: dict[Any, Callable[..., None]] = {}
+        self._compiled: Graphs = {}
         super().__init__(*decide_rank(params, defaults, type(self).__name__))
 
     @classmethod
@@ -79,16 +79,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"].item())  # on the CPU: no device waits for it
         spec, numbers = spec_of(p, group, step), numbers_of(p, group, step, state["seed"])
-        run: Callable[..., None] = advance if spec.rule else advance_rest
-        rule = self.direction if spec.rule else RULES[spec.rest]
+        rule: Any = self.direction if spec.rule else RULES[spec.rest]
         tensors = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
-        plain = not (layout.is_sharded(p) or writes_itself(p))
-        if self.compile and plain and can_compile(p.device.type):
-            dtypes = (t.dtype for t in (p, grad, *tensors.values()))
-            key = (p.shape, p.stride(), grad.stride(), p.device, spec, *dtypes)
-            run = self._compiled.get(key) or self._compiled.setdefault(key, compiled(run))
-            numbers = numbers.as_tensors()
-        run(rule, p, grad, tensors, numbers, spec)
+        if self.compile and not layout.is_sharded(p) and can_compile(p.device.type):
+            advance_compiled(self._compiled, rule, p, grad, tensors, numbers, spec)
+        else:
+            (advance if spec.rule else advance_rest)(rule, p, grad, tensors, numbers, spec)
 
     def init_state(self, p: Tensor, group: Group, position: int = 0) -> State:
         """All this parameter will ever keep: later steps add no key and change no shape.

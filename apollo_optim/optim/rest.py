@@ -17,7 +17,7 @@ from torch import Tensor
 from apollo_optim.core.blocks import Block, blocks, part
 from apollo_optim.core.eightbit import decode_mean, decode_square, encode_mean, encode_square, groups_of
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.layout import aligned, flat_index, local, splits, summed, zeros_along, zeros_like
+from apollo_optim.core.layout import aligned, flat_index, local, rounding_noise, splits, summed, zeros_along, zeros_like
 from apollo_optim.core.moments import Number, updated
 from apollo_optim.core.random import hash32
 from apollo_optim.core.scaling import TINY, full_norm
@@ -60,8 +60,8 @@ def advance_rest(rule: Rest, p: Tensor, grad: Tensor, state: State, n: Numbers, 
         if low_bit:
             write(p, move.tensor, move.factor, here, n.lr, n.weight_decay, key)
         else:
-            bits = hash32(flat_index(grad, at), key) if key and p.dtype is torch.bfloat16 else None
-            write_block(part(weight, at), move.tensor, move.factor, here, n.lr, n.weight_decay, bits)
+            noise = rounding_noise(grad, key, at) if key and p.dtype is torch.bfloat16 else None
+            write_block(part(weight, at), move.tensor, move.factor, here, n.lr, n.weight_decay, noise)
         for name, value in move.state.items():
             if name + OF_GROUP in state:
                 keep_codes(state, name, value, here, n, at)

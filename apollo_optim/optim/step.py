@@ -1,6 +1,6 @@
 """One parameter's step as a pure function of tensors: the definition, and what is compiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from apollo_optim.core.blocks import Block, blocks, part
 from apollo_optim.core.eightbit import groups_of
-from apollo_optim.core.layout import aligned, flat_index, local, spread
+from apollo_optim.core.layout import aligned, local, rounding_noise, spread
 from apollo_optim.core.moments import Number, bias_corrections
 from apollo_optim.core.project import channel_view
-from apollo_optim.core.random import Key, Purpose, hash32, key_at
+from apollo_optim.core.random import Key, Purpose, key_at
 from apollo_optim.core.rounding import store
 from apollo_optim.core.write import write
 from apollo_optim.optim.knobs import Group
@@ -37,16 +37,26 @@ class Numbers(NamedTuple):
     projection: Key
     rounding: dict[str, Key]
 
-    def as_tensors(self) -> "Numbers":
-        """0-D CPU tensors: no value of theirs is compiled in, and none has to be copied to a device."""
+    def as_inputs(self, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Sequence[Tensor]]]:
+        """All of them as tensors, so that no value is compiled in: ``from_inputs`` goes back.
 
-        def key(words: Key) -> Key:
-            return torch.tensor(words[0], dtype=torch.int32), torch.tensor(words[1], dtype=torch.int32)
+        For a CPU two tensors, fp32 and int32. The kernels of a GPU take numbers of the host one by one, so that
+        nothing has to be copied there.
+        """
+        plain = [value for name, value in self._asdict().items() if name not in _KEYS]
+        keys = [self.projection, *(self.rounding[purpose] for purpose in ROUNDED)]
+        if device.type == "cpu":
+            return torch.tensor(plain, dtype=torch.float32), torch.tensor(keys, dtype=torch.int32)  # type: ignore[return-value]
+        words = [[torch.tensor(word, dtype=torch.int32) for word in key] for key in keys]
+        return [torch.as_tensor(value, dtype=torch.float32) for value in plain], words
 
-        plain = {k: torch.as_tensor(v, dtype=torch.float32) for k, v in self._asdict().items() if k not in _KEYS}
-        return Numbers(
-            **plain, projection=key(self.projection), rounding={k: key(words) for k, words in self.rounding.items()}
-        )
+    @classmethod
+    def from_inputs(cls, plain: Sequence[Tensor], words: Sequence[Sequence[Tensor]]) -> "Numbers":
+        names = [name for name in cls._fields if name not in _KEYS]
+        projection, *rounding = [(words[i][0], words[i][1]) for i in range(1 + len(ROUNDED))]
+        of_purpose: dict[str, Key] = dict(zip(ROUNDED, rounding, strict=True))
+        values = {name: plain[i] for i, name in enumerate(names)}
+        return cls(**values, projection=projection, rounding=of_purpose)
 
 
 class Spec(NamedTuple):
@@ -161,11 +171,17 @@ def advance(rule: Rule, p: Tensor, grad: Tensor, state: State, n: Numbers, spec:
     A gradient whose norm is not finite leaves its matrix as it was - weight, moments and limit - and is counted in
     ``state["skipped"]``. That is a ``where``, not a branch: no value is ever read back by the host.
     """
-    matrix = as_matrix(aligned(-grad if spec.maximize else grad, p), spec.conv)
-    view_ck = channel_view(matrix)
+    step, factor, usable = settle(rule, as_matrix(aligned(grad, p), spec.conv), state, n, spec)
+    write(p, step, factor, usable, n.lr, n.weight_decay, n.rounding["weight"] if spec.stochastic else None)
+
+
+def settle(rule: Rule, matrix: Tensor, state: State, n: Numbers, spec: Spec) -> tuple[Tensor, Number, Tensor]:
+    """All of a step but the weight: the state is written, what is to be done to the weight comes back.
+
+    A tensor and its factor, and whether they may be used. This much is compiled for a weight that writes itself.
+    """
+    view_ck = channel_view(-matrix if spec.maximize else matrix)
     taken = rule(view_ck, state, n, spec)
-    if view_ck is not matrix:
-        taken = taken._replace(tensor=taken.tensor.mT, factor=taken.factor.mT)  # type: ignore[union-attr]
     usable = torch.isfinite(taken.norm)
     for name, value in taken.state.items():
         old = state[name]
@@ -173,16 +189,18 @@ def advance(rule: Rule, p: Tensor, grad: Tensor, state: State, n: Numbers, spec:
         for at in blocks(tuple(local(old).shape)):
             keep(old, name, part(local(aligned(value, old)), at), part(here, at), n, spec, at)
     state["skipped"].add_(~usable)
-    key = n.rounding["weight"] if spec.stochastic else None
-    write(p, taken.tensor, taken.factor, fit(usable, taken.tensor), n.lr, n.weight_decay, key)
+    usable = fit(usable, taken.tensor)
+    if view_ck.shape == matrix.shape:
+        return taken.tensor, taken.factor, usable
+    return taken.tensor.mT, taken.factor.mT, usable  # type: ignore[union-attr]
 
 
 def keep(old: Tensor, name: str, value: Tensor, usable: Tensor, n: Numbers, spec: Spec, at: Block) -> None:
     """``old``'s block ``at`` <- ``value`` where ``usable``, rounded as its dtype and the group ask for."""
     here = part(local(old), at)
     rounds = spec.stochastic and old.dtype is torch.bfloat16
-    bits = hash32(flat_index(old, at), n.rounding[name]) if rounds else None
-    store(here, torch.where(usable, value, here.float()), bits)
+    noise = rounding_noise(old, n.rounding[name], at) if rounds else None
+    store(here, torch.where(usable, value, here.float()), noise)
 
 
 def fit(per_matrix: Tensor, t: Tensor) -> Tensor:

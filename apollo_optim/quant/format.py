@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apollo_optim.core.moments import Number
-from apollo_optim.core.random import Key, hash32
+from apollo_optim.core.random import Key, dither
 
 TOP = {8: 127, 4: 7}  # the largest code
 SMALLEST = 2.0**-40  # of a scale: a group of zeros must be able to leave zero
@@ -70,15 +70,15 @@ def stepped(
     usable: Tensor,
     lr: Number,
     weight_decay: Number,
-    start: Tensor,
+    row: Tensor,
     key: Key,
     bits: int,
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of r whole rows after a step, ``(1 - lr * weight_decay) * w - lr * factor * tensor``, in fp32.
 
-    Rounded stochastically: on average it is the number. ``factor`` and ``usable`` (bool; where it is not, nothing
-    changes) broadcast to r x n; ``start``: 0-D, the global flat position of the first entry, from which the random bits
-    are drawn.
+    Rounded stochastically: on average it is the number. ``factor`` broadcasts to r x n; where ``usable`` (bool, 1 x 1)
+    is not, nothing changes; ``row``: 0-D int32, the first one's position among all rows of the weight, for which
+    the random bits are drawn.
 
     A scale is kept as long as it can be, since entries that a step does not touch then keep their codes: to round them
     again would be noise. It grows when a *rounded* code is too large, which is as seldom as the entry at the edge goes
@@ -94,19 +94,20 @@ def stepped(
     old_rgs = unpack(codes).view(r, g, s).float()
     unit_rg1 = scales.float().unsqueeze(-1)
     update_rgs = grouped(tensor_rn.float() * (factor * lr))
-    unused = ~grouped(usable.expand(r, n))
-    wanted = torch.where(unused, old_rgs, old_rgs * (1 - lr * weight_decay) - update_rgs / unit_rg1)
+    wanted = old_rgs * (1 - lr * weight_decay) - update_rgs / unit_rg1
 
-    small = (wanted.abs().amax(-1, keepdim=True) * 2 <= top) & (unit_rg1 > SMALLEST) & ~unused.all(-1, keepdim=True)
+    small = (wanted.abs().amax(-1, keepdim=True) * 2 <= top) & (unit_rg1 > SMALLEST)
     wanted, unit_rg1 = torch.where(small, wanted * 2, wanted), torch.where(small, unit_rg1 / 2, unit_rg1)
 
-    random = grouped(hash32(start + torch.arange(r * n, dtype=start.dtype, device=codes.device), key).view(r, n))
-    new = _rounded(wanted, ((random >> 8) & 0xFFFFFF).float() * 2.0**-24)
+    rows, columns = (torch.arange(size, dtype=torch.int32, device=codes.device) for size in (r, n))
+    noise = grouped(dither(row + rows, columns, key))
+    new = _rounded(wanted, noise + 2.0**-17)  # the middle of a step: updates below 2^-16 of a code count, too
     peak = new.abs().amax(-1, keepdim=True)
     grown_rg1 = rounded_up(unit_rg1 * peak * (HEADROOM / top))
-    again = _rounded(new * (unit_rg1 / grown_rg1), (random & 0xFF).float() * 2.0**-8)
+    again = _rounded(new * (unit_rg1 / grown_rg1), (noise * 2.0**8).frac() + 2.0**-9)  # its last 8 bits
     new, unit_rg1 = torch.where(peak > top, again, new), torch.where(peak > top, grown_rg1, unit_rg1)
-    return pack(new.to(torch.int8).view(r, -1), bits), unit_rg1.squeeze(-1).to(torch.bfloat16)
+    new_codes, new_scales = pack(new.to(torch.int8).view(r, -1), bits), unit_rg1.squeeze(-1).to(torch.bfloat16)
+    return torch.where(usable, new_codes, codes), torch.where(usable, new_scales, scales)
 
 
 def _rounded(value: Tensor, uniform: Tensor) -> Tensor:

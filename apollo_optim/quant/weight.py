@@ -95,7 +95,6 @@ class LowBitWeight(Tensor):
         big = big and can_compile(self.device.type)
         factor, usable = (_per_matrix(t, tensor) for t in (factor, usable))
         codes, scales = (t.view(-1, rows, t.shape[-1]) for t in (self.codes, self.scales))
-        position = torch.int32 if self.numel() < 1 << 31 else torch.int64
         rates = [torch.as_tensor(number, dtype=torch.float32) for number in (lr, weight_decay)]
         words = tuple(torch.as_tensor(word, dtype=torch.int32) for word in key)
         some = _rows_at_a_time(rows, n, COMPILED_BLOCK if big else BLOCK)
@@ -109,7 +108,7 @@ class LowBitWeight(Tensor):
                     factor[matrix, here] if factor.shape[1] > 1 else factor[matrix],
                     usable[matrix],
                     *rates,
-                    torch.tensor((matrix * rows + first) * n, dtype=position),
+                    torch.tensor(matrix * rows + first, dtype=torch.int32),
                     words,
                     self.bits,
                 )
