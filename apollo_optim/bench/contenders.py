@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -21,6 +21,15 @@ from apollo_optim.optim.apollo import Apollo, ApolloMini
 Params = Sequence[Parameter]
 Build = Callable[[Params, int], Optimizer]
 """(parameters, rank) -> the optimizer that steps them."""
+
+
+class Halves(NamedTuple):
+    """The optimizers of one contender."""
+
+    matrices: Build
+    rest: Build
+
+
 LR = 1e-4  # finite weights after any number of steps, and moved in bf16 as well
 GAP = 200  # steps between two projections
 
@@ -32,8 +41,7 @@ class Contender:
     package: str
     """The distribution that must be installed."""
     says: str
-    matrices: Build
-    rest: Build
+    halves: Halves
     rank: int | None = None
     """1, or 0 for the rank of the run; None: it has none."""
     reads: tuple[int, int] = (1, 1)
@@ -54,21 +62,20 @@ class Contender:
         return False
 
 
-def ours(cls: type[Apollo], *, compile: bool = True, **knobs: Any) -> dict[str, Build]:
+def ours(cls: type[Apollo], *, compile: bool = True, **knobs: Any) -> Halves:
     """Both halves of one of our optimizers: a group with a rank, and one without."""
     knobs = {"lr": LR, "update_proj_gap": GAP, "stochastic_rounding": False} | knobs
-    return {
-        "matrices": lambda params, rank: cls([{"params": params, "rank": rank}], compile=compile, **knobs),
-        "rest": lambda params, _: cls([{"params": params, "rank": None}], compile=compile, **knobs),
-    }
+    return Halves(
+        lambda params, rank: cls([{"params": params, "rank": rank}], compile=compile, **knobs),
+        lambda params, _: cls([{"params": params, "rank": None}], compile=compile, **knobs),
+    )
 
 
-def both(build: Build) -> dict[str, Build]:
-    """An optimizer that has one rule for everything."""
-    return {"matrices": build, "rest": build}
+def our_adamw(params: Params, _: int) -> Optimizer:
+    return AdamW(params, lr=LR, stochastic_rounding=False, compile=True)
 
 
-def peer(module: str, name: str, group: dict[str, Any] | None = None, **knobs: Any) -> dict[str, Build]:
+def peer(module: str, name: str, group: dict[str, Any] | None = None, **knobs: Any) -> Halves:
     """Both halves of a package's optimizer; ``group`` are the keys of its low-rank group, beside the rank."""
 
     def build(params: Params, rank: int, keys: dict[str, Any] | None) -> Optimizer:
@@ -77,10 +84,7 @@ def peer(module: str, name: str, group: dict[str, Any] | None = None, **knobs: A
         optimizer: Optimizer = cls([{"params": list(params), **ranked}], lr=LR, **knobs)
         return optimizer
 
-    return {
-        "matrices": lambda params, rank: build(params, rank, group),
-        "rest": lambda params, rank: build(params, rank, None),
-    }
+    return Halves(lambda params, rank: build(params, rank, group), lambda params, rank: build(params, rank, None))
 
 
 RANK = object()  # in a group's keys: the rank of the run
@@ -90,93 +94,79 @@ APOLLO_TORCH = GALORE | {"proj": "random", "scale_type": "channel", "scale": 1.0
 APOLLO_TORCH_MINI = APOLLO_TORCH | {"scale_type": "tensor", "scale": 128.0}
 PYTORCH_OPTIMIZER = {"rank": RANK, "update_proj_gap": GAP, "projection_type": "std"}
 MINI: dict[str, Any] = {"rank": 1, "reads": (2, 2), "rival": "apollo-torch-mini"}
-FULL: dict[str, Any] = {
-    "rank": 0,
-    "reads": (2, 2),
-    "rival": "apollo-torch",
-}  # (ours reads the rest's for its norm, too)
+FULL: dict[str, Any] = {"rank": 0, "reads": (2, 2), "rival": "apollo-torch"}  # the rest's, too: is its norm finite?
 
 BASELINE = "torch-adamw-fused"
 CONTENDERS: dict[str, Contender] = {
-    BASELINE: Contender("torch", "AdamW(fused=True)", **FUSED),
-    "apollo-mini": Contender("apollo-optim", "deterministic write", **ours(ApolloMini), **MINI),
+    BASELINE: Contender("torch", "AdamW(fused=True)", FUSED),
+    "apollo-mini": Contender("apollo-optim", "deterministic write", ours(ApolloMini), **MINI),
     "apollo-mini-sr": Contender(
         "apollo-optim",
         "stochastic rounding",
-        **ours(ApolloMini, stochastic_rounding=True),
+        ours(ApolloMini, stochastic_rounding=True),
         **MINI | {"dtypes": ("bfloat16",)},
     ),
-    "apollo-sketch": Contender("apollo-optim", "rank r, sketch", **ours(Apollo, proj="sketch"), **FULL),
-    "apollo-gaussian": Contender("apollo-optim", "rank r, gaussian", **ours(Apollo, proj="gaussian"), **FULL),
-    "apollo-mini-eager": Contender("apollo-optim", "not compiled", **ours(ApolloMini, compile=False), **MINI),
+    "apollo-sketch": Contender("apollo-optim", "rank r, sketch", ours(Apollo, proj="sketch"), **FULL),
+    "apollo-gaussian": Contender("apollo-optim", "rank r, gaussian", ours(Apollo, proj="gaussian"), **FULL),
+    "apollo-mini-eager": Contender("apollo-optim", "not compiled", ours(ApolloMini, compile=False), **MINI),
     "apollo-sketch-eager": Contender(
-        "apollo-optim", "rank r, sketch, not compiled", **ours(Apollo, compile=False, proj="sketch"), **FULL
+        "apollo-optim", "rank r, sketch, not compiled", ours(Apollo, compile=False, proj="sketch"), **FULL
     ),
-    "adamw": Contender(
-        "apollo-optim",
-        "our AdamW",
-        **both(lambda params, _: AdamW(params, lr=LR, stochastic_rounding=False, compile=True)),
-        reads=(2, 2),
-    ),
+    "adamw": Contender("apollo-optim", "our AdamW", Halves(our_adamw, our_adamw), reads=(2, 2)),
     "apollo-torch-mini": Contender(
-        "apollo-torch", "rank 1", **peer("apollo_torch", "APOLLOAdamW", APOLLO_TORCH_MINI), rank=1, reads=(2, 1)
+        "apollo-torch", "rank 1", peer("apollo_torch", "APOLLOAdamW", APOLLO_TORCH_MINI), rank=1, reads=(2, 1)
     ),
     "apollo-torch": Contender(
-        "apollo-torch", "rank r", **peer("apollo_torch", "APOLLOAdamW", APOLLO_TORCH), rank=0, reads=(2, 1)
+        "apollo-torch", "rank r", peer("apollo_torch", "APOLLOAdamW", APOLLO_TORCH), rank=0, reads=(2, 1)
     ),
     "pytorch-optimizer-apollo-mini": Contender(
         "pytorch-optimizer",
         "rank 1",
-        **peer("pytorch_optimizer", "APOLLO", PYTORCH_OPTIMIZER | {"scale": 128.0}, scale_type="tensor"),
+        peer("pytorch_optimizer", "APOLLO", PYTORCH_OPTIMIZER | {"scale": 128.0}, scale_type="tensor"),
         rank=1,
         reads=(2, 1),
     ),
     "pytorch-optimizer-apollo": Contender(
         "pytorch-optimizer",
         "rank r",
-        **peer("pytorch_optimizer", "APOLLO", PYTORCH_OPTIMIZER | {"scale": 1.0}, scale_type="channel"),
+        peer("pytorch_optimizer", "APOLLO", PYTORCH_OPTIMIZER | {"scale": 1.0}, scale_type="channel"),
         rank=0,
         reads=(2, 1),
     ),
     "adafactor8bit-apollo": Contender(
         "adafactor8bit",
         "rank r, 8-bit moments",
-        **peer(
+        peer(
             "adafactor8bit", "Adafactor8Bit", {"apollo_rank": RANK}, beta1=0.9, relative_step=False, beta2=0.999
         ),
         rank=0,
         reads=(2, 3),
     ),
     "galore-torch": Contender(
-        "galore-torch", "rank r", **peer("galore_torch", "GaLoreAdamW", GALORE | {"scale": 0.25}), rank=0
+        "galore-torch", "rank r", peer("galore_torch", "GaLoreAdamW", GALORE | {"scale": 0.25}), rank=0
     ),
     "fira": Contender(
-        "fira", "rank r", **peer("fira", "FiraAdamW", GALORE | {"alpha": 0.25}), rank=0, reads=(2, 1)
+        "fira", "rank r", peer("fira", "FiraAdamW", GALORE | {"alpha": 0.25}), rank=0, reads=(2, 1)
     ),
     "adafactor8bit": Contender(
         "adafactor8bit",
         "Adafactor, 8 bits",
-        **peer("adafactor8bit", "Adafactor8Bit", relative_step=False),
+        peer("adafactor8bit", "Adafactor8Bit", relative_step=False),
         reads=(3, 3),
         keeps=0.0,
     ),
-    "torchao-adamw8bit": Contender("torchao", "AdamW8bit", **peer("torchao.optim", "AdamW8bit"), keeps=0.6),
-    "torchao-adamw4bit": Contender("torchao", "AdamW4bit", **peer("torchao.optim", "AdamW4bit"), keeps=0.4),
+    "torchao-adamw8bit": Contender("torchao", "AdamW8bit", peer("torchao.optim", "AdamW8bit"), keeps=0.6),
+    "torchao-adamw4bit": Contender("torchao", "AdamW4bit", peer("torchao.optim", "AdamW4bit"), keeps=0.4),
     "bitsandbytes-adamw8bit": Contender(
-        "bitsandbytes", "AdamW8bit", **peer("bitsandbytes.optim", "AdamW8bit"), keeps=0.6
+        "bitsandbytes", "AdamW8bit", peer("bitsandbytes.optim", "AdamW8bit"), keeps=0.6
     ),
-    "torch-adamw": Contender("torch", "AdamW, torch's default", **peer("torch.optim", "AdamW")),
+    "torch-adamw": Contender("torch", "AdamW, torch's default", peer("torch.optim", "AdamW")),
     "torch-adafactor": Contender(
-        "torch", "Adafactor", **peer("torch.optim", "Adafactor"), reads=(3, 3), keeps=0.0
+        "torch", "Adafactor", peer("torch.optim", "Adafactor"), reads=(3, 3), keeps=0.0
     ),
     "torch-muon": Contender(
-        "torch",
-        "Muon, the rest AdamW(fused=True)",
-        matrices=peer("torch.optim", "Muon")["matrices"],
-        rest=FUSED["rest"],
-        keeps=1.0,
+        "torch", "Muon, the rest AdamW(fused=True)", Halves(peer("torch.optim", "Muon").matrices, FUSED.rest), keeps=1.0
     ),
-    "torch-sgd": Contender(
-        "torch", "SGD(fused=True), no momentum", **peer("torch.optim", "SGD", fused=True), keeps=0.0
-    ),
+    # not fused: torch 2.13's fused SGD leaves bf16 weights on a CPU as they were
+    "torch-sgd": Contender("torch", "SGD, no momentum", peer("torch.optim", "SGD"), keeps=0.0),
 }  # fmt: skip

@@ -43,14 +43,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from apollo_optim.bench.contenders import BASELINE, CONTENDERS, Contender
+from apollo_optim.bench.contenders import BASELINE, CONTENDERS, Build, Contender
 from apollo_optim.bench.step_table import HALVES, SHORT, Row, draw, read_log, table, write_log
 from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
@@ -69,7 +69,7 @@ class Setting:
     """What is stepped."""
 
     size: str
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     layers: int | None
     """The model is cut to so many layers; None: it is whole."""
     rank: int
@@ -115,7 +115,7 @@ class Tensors:
     def fill(self, t: Tensor, shift: int, size: float) -> None:
         """Noise, the same each time, at the speed of a copy."""
         noise = self.noise.roll(shift * 7919) * size
-        for part in t.view(-1).split(noise.numel()):
+        for part in torch.split(t.view(-1), noise.numel()):
             part.copy_(noise[: part.numel()])
 
     def bytes_of(self, half: str) -> int:
@@ -179,7 +179,7 @@ def first_step(entry: Entry, tensors: Tensors, setting: Setting) -> None:
     wait(setting.device)
     start = time.perf_counter()
     for half in HALVES:
-        build: Any = getattr(entry.contender, half)
+        build: Build = getattr(entry.contender.halves, half)
         entry.optimizers[half] = build(tensors.halves[half], rank)
         entry.optimizers[half].step()
     wait(setting.device)
@@ -207,12 +207,12 @@ def knobs_of(optimizer: Optimizer) -> Row:
 
 
 def state_bytes(optimizer: Optimizer) -> tuple[int, int]:
-    """Bytes of the tensors in the state, and of those inside of objects there: a projection, which a step only reads."""
+    """Bytes of the tensors in the state, and of those in objects there: projections, which a step only reads."""
     kept: dict[int, Tensor] = {}
     held: dict[int, Tensor] = {}
     for state in optimizer.state.values():
         for value in state.values():
-            objects = isinstance(value, object) and not isinstance(value, Tensor) and hasattr(value, "__dict__")
+            objects = not isinstance(value, Tensor) and hasattr(value, "__dict__")
             for t in inner_tensors(vars(value) if objects else value):
                 (held if objects else kept)[id(t)] = t
     return measure.tensor_bytes(kept.values()), measure.tensor_bytes(held.values())
@@ -267,7 +267,8 @@ def extra_bytes(optimizer: Optimizer, device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         optimizer.step()
     found = watched.profiler
-    assert found is not None and found.kineto_results is not None
+    assert found is not None
+    assert found.kineto_results is not None
     events = [(e.start_ns(), e.nbytes()) for e in found.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0
     for _, size in sorted(events, key=lambda event: event[0]):
@@ -350,19 +351,20 @@ def run_batch(names: Sequence[str], setting: Setting, warmup: int, rounds: int) 
             one_round(entries, number, tensors, setting.device, keep=number >= warmup)
     finally:
         gc.enable()
-    for entry in entries:
+    for entry in (entry for entry in entries if not entry.error):
         try:
             extra = {half: extra_bytes(optimizer, setting.device) for half, optimizer in entry.optimizers.items()}
         except Exception as error:
             entry.fail(error)
         else:
-            entry.found |= {"extra_bytes": extra} if extra else {}
+            entry.found["extra_bytes"] = extra
         if entry.writes_gradients:
             tensors.fill_gradients()
     largest = {half: max(measure.tensor_bytes([p]) for p in tensors.halves[half]) for half in HALVES}
     finite = all(bool(p.isfinite().all()) for p in tensors.all)
     for entry in entries:
-        entry.found |= {"largest_bytes": largest, "finite": finite}
+        if not entry.error:
+            entry.found |= {"largest_bytes": largest, "finite": finite, "seconds": entry.seconds}
     return entries
 
 
@@ -432,10 +434,7 @@ def measure_steps(setting: Setting, names: Sequence[str], args: argparse.Namespa
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S") + f"-{time.time_ns() % 10**9:09d}"
         entries = run_batch(batch, setting, args.warmup, args.rounds)
         common = {"batch": stamp, "rounds": args.rounds, "warmup": args.warmup, "load": os.getloadavg()[0]}
-        rows = [{"kind": "step", **describe(e.name, setting), **common, **e.found} for e in entries]
-        for row, entry in zip(rows, entries, strict=True):
-            row |= {} if entry.error else {"seconds": entry.seconds}
-        write_log(log, rows)
+        write_log(log, [{"kind": "step", **describe(e.name, setting), **common, **e.found} for e in entries])
         del entries
         gc.collect()
 

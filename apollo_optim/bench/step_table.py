@@ -133,13 +133,12 @@ HEAD = (
     "matrices only, ms", "matrices only, x", "first step, s", "graphs", "state, MB",
     "extra MB, matrices (of the largest)", "extra MB, rest (of the largest)", "notes",
 )  # fmt: skip
-LEGEND = (
-    "Everything included (embedding, head and norms, too) unless a column says otherwise. ms and x: median (quartiles) "
-    "over the rounds; `paired`: the ratio of each round. `byte floor`: bytes that the rule must move, over AdamW's; `over "
-    "its floor`: how much longer than these bytes would take at fused AdamW's speed. `first step`: building, compiling, "
-    "stepping. `extra`: the most that one step allocates beyond weights, gradients and state, and over the largest "
-    "tensor of its half. MB = 1e6 bytes."
-)
+LEGEND = """\
+Everything included (embedding, head and norms, too) unless a column says otherwise. ms and x: median (quartiles) over
+the rounds; paired: the ratio of each round. Byte floor: what the rule must move, over what AdamW must; over its floor:
+how much longer the step takes than these bytes would at fused AdamW's speed. First step: building, compiling, stepping.
+Extra: the most that one step allocates beyond weights, gradients and state, and over the largest tensor of its half.
+MB = 1e6 bytes."""
 
 
 def cells(name: str, result: Result) -> list[str]:
