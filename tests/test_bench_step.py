@@ -276,9 +276,8 @@ def test_what_does_not_fit_is_a_row(quick):
     assert row["error"].startswith("does not fit: needs 0.0")
 
 
-def test_recompilations_are_counted(quick, monkeypatch, capsys):
-    """None of ours under a schedule; of a learning rate that is compiled in, one for each value until torch gives up."""
-    monkeypatch.setattr(step, "SCHEDULE_SIZE", "llama-1m")
+def test_recompilations_are_counted(monkeypatch):
+    """None of ours under a schedule; one for each value of a learning rate that is compiled in, until torch gives up."""
     setting = replace(TINY, layers=1, dtype="bfloat16")
     monkeypatch.setitem(CONTENDERS, "recompiler", contender(Recompiler, package="apollo-optim"))
     found = step.schedule("recompiler", setting, 4)
