@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_a_row(quick):
 
 
 def test_recompilations_are_counted(monkeypatch):
-    """None of ours under a schedule; one for each value of a learning rate that is compiled in, until torch gives up."""
+    """None of ours under a schedule; one for each value of a rate that is compiled in."""
     setting = replace(TINY, layers=1, dtype="bfloat16")
     monkeypatch.setitem(CONTENDERS, "recompiler", contender(Recompiler, package="apollo-optim"))
     found = step.schedule("recompiler", setting, 4)

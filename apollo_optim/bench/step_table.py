@@ -244,6 +244,8 @@ def draw_section(axes: Axes, title: str, results: dict[str, Result]) -> None:
     axes.set_ylim(len(results) - 0.4, -0.6)
     widest = max((min(r.paired().high, WIDEST) for r in results.values() if not r.problem), default=1.0)
     axes.set_xlim(0, 1.1 * max(widest, 1.0))
-    axes.set_xlabel("time of a step over fused AdamW's; black: quartiles, red: the byte floor", fontsize=8)
+    axes.set_xlabel(
+        f"time of a step over fused AdamW's (bars end at {WIDEST:g}); black: quartiles, red: the byte floor", fontsize=8
+    )
     axes.set_title(title, fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
