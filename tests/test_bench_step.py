@@ -70,7 +70,7 @@ class Recompiler(Rule):
 
     def __init__(self, params, lr=1e-3):
         super().__init__(params, lr)
-        self.compiled = torch.compile(lambda p, grad, lr: p.sub_(grad * lr), dynamic=False)
+        self.compiled = torch.compile(lambda p, grad, lr: p.sub_(grad * lr), dynamic=False, backend="eager")
 
     def step(self, closure=None):
         group = self.param_groups[0]
