@@ -53,7 +53,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("pretran", "unknown command pretran (did you mean pretrain?)"),
         ("zzz", "unknown command zzz; there are pretrain, plan, optimizers"),
-        ("bench sped", "unknown bench sped; there are race, kill"),
+        ("bench sped", "unknown bench sped; there are race, "),
         ("report --otu x DIR", "unknown argument --otu (did you mean --out?)"),
         ("report", "required: DIR"),
         ("report nowhere", "nowhere: no metrics.jsonl there"),

@@ -8,6 +8,7 @@ from .words import nearest
 
 BENCHES = {
     "race": "the same small LLaMA trained by every optimizer, learning rates searched with the same budget",
+    "low-bit": "what low-bit weights cost by the piece, and other formats for them",
     "kill": "runs killed with kill -9 and resumed, compared to the bit",
     "step": "the time of a step of ours, of the installed peers and of fused AdamW, interleaved in one process",
 }
@@ -29,5 +30,5 @@ def run(argv: Sequence[str]) -> int:
     name, *rest = argv
     if name not in BENCHES:
         raise InputError(f"unknown bench {name}{nearest(name, BENCHES)}; there are {', '.join(BENCHES)}")
-    code: int = importlib.import_module(f"apollo_optim.bench.{name}").main(rest)
+    code: int = importlib.import_module(f"apollo_optim.bench.{name.replace('-', '_')}").main(rest)
     return code

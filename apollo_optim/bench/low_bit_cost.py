@@ -1,0 +1,179 @@
+"""What every piece of a training step on low-bit weights costs, in ns per weight, and what a 7B step is the sum of.
+
+Every matrix shape of the model, weights of 8 and of 4 bits in groups of 128, gradients and activations in bf16 with
+``--tokens`` tokens. A piece is timed once per round, all pieces of all shapes after another, so that a slow moment of
+the machine does not fall on one piece; first each runs twice untimed (the writes are compiled then, as in training).
+What is reported is the median over the rounds, with the quartiles' distance.
+
+The sum is a step with gradient checkpointing: two forward products and one backward, each after a dequantisation, the
+weight's gradient, APOLLO-Mini's step. Attention, norms, embedding and head are not in it.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apollo_optim.core.random import key_at
+from apollo_optim.core.write import write
+from apollo_optim.optim.apollo import ApolloMini
+from apollo_optim.quant import LowBitWeight
+from apollo_optim.train.measure import hardware, versions
+from apollo_optim.train.models import SIZES, Size
+
+Shape = tuple[int, int]
+Piece = tuple[
+    str, int, Shape
+]  # what, at how many bits (16: bf16, where there is nothing to dequantise), of which shape
+
+IN_A_STEP = {"dequantise": 3, "forward": 2, "grad_x": 1, "grad_weight": 1, "step": 1}  # with checkpointing
+FLOAT = ("forward", "grad_x", "grad_weight")  # products of dequantised matrices: the same for all bits
+
+
+def matrices(size: Size) -> dict[Shape, int]:
+    """Shapes of the attention and MLP matrices, and how many there are of each."""
+    h, f = size.hidden, size.ffn
+    return {(h, h): 4 * size.layers, (f, h): 2 * size.layers, (h, f): size.layers}
+
+
+def pieces(shape: Shape, tokens: int) -> dict[Piece, Callable[[], object]]:
+    """What is timed at one shape."""
+    m, n = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).mul_(0.02).to(torch.bfloat16)
+
+    value, grad, x, grad_y = normal(m, n), normal(m, n), normal(tokens, n), normal(tokens, m)
+    found: dict[Piece, Callable[[], object]] = {
+        ("forward", 16, shape): lambda: F.linear(x, value),
+        ("grad_x", 16, shape): lambda: grad_y @ value,
+        ("grad_weight", 16, shape): lambda: grad_y.mT @ x,
+    }
+    for bits in (16, 8, 4):
+        weight = value.clone() if bits == 16 else LowBitWeight.from_float(value, bits)
+        found["write", bits, shape] = _write_of(weight, grad)
+        if bits != 16:
+            found["dequantise", bits, shape] = lambda weight=weight: weight.dequantize(torch.bfloat16)  # type: ignore[misc]
+            found["step", bits, shape] = _step_of(weight.clone(), grad)
+    return found
+
+
+def _write_of(weight: Tensor, grad: Tensor) -> Callable[[], object]:
+    """``core.write`` with one factor, as APOLLO-Mini calls it: of a bf16 weight, too, stochastically rounded."""
+    factor, usable = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    steps = 0
+
+    @torch.no_grad()
+    def run() -> None:
+        nonlocal steps
+        steps += 1
+        write(weight, grad, factor, usable, 1e-3, 0.0, key_at(0, "weight", steps))
+
+    return run
+
+
+def _step_of(weight: Tensor, grad: Tensor) -> Callable[[], object]:
+    p = nn.Parameter(weight)
+    p.grad = grad
+    optimizer = ApolloMini([p], lr=1e-3, rank=1)
+    return lambda: optimizer.step_one(p, optimizer.param_groups[0])
+
+
+def measure(shapes: Sequence[Shape], tokens: int, rounds: int) -> dict[Piece, list[float]]:
+    """Seconds of every piece, one for each round."""
+    found = {piece: run for shape in shapes for piece, run in pieces(shape, tokens).items()}
+    for run in found.values():
+        run()
+        run()
+    seconds: dict[Piece, list[float]] = {piece: [] for piece in found}
+    for _ in range(rounds):
+        for piece, run in found.items():
+            start = time.perf_counter()
+            run()
+            seconds[piece].append(time.perf_counter() - start)
+    return seconds
+
+
+def run(args: argparse.Namespace, log: Path) -> None:
+    """Measure, and write the log anew: a line for the setting, one for each piece."""
+    torch.set_num_threads(args.threads)
+    shapes = matrices(SIZES[args.model])
+    setting = {
+        **{key: getattr(args, key) for key in ("model", "rounds", "tokens", "threads")},
+        "versions": versions(),
+        "hardware": hardware(torch.device("cpu")),
+    }
+    measured = measure(list(shapes), args.tokens, args.rounds)
+    rows: list[dict[str, Any]] = [setting]
+    for (piece, bits, (m, n)), seconds in measured.items():
+        ns = [s / (m * n) * 1e9 for s in seconds]
+        rows.append({"piece": piece, "bits": bits, "shape": [m, n], "matrices": shapes[m, n], "ns_per_weight": ns})
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def spread(samples: Sequence[float]) -> tuple[float, float]:
+    """Median, and the distance of the quartiles."""
+    if len(samples) < 2:
+        return samples[0], 0.0
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return middle, high - low
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Each piece by shape, and where the seconds of a step go."""
+    setting, rows = rows[0], rows[1:]
+    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
+    of = {(row["piece"], row["bits"], tuple(row["shape"])): row for row in rows}
+    weights: dict[Any, int] = {shape: shape[0] * shape[1] * of["write", 8, shape]["matrices"] for shape in shapes}
+    total = sum(weights.values())
+
+    def mean(piece: str, bits: int) -> float:
+        """ns per weight, over all matrices of the model."""
+        bits = 16 if piece in FLOAT else bits
+        medians = {s: spread(of[piece, bits, s]["ns_per_weight"])[0] for s in shapes}
+        return sum(medians[s] * weights[s] for s in shapes) / total
+
+    lines = [
+        f"## Cost of a step, {setting['model']}",
+        "",
+        f"{setting['hardware']['cpu']}, {setting['threads']} threads, torch {setting['versions']['torch']}; medians of "
+        f"{setting['rounds']} rounds (distance of the quartiles), ns per weight.",
+        "",
+        "| piece | bits | " + " | ".join(f"{m} x {n}" for m, n in shapes) + " | mean of the model |",
+        "|---|---|" + "---|" * (len(shapes) + 1),
+    ]
+    names = {
+        "dequantise": "dequantise to bf16",
+        "forward": f"x W^T, {setting['tokens']} tokens, bf16",
+        "grad_x": "gradient of x, bf16",
+        "grad_weight": "gradient of W, bf16",
+        "write": "write (dequantise, update, round, requantise)",
+        "step": "APOLLO-Mini's step, write included",
+    }
+    for piece, name in names.items():
+        for bits in sorted({row["bits"] for row in rows if row["piece"] == piece}, reverse=True):
+            cells = ["{:.2f} ({:.2f})".format(*spread(of[piece, bits, s]["ns_per_weight"])) for s in shapes]
+            lines.append(f"| {name} | {bits} | {' | '.join(cells)} | {mean(piece, bits):.2f} |")
+    lines += [
+        "",
+        f"Seconds of a step with checkpointing on the {total / 1e9:.3f}e9 weights of the matrices, batch of "
+        f"{setting['tokens']} tokens:",
+        "",
+        "| piece | times a step | 8 bits, s | share | 4 bits, s | share |",
+        "|---|---|---|---|---|---|",
+    ]
+    seconds = {bits: {p: k * mean(p, bits) * total * 1e-9 for p, k in IN_A_STEP.items()} for bits in (8, 4)}
+    sums = {bits: sum(parts.values()) for bits, parts in seconds.items()}
+    for piece, times in IN_A_STEP.items():
+        cells = [f"{seconds[bits][piece]:.4g} | {seconds[bits][piece] / sums[bits]:.0%}" for bits in (8, 4)]
+        lines.append(f"| {names[piece]} | {times} | {' | '.join(cells)} |")
+    lines.append(f"| **sum** | | {sums[8]:.4g} | | {sums[4]:.4g} | |")
+    return "\n".join(lines)
