@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from train_tiny import MODEL, tiny
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.quant import LowBitWeight
 from apollo_optim.train import checkpoint
 from apollo_optim.train.checkpoint import (
     SaveFailed,
@@ -304,6 +305,20 @@ def test_export_of_any_step(tmp_path):
         export(run, out=tmp_path / "early")
     with pytest.raises(InputError, match="holds no checkpoint"):
         export(tmp_path)
+
+
+def test_export_of_low_bit_weights_with_a_short_last_group(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    cfg = tiny(tmp_path, quant={"bits": 8, "group_size": 24}, train={"steps": 1})  # rows of 32 and 64
+    pretrain(cfg)
+    run = Path(cfg.out)
+    stored = build_model(cfg.model, 300, quant=cfg.quant)
+    load_weights(checkpoints(run)[1], stored)
+    exported = dict(AutoModelForCausalLM.from_pretrained(run / "model").named_parameters())
+    low_bit = {name: p for name, p in stored.named_parameters() if isinstance(p, LowBitWeight)}
+    assert len(low_bit) == 7
+    assert all(torch.equal(p.dequantize(), exported[name]) for name, p in low_bit.items())
 
 
 def test_a_full_disk_at_the_export_is_one_line_too(tmp_path, monkeypatch):

@@ -391,7 +391,7 @@ def _save_float(model: PreTrainedModel, target: Path) -> None:
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: named[name].detach() for name in names}
         save_file(
-            {name: t.dequantize() if writes_itself(t) else _own_memory(t) for name, t in tensors.items()},
+            {name: _own_memory(t.dequantize() if writes_itself(t) else t) for name, t in tensors.items()},
             target / file,
             metadata={"format": "pt"},
         )
