@@ -166,11 +166,11 @@ def test_cost_measures_every_piece_and_adds_them_up(tmp_path, capsys):
 def test_what_the_log_of_formats_holds_is_not_measured_again(tmp_path, monkeypatch, capsys):
     done: list[tuple[str, int, int]] = []
 
-    def run(work, format, bits, model, steps, seed):
+    def run(work, format, bits, model, steps, warmup, seed):
         if len(done) == 6:
             raise KeyboardInterrupt
         done.append((format, bits, seed))
-        return {"perplexity": 100.0 + 10 * format.endswith("anew") + seed}
+        return {"warmup": warmup, "perplexity": 100.0 + 10 * format.endswith("anew") + seed}
 
     monkeypatch.setattr(low_bit_formats, "perplexity", run)
     words = ["formats", "--only", "perplexity", "--seeds", "0", "1", "--out", str(tmp_path)]

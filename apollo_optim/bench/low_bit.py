@@ -53,8 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     formats = part("formats")
     formats.add_argument("--only", nargs="+", default=list(low_bit_formats.KINDS), choices=list(low_bit_formats.KINDS))
+    formats.add_argument("--bits", type=int, nargs="+", default=[8, 4], choices=[8, 4])
     formats.add_argument("--model", default="llama-1m", choices=["llama-1m", "llama-4m", "llama-9m"])
     formats.add_argument("--steps", type=int, default=140)
+    formats.add_argument("--warmup", type=float, default=0.25, help="of the steps (the race's long runs have 0.1)")
     formats.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     formats.add_argument("--work", type=Path, default=Path("out/low-bit"), help="where the run being made lives")
 

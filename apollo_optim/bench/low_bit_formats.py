@@ -51,7 +51,7 @@ from apollo_optim.train.measure import hardware, versions
 
 KINDS = ("error", "drift", "perplexity")
 GROUP_SIZES = (64, 128, 256)
-LR, REST_LR, WARMUP = 1.25e-3, 2e-2, 0.25  # results/race/llama-4m: the best short runs of apollo-mini
+LR, REST_LR = 1.25e-3, 2e-2  # results/race/llama-4m: the best short runs of apollo-mini
 METHODS = {16: "apollo-mini-bf16", 8: "apollo-mini-int8", 4: "apollo-mini-int4"}  # the race's names
 
 
@@ -284,8 +284,8 @@ def rms(t: Tensor) -> float:
     return t.double().square().mean().sqrt().item()
 
 
-def perplexity(work: Path, format: str, bits: int, model: str, steps: int, seed: int) -> dict[str, Any]:
-    trial = Trial(model, METHODS[bits], LR, REST_LR, seed, steps, WARMUP)
+def perplexity(work: Path, format: str, bits: int, model: str, steps: int, warmup: float, seed: int) -> dict[str, Any]:
+    trial = Trial(model, METHODS[bits], LR, REST_LR, seed, steps, warmup)
     shutil.rmtree(work, ignore_errors=True)  # of a run that was cut off: a short one starts again
     with contextlib.nullcontext() if format == "bf16" else installed(FORMATS[format]):
         row = run_trial(trial, work)
@@ -297,7 +297,7 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Callable[..
     """What is to be measured, by what identifies it in the log, and how."""
     formats = list(FORMATS)
     nearest = ("symmetric-keep", "affine-keep")  # to nearest, how a scale is stepped does not matter
-    for bits in (8, 4):
+    for bits in args.bits:
         for group_size in GROUP_SIZES:
             both = {"bits": bits, "group_size": group_size}
             for distribution in ("normal", "student-t 4"):
@@ -308,9 +308,9 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Callable[..
                     yield {"kind": "drift", "format": name, **both, "updates": updates, "steps": 100}, drift
     run = functools.partial(perplexity, args.work)
     for seed in args.seeds:  # seed by seed: what is cut short has compared all formats on the seeds it reached
-        for bits, names in ((16, ["bf16"]), (4, formats), (8, formats)):
-            for name in names:
-                same = {"bits": bits, "model": args.model, "steps": args.steps, "seed": seed}
+        for bits in (16, *sorted(args.bits)):
+            for name in formats if bits != 16 else ["bf16"]:
+                same = {"bits": bits, "seed": seed, **{key: getattr(args, key) for key in ("model", "steps", "warmup")}}
                 yield {"kind": "perplexity", "format": name, **same}, run
 
 
@@ -381,14 +381,15 @@ def drift_table(rows: list[dict[str, Any]]) -> str:
 def perplexity_table(rows: list[dict[str, Any]]) -> str:
     """A line for every format, each against the library's of as many bits, over the seeds that both have."""
     lines = ["## Perplexity of a short run"]
-    for model, steps in dict.fromkeys((row["model"], row["steps"]) for row in rows):
-        here = [row for row in rows if (row["model"], row["steps"]) == (model, steps)]
+    for model, steps, warmup in dict.fromkeys((row["model"], row["steps"], row["warmup"]) for row in rows):
+        here = [row for row in rows if (row["model"], row["steps"], row["warmup"]) == (model, steps, warmup)]
         of: dict[tuple[int, str], dict[int, float]] = {}
         for row in here:
             of.setdefault((row["bits"], row["format"]), {})[row["seed"]] = row["perplexity"]
         lines += [
             "",
-            f"{model}, {steps} steps of 16 x 256 tokens of packages, APOLLO-Mini, lr {LR:g} / {REST_LR:g}.",
+            f"{model}, {steps} steps of 16 x 256 tokens of packages, {warmup:.0%} of warm-up, APOLLO-Mini, lr {LR:g} / "
+            f"{REST_LR:g}.",
             "",
             "| bits | format | perplexity, each seed | mean | against symmetric-keep, paired | against bf16, paired |",
             "|---|---|---|---|---|---|",
