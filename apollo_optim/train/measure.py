@@ -39,8 +39,8 @@ def _tensors(tree: Any) -> Iterable[torch.Tensor]:
             yield from _tensors(value)
 
 
-def give_back_memory() -> bool:
-    """Have glibc give large blocks back to the system as soon as they are free; whether it could be asked.
+def give_back_memory(size: int = 8 << 20) -> bool:
+    """Have glibc give blocks of `size` bytes back to the system as soon as they are free; whether it could be asked.
 
     By itself it learns to keep blocks of up to 32 MB for later, where they fragment: a 350M run in 8 bits peaked at
     1.54 GB instead of 1.26 after two steps, and grew. What a step in blocks works with stays in the heap: to fetch it
@@ -50,23 +50,34 @@ def give_back_memory() -> bool:
 
     mmap_threshold, trim_threshold = -3, -1  # malloc.h
     libc = ctypes.CDLL(None)
-    return hasattr(libc, "mallopt") and bool(
-        libc.mallopt(mmap_threshold, 8 << 20) & libc.mallopt(trim_threshold, 32 << 20)
-    )
+    return hasattr(libc, "mallopt") and bool(libc.mallopt(mmap_threshold, size) & libc.mallopt(trim_threshold, 4 * size))
+
+
+def free_heap() -> int | None:
+    """Bytes that the program has set free and glibc keeps for later; None where it can't be asked (before 2.33)."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        return None
+    fields = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"  # malloc.h
+    kind = type("mallinfo2", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in fields.split()]})
+    libc.mallinfo2.restype = kind
+    return int(libc.mallinfo2().fordblks)
 
 
 def peak_memory() -> int:
     """The most memory this process ever had resident, in bytes (VmHWM on Linux)."""
-    return _status("VmHWM") or _most_so_far()
+    return process_status("VmHWM") or _most_so_far()
 
 
 def resident_memory() -> int:
     """The memory this process has resident now, in bytes (VmRSS on Linux; elsewhere the most it had so far)."""
-    return _status("VmRSS") or _most_so_far()
+    return process_status("VmRSS") or _most_so_far()
 
 
-def _status(key: str) -> int | None:
-    """A line of Linux's account of this process, in bytes."""
+def process_status(key: str) -> int | None:
+    """A line of Linux's account of this process (VmRSS, RssFile, ...), in bytes; None elsewhere."""
     try:
         with open("/proc/self/status", encoding="ascii") as status:
             for line in status:
