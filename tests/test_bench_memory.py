@@ -112,7 +112,7 @@ def test_the_table_has_the_last_row_of_each_measurement() -> None:
     more = {"plan": plan, "equal": True, "difference": 3_000_000, "residual": {"pages": 2_000_000, "heap": 1_000_000}}
     rows = [row_of(peak=1), row_of("apollo", status="failed", reason="a | b"), row_of(**more), row_of(batch=2)]
     text = memory.table(memory.newest(rows))
-    assert "| adamw | 20.0 | 20.0 | 40.0 | 93.0 | 90.0 | +3.3% | +2.0 | +1.0 | - | - |" in text
+    assert "| adamw | 20.0 | 20.0 | 40.0 | 93.0 | 90.0 | +3.3% | +2.0 | +1.0 | - | - | - |" in text
     assert "failed: a / b" in text
     assert text.count("## llama-1m, bfloat16") == 2
     assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {len(memory.COLUMNS) + 1}

@@ -13,8 +13,9 @@ The protocol:
    the baseline. Weights, gradients and optimizer state are counted tensor by tensor.
 3. The plan of the same run, which is made without any of that, is held against it. What is left is named by what was
    measured: pages of the libraries that are loaded on first use (RssFile), blocks that are free and that glibc keeps
-   (mallinfo2), what else the process keeps between steps beyond weights and state (compiler, scratch and caches of the
-   libraries), and what was there at the peak alone. They add up to the difference; nothing is fitted.
+   (mallinfo2), the compiler that low-bit weights need, what else the process keeps between steps beyond weights and
+   state (scratch and caches of the libraries), and what was there at the peak alone. They add up to the difference;
+   nothing is fitted.
 4. glibc is told to give blocks of 128 KiB and more back at once, for all cases alike: what is measured is what training
    takes, not what an allocator has learnt to keep. `--malloc pretrain` leaves it as `pretrain` does: blocks of
    1 MiB with `release`, glibc's own rule (up to 32 MiB are kept) without.
@@ -41,6 +42,7 @@ import torch
 from torch import nn
 
 from apollo_optim import param_groups
+from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.config import DataConfig
 from apollo_optim.plan import Plan
@@ -141,7 +143,7 @@ def config_of(
     dtype: str = "bfloat16",
     batch: int = 1,
     seq: int = 256,
-    steps: int = 3,
+    steps: int = 2,
     checkpointing: bool = False,
     threads: int | None = None,
     config: Mapping[str, Any] | None = None,
@@ -179,10 +181,12 @@ def measured(case: Case, cfg: RunConfig) -> Row:
         importlib.import_module(module)  # else they would come with the model
     device = choose_device(cfg)
     baseline, before = measure.resident_memory(), kept()
+    if low_bit(cfg).bits is not None:
+        can_compile("cpu")  # the compiler's modules and its first product, which the weights' step would bring
+    compiler = measure.resident_memory() - baseline - sum(kept().values()) + sum(before.values())
     torch.manual_seed(cfg.train.seed)
     model = build_model(cfg.model, seq_len=cfg.data.seq_len, quant=low_bit(cfg))
     model.train()
-    built = measure.resident_memory()
     most = count_gradients(model)
     optimizer = case.peer(model) if case.peer else make_optimizer(cfg.optim, model)
     if cfg.train.release:
@@ -207,9 +211,8 @@ def measured(case: Case, cfg: RunConfig) -> Row:
         **sizes,
         "buffers": measure.tensor_bytes(model.buffers()),
         "baseline": baseline,
-        "built": built,
         "rest": measure.resident_memory(),
-        "kept": {key: size - before[key] for key, size in kept().items()},
+        "kept": {key: size - before[key] for key, size in kept().items()} | {"compiler": compiler},
         "peak": measure.peak_memory(),
         "package": _version(case.package),
         "versions": measure.versions(),
@@ -362,16 +365,17 @@ def table(rows: Sequence[Row]) -> str:
 
 COLUMNS = (
     *("case", "weights", "gradients", "state", "peak", "planned", "difference"),
-    *("library pages", "free heap", "other, at rest", "at the peak"),
+    *("library pages", "free heap", "compiler", "other, at rest", "at the peak"),
 )
-RESIDUAL = ("pages", "heap", "rest", "peak")
+RESIDUAL = ("pages", "heap", "compiler", "rest", "peak")
 HEAD = f"| {' | '.join(COLUMNS)} |\n|---{'|---:' * (len(COLUMNS) - 1)}|"
 NOTE = (
     "MB (1e6 bytes). Weights, gradients (the most that were there together) and state: bytes of tensors. Peak: VmHWM "
     "of the process over its whole life, less what it had resident after its imports. Planned: as `apollo-optim plan` "
-    "for the same run; peers have no plan. The last four columns are what the difference is made of, as measured: "
-    "pages of libraries that were loaded on first use, blocks that are free and kept by glibc, what else the process "
-    "keeps between steps beyond weights and state, and what was there at the peak alone."
+    "for the same run; peers have no plan. The last five columns are what the difference is made of, as measured: "
+    "pages of libraries that were loaded on first use, blocks that are free and kept by glibc, the compiler (of the "
+    "step of low-bit weights), what else the process keeps between steps beyond weights and state, and what was there "
+    "at the peak alone."
 )
 
 
@@ -484,7 +488,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="everything is there from the second on")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--malloc", choices=["trimmed", "pretrain"], default="trimmed", help="see the protocol")
