@@ -43,7 +43,7 @@ from torch import Tensor
 
 from apollo_optim.bench.race import Trial, run_trial
 from apollo_optim.core.moments import Number
-from apollo_optim.core.random import Key, hash32, key_at
+from apollo_optim.core.random import Key, dither, key_at
 from apollo_optim.quant import LowBitWeight
 from apollo_optim.quant import format as library
 from apollo_optim.quant.format import HEADROOM, SMALLEST, TOP, pack, padded, rounded_up, unpack
@@ -172,7 +172,7 @@ def stepped(
     usable: Tensor,
     lr: Number,
     weight_decay: Number,
-    start: Tensor,
+    row: Tensor,
     key: Key,
     bits: int,
     *,
@@ -187,10 +187,11 @@ def stepped(
     touched_rg1 = used_rgs.any(-1, keepdim=True)
     decayed_rgs = old_rgs * (1 - lr * weight_decay) - minima_rg1 * (lr * weight_decay) / scales_rg1
     wanted_rgs = torch.where(used_rgs, decayed_rgs - update_rgs / scales_rg1, old_rgs)
-    random = grouped(hash32(start + torch.arange(r * n, dtype=start.dtype), key).view(r, n), s)
-    uniform = ((random >> 8) & 0xFFFFFF).float() * 2.0**-24
+    rows, columns = (torch.arange(size, dtype=torch.int32) for size in (r, n))
+    noise = grouped(dither(row + rows, columns, key), s)
+    uniform = noise + 2.0**-17
     if keep:
-        again = (random & 0xFF).float() * 2.0**-8
+        again = (noise * 2.0**8).frac() + 2.0**-9
         levels_rgs, new_rg1, low_rg1 = kept(wanted_rgs, scales_rg1, touched_rg1, uniform, again, bits, affine)
     else:
         levels_rgs, new_rg1, low_rg1 = anew(wanted_rgs, scales_rg1, uniform, bits, affine)

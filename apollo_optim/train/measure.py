@@ -50,7 +50,9 @@ def give_back_memory(size: int = 8 << 20) -> bool:
 
     mmap_threshold, trim_threshold = -3, -1  # malloc.h
     libc = ctypes.CDLL(None)
-    return hasattr(libc, "mallopt") and bool(libc.mallopt(mmap_threshold, size) & libc.mallopt(trim_threshold, 4 * size))
+    return hasattr(libc, "mallopt") and bool(
+        libc.mallopt(mmap_threshold, size) & libc.mallopt(trim_threshold, 4 * size)
+    )
 
 
 def free_heap() -> int | None:
