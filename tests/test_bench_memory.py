@@ -16,6 +16,7 @@ from apollo_optim import build_optimizer, release
 from apollo_optim.bench import memory
 from apollo_optim.bench.memory import CASES, Case, config_of, run_case
 from apollo_optim.core.errors import InputError
+from apollo_optim.quant.weight import LowBitWeight
 from apollo_optim.train.config import to_dict
 from apollo_optim.train.plan import planned
 
@@ -93,6 +94,14 @@ def test_gradients_are_counted_while_they_are_there() -> None:
         model(torch.ones(2, 8)).sum().backward()
         found.append(most[0])
     assert found == [4 * (8 * 16 + 16 * 4), 4 * 8 * 16]
+
+
+def test_a_wrapped_state_is_counted_as_it_is_stored() -> None:
+    weight = nn.Parameter(torch.zeros(4, 8))
+    optimizer = torch.optim.AdamW([weight])
+    codes, step = LowBitWeight.from_float(torch.zeros(4, 256)), torch.tensor(1.0)
+    optimizer.state[weight] = {"step": step, "exp_avg": codes, "twice": [codes.scales], "name": "x"}
+    assert memory.state_bytes(optimizer) == 4 + 4 * 256 + 2 * 4 * 2
 
 
 def test_what_is_above_the_plan_is_named_and_adds_up() -> None:

@@ -33,13 +33,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from apollo_optim import param_groups
 from apollo_optim.core.compile import can_compile
@@ -202,7 +204,7 @@ def measured(case: Case, cfg: RunConfig) -> Row:
         optimizer.zero_grad(set_to_none=True)
         last = float(loss.detach())
         del loss
-    sizes = measure.memory(model, optimizer) | {"gradients": most[0]}
+    sizes = {**measure.memory(model, optimizer), "gradients": most[0], "optimizer": state_bytes(optimizer)}
     if cfg.train.release:
         handle.remove()
     return {
@@ -230,6 +232,22 @@ def count_gradients(model: nn.Module) -> list[int]:
     for p in parameters:
         p.register_post_accumulate_grad_hook(look)  # type: ignore[no-untyped-call]
     return most
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of its state, that of torchao's wrapped tensors as they are stored."""
+    found = (t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, torch.Tensor))
+    return measure.tensor_bytes(part for t in found for part in plain(t))
+
+
+def plain(t: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What a tensor is made of."""
+    if not is_traceable_wrapper_subclass(t):
+        yield t
+        return
+    names, _ = t.__tensor_flatten__()
+    for name in names:
+        yield from plain(getattr(t, name))
 
 
 def _version(package: str) -> str | None:
