@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from apollo_optim.bench.contenders import BASELINE, CONTENDERS, Build, Contender
 from apollo_optim.bench.step_table import HALVES, SHORT, Row, draw, read_log, table, write_log
@@ -220,19 +221,11 @@ def state_bytes(optimizer: Optimizer) -> tuple[int, int]:
 
 def inner_tensors(tree: Any) -> Iterator[Tensor]:
     """Plain tensors, those behind a tensor subclass (torchao's) included."""
-    if isinstance(tree, Tensor):
-        if hasattr(tree, "__tensor_flatten__"):
-            names, _ = tree.__tensor_flatten__()
-            for name in names:
-                yield from inner_tensors(getattr(tree, name))
-        else:
-            yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from inner_tensors(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from inner_tensors(value)
+    for leaf in tree_leaves(tree):
+        if hasattr(leaf, "__tensor_flatten__"):
+            yield from inner_tensors([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
+        elif isinstance(leaf, Tensor):
+            yield leaf
 
 
 def one_round(entries: Sequence[Entry], number: int, tensors: Tensors, device: torch.device, *, keep: bool) -> None:

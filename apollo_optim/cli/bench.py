@@ -16,7 +16,7 @@ BENCHES = {
 
 HELP = f"""usage: apollo-optim bench NAME [...]
 
-Measure, and keep the log: every figure in the documentation comes from one of these.
+Measure, and keep the log: what the documentation says of speed, memory and quality comes from these.
 
 benches:
 {"".join(f"  {name:<10}{summary}{chr(10)}" for name, summary in BENCHES.items())}

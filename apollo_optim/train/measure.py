@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from apollo_optim.core.storage import nbytes
 
@@ -24,19 +25,10 @@ def memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     return {
         "weights": tensor_bytes(parameters),
         "gradients": tensor_bytes(p.grad for p in parameters if p.grad is not None),
-        "optimizer": tensor_bytes(_tensors(list(optimizer.state.values()))),
+        "optimizer": tensor_bytes(
+            t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, torch.Tensor)
+        ),
     }
-
-
-def _tensors(tree: Any) -> Iterable[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _tensors(value)
 
 
 def give_back_memory(size: int = 8 << 20) -> bool:
