@@ -17,11 +17,11 @@ from apollo_optim.plan import PARTS, Budget, Parallel, Plan, Trace, Traces, plan
 from apollo_optim.plan.draw import draw, table_rows
 from apollo_optim.plan.shards import first_part, mesh_of, units
 from apollo_optim.plan.trace import most_alive
-from apollo_optim.train import measure
-from apollo_optim.train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from apollo_optim.train import chunked, measure
+from apollo_optim.train.config import DataConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, TrainConfig
 from apollo_optim.train.evaluate import summed_loss
 from apollo_optim.train.models import build_model, low_bit, skeleton
-from apollo_optim.train.plan import model_of, planned
+from apollo_optim.train.plan import model_of, planned, trace_of
 
 NAMES = [info.name for info in list_optimizers()]
 every_optimizer = pytest.mark.parametrize("name", NAMES)
@@ -117,6 +117,23 @@ def test_forward_and_backward_take_what_the_allocator_gives(name: str, dtype: st
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         assert allocated(step) == most_alive(trace.blocks)
+
+
+@pytest.mark.parametrize("name", ["apollo", "q-apollo"])
+@both_dtypes
+def test_a_loss_without_logits_takes_what_the_allocator_gives(
+    name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "LOGITS", 1 << 16)
+    cfg = dataclasses.replace(run_of(name, dtype), quant=QuantConfig(targets=["attn", "mlp", "lm_head"]))
+    whole = dataclasses.replace(cfg, train=TrainConfig(loss="full"))
+    trace, full = (trace_of(one, model_of(one), ROWS) for one in (cfg, whole))
+    assert {block.kind for block in full.blocks} - {block.kind for block in trace.blocks} == {"logits"}
+    assert most_alive(trace.blocks) < most_alive(full.blocks) - ROWS * SEQ * 4096 * 4
+    model = build_model(cfg.model, quant=low_bit(cfg)).train()
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    assert allocated(lambda: summed_loss(model, *rows()).backward()) == most_alive(trace.blocks)
 
 
 @every_optimizer

@@ -198,7 +198,7 @@ def measured(case: Case, cfg: RunConfig) -> Row:
     vocabulary = int(model.config.vocab_size)
     for _ in range(cfg.train.steps):
         rows = torch.randint(vocabulary, (cfg.train.batch_size, cfg.data.seq_len))
-        loss = summed_loss(model, rows, rows) / targets(rows)
+        loss = summed_loss(model, rows, rows, cfg.train.loss) / targets(rows)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -69,15 +69,14 @@ class Models:
         self._made: dict[int | None, tuple[Any, Traces]] = {}
 
     def of(self, cfg: "RunConfig") -> "tuple[Any, Traces]":
-        from ..plan import Traces, trace_step
-        from ..train.evaluate import summed_loss
+        from ..plan import Traces
         from ..train.models import low_bit
-        from ..train.plan import model_of
+        from ..train.plan import model_of, trace_of
 
         bits = low_bit(cfg).bits
         if bits not in self._made:
             model = model_of(cfg)
-            traces = Traces(lambda batch: trace_step(model, summed_loss, batch, cfg.data.seq_len))
+            traces = Traces(lambda batch: trace_of(cfg, model, batch))
             self._made[bits] = model, traces
         return self._made[bits]
 

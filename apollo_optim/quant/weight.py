@@ -61,9 +61,9 @@ class LowBitWeight(Tensor):
         self = cls(codes, scales, value.shape, value.dtype, bits, group_size)
         return self._assign(value) if value.device.type != "meta" else self
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The float matrix; not differentiable."""
-        return format.dequantised(self.codes, self.scales, self.shape[-1], dtype or self.dtype)
+    def dequantize(self, dtype: torch.dtype | None = None, rows: slice = slice(None)) -> Tensor:
+        """The float matrix, or only these rows of it (of a stack: matrices); not differentiable."""
+        return format.dequantised(self.codes[rows], self.scales[rows], self.shape[-1], dtype or self.dtype)
 
     @torch.no_grad()
     def _assign(self, value: Tensor) -> "LowBitWeight":

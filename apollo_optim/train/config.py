@@ -142,6 +142,10 @@ class TrainConfig:
     release: bool = False
     """Step every weight inside the backward pass and set its gradient free at once: one gradient in memory instead of
     all of them, the same weights to the bit. Micro-batches are added up in all gradients again."""
+    loss: Literal["auto", "full", "chunked"] = "auto"
+    """chunked: over a part of the vocabulary at a time, forward and backward, so that the logits (tokens x vocabulary)
+    never exist; the head's product is computed once more. auto: so if those of a micro-batch have more than 16,777,216
+    entries (64 MiB in float32) and the model does nothing else with them (soft caps, scales)."""
     seed: int = 0
     """Seed of the initial weights and of dropout."""
     threads: int | None = None
@@ -322,6 +326,7 @@ def check(cfg: RunConfig) -> None:
     for key, choice, choices in (
         ("schedule.kind", cfg.schedule.kind, ("cosine", "linear", "constant", "wsd")),
         ("model.dtype", cfg.model.dtype, ("float32", "bfloat16")),
+        ("train.loss", cfg.train.loss, ("auto", "full", "chunked")),
         ("train.matmul_precision", cfg.train.matmul_precision, ("highest", "high", "medium")),
         ("log.display", cfg.log.display, ("auto", "rich", "plain", "none")),
         *(("log.to", sink, typing.get_args(Sink)) for sink in cfg.log.to),

@@ -224,7 +224,8 @@ def build(cfg: RunConfig, run: Path) -> Job:
     torch.nn.Module.to(model, device)
     model.train()
     if cfg.model.compile and can_compile(device.type):
-        model.compile()  # in place: the names of the parameters stay
+        # In place: the names of the parameters stay. Without the head: its loss may be made in parts.
+        model.base_model.compile()
     optimizer = make_optimizer(cfg.optim, model)
     released = release(model, optimizer, clip=cfg.train.clip_tensor) if cfg.train.release else None
     return Job(cfg, run, device, model, optimizer, data, released, baseline)
@@ -432,7 +433,10 @@ def one_step(job: Job, batch: Batch, want_norm: bool) -> tuple[float, Reading | 
     pieces = list(zip(torch.split(batch.input_ids, size), torch.split(batch.labels, size), strict=True))
     for number, (input_ids, labels) in enumerate(pieces, 1):
         loss = summed_loss(
-            job.model, input_ids.to(job.device, non_blocking=True), labels.to(job.device, non_blocking=True)
+            job.model,
+            input_ids.to(job.device, non_blocking=True),
+            labels.to(job.device, non_blocking=True),
+            cfg.loss,
         )
         loss = loss / predictions
         summed += loss.detach()
@@ -572,7 +576,7 @@ def record_step(job: Job, metrics: Metrics, display: Display, watch: Watch, loss
 def record_evaluation(job: Job, metrics: Metrics, display: Display, rows: list[Batch], bytes_per_token: float) -> None:
     """Evaluate, and one line of the log. A loss that is not finite means that the weights are spoilt."""
     size = job.cfg.eval.batch_size or job.cfg.train.micro_batch or job.cfg.train.batch_size
-    figures = evaluate(job.model, rows, size, bytes_per_token)
+    figures = evaluate(job.model, rows, size, bytes_per_token, job.cfg.train.loss)
     if not math.isfinite(figures.loss):
         raise TrainingFailed(f"the validation loss is {figures.loss} after step {job.step}; {last_good(job.run)}")
     job.evaluation = dataclasses.asdict(figures)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
-from apollo_optim.plan import Budget, Parallel, Plan, trace_step
+from apollo_optim.plan import Budget, Parallel, Plan, Trace, trace_step
 from apollo_optim.quant import quantize_weights
 from apollo_optim.train.config import RunConfig
 from apollo_optim.train.evaluate import summed_loss
@@ -24,7 +25,12 @@ def planned(cfg: RunConfig, *, vocab_size: int | None = None) -> Plan:
     Raises InputError for what the user can put right.
     """
     model = model_of(cfg, vocab_size)
-    return budget_of(cfg, model).at(trace_step(model, summed_loss, micro_batch(cfg), cfg.data.seq_len))
+    return budget_of(cfg, model).at(trace_of(cfg, model, micro_batch(cfg)))
+
+
+def trace_of(cfg: RunConfig, model: PreTrainedModel, batch: int) -> Trace:
+    """Forward and backward of so many rows, with the run's loss."""
+    return trace_step(model, functools.partial(summed_loss, how=cfg.train.loss), batch, cfg.data.seq_len)
 
 
 def budget_of(
