@@ -66,15 +66,20 @@ def choose_weights(model: nn.Module, targets: str | Sequence[str], exclude: str 
 
 
 def quantize_module(module: nn.Module, chosen: Chosen, bits: int, group_size: int) -> None:
-    """The weights that a module holds itself, if any of them are chosen."""
+    """The weights that a module holds itself, if any of them are chosen; those that are low-bit already stay."""
+    for own, name in chosen.get(module, {}).items():
+        p = module._parameters[own]
+        assert p is not None  # it was there when it was chosen
+        if not isinstance(p, LowBitWeight):
+            module._parameters[own] = quantized(p, name, bits, group_size)
+
+
+def quantized(p: nn.Parameter, name: str, bits: int, group_size: int) -> nn.Parameter:
+    """What takes the place of a float parameter. ``name``: for the message if it cannot."""
     if bits not in TOP:
         raise InputError(f"bits={bits}: a weight can have {' or '.join(map(str, TOP))}")
     if group_size < 2 or group_size % 2:
         raise InputError(f"group_size={group_size}: an even number")
-    for own, name in chosen.get(module, {}).items():
-        p = module._parameters[own]
-        assert p is not None  # it was there when it was chosen
-        if not p.is_meta and not is_finite(p):
-            raise InputError(f"{name} is not finite: it cannot be quantised")
-        weight = LowBitWeight.from_float(p.detach(), bits, group_size)
-        module._parameters[own] = nn.Parameter(weight, p.requires_grad)
+    if not p.is_meta and not is_finite(p):
+        raise InputError(f"{name} is not finite: it cannot be quantised")
+    return nn.Parameter(LowBitWeight.from_float(p.detach(), bits, group_size), p.requires_grad)

@@ -17,8 +17,9 @@ import torch
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import is_finite
 from apollo_optim.optim.registry import find_optimizer
-from apollo_optim.quant.quantize import choose_weights, quantize_module, quantize_weights
+from apollo_optim.quant.quantize import Chosen, choose_weights, quantize_module, quantize_weights
 from apollo_optim.quant.weight import warm_up
+from apollo_optim.train.arrival import quantized_on_arrival
 from apollo_optim.train.config import ModelConfig, QuantConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -64,15 +65,13 @@ def build_model(
     A size by name takes its vocabulary from `cfg.vocab_size`, else `vocab_size`, else the table; its special tokens
     from the tokenizer. A sequence longer than the model's context is refused here, before anything is computed.
 
-    With `quant.bits`, new weights are quantised as they are drawn, module by module: the float model never exists.
+    With `quant.bits`, weights are quantised as they are drawn or read, one by one: the float model never exists.
     """
     config = model_config(cfg, vocab_size, tokenizer)
     check_context(cfg, config, seq_len)
     quant = quant or QuantConfig()
     if cfg.pretrained:
-        model = load_pretrained(cfg, config)
-        if quant.bits is not None:
-            quantize_weights(model, quant.bits, quant.group_size, quant.targets, quant.exclude)
+        model = load_pretrained(cfg, config, quant)
     else:
         model = with_new_weights(cfg, config, quant, to_train=True)
     if cfg.gradient_checkpointing:
@@ -121,21 +120,57 @@ def with_new_weights(
     if quant.bits is not None:
         chosen = choose_weights(model, quant.targets, quant.exclude)
         if to_train:
-            shapes = {tuple(module.get_parameter(own).shape) for module, names in chosen.items() for own in names}
-            for shape in sorted(shapes):  # the same order in every process
-                warm_up(shape, DTYPES[cfg.dtype], quant.bits, quant.group_size, torch.device("cpu"))
+            warm_up_steps(cfg, quant, chosen)
         finish = functools.partial(quantize_module, chosen=chosen, bits=quant.bits, group_size=quant.group_size)
     draw_weights(model, finish)
     return model
 
 
-def load_pretrained(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
-    """The weights of a directory or a hub name."""
+def warm_up_steps(cfg: ModelConfig, quant: QuantConfig, chosen: Chosen) -> None:
+    """Compile the step of low-bit weights of these shapes, before they take memory."""
+    assert quant.bits is not None
+    shapes = {tuple(module.get_parameter(own).shape) for module, names in chosen.items() for own in names}
+    for shape in sorted(shapes):  # the same order in every process
+        warm_up(shape, DTYPES[cfg.dtype], quant.bits, quant.group_size, torch.device("cpu"))
+
+
+def load_pretrained(cfg: ModelConfig, config: PretrainedConfig, quant: QuantConfig) -> PreTrainedModel:
+    """The weights of a directory or a hub name, quantised as they are read if `quant.bits`.
+
+    Raises InputError if the checkpoint's weights are not exactly the model's.
+    """
     from transformers import AutoModelForCausalLM
 
-    with _explained(cfg):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(cfg.name, config=config, **_options(cfg))
+    arrival: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if quant.bits is not None:
+        chosen = choose_weights(skeleton(cfg, config), quant.targets, quant.exclude)
+        warm_up_steps(cfg, quant, chosen)
+        arrival = quantized_on_arrival({name for names in chosen.values() for name in names.values()}, quant)
+    with _explained(cfg), arrival:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            cfg.name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **_options(cfg)
+        )
+    model: PreTrainedModel = loaded[0]
+    _check_loaded(cfg, loaded[1])
+    if quant.bits is not None:  # what did not come in by its own name
+        quantize_weights(model, quant.bits, quant.group_size, quant.targets, quant.exclude)
     return model
+
+
+def _check_loaded(cfg: ModelConfig, found: dict[str, Any]) -> None:
+    """transformers draws anew what a checkpoint lacks and drops what is too much: nothing to train on unawares."""
+    for kind, problem in (
+        ("mismatched_keys", "other shapes in the checkpoint than in the model"),
+        ("missing_keys", "not in the checkpoint"),
+        ("unexpected_keys", "in the checkpoint, but not in the model"),
+    ):
+        keys = sorted(key if isinstance(key, str) else key[0] for key in found[kind])
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise InputError(
+                f"model.name={cfg.name}: {problem}: {', '.join(keys[:3])}{more}. Take back what you changed of the "
+                "model's config; or make a checkpoint that fits (transformers: from_pretrained, then save_pretrained)"
+            )
 
 
 def _options(cfg: ModelConfig) -> dict[str, Any]:
