@@ -27,6 +27,8 @@ from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import is_finite
 from apollo_optim.optim.base import MatrixOptimizer
+from apollo_optim.optim.fast import Graphs
+from apollo_optim.optim.warm import warm_up
 from apollo_optim.quant import tallied
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.config import (
@@ -218,17 +220,29 @@ def build(cfg: RunConfig, run: Path) -> Job:
     baseline = {"imports": measure.resident_memory()}
     data = open_data(cfg.data)
     baseline["data"] = measure.resident_memory()
+    vocabulary = usable_vocabulary(data.tokenizer)
+    beforehand = cfg.optim.compile and device.type == "cpu" and can_compile("cpu")
+    graphs = compiled_beforehand(cfg, vocabulary) if beforehand else {}
     torch.manual_seed(cfg.train.seed)
     random.seed(cfg.train.seed)
-    model = build_model(cfg.model, usable_vocabulary(data.tokenizer), cfg.data.seq_len, data.tokenizer, low_bit(cfg))
+    model = build_model(cfg.model, vocabulary, cfg.data.seq_len, data.tokenizer, low_bit(cfg))
     torch.nn.Module.to(model, device)
     model.train()
     if cfg.model.compile and can_compile(device.type):
         # In place: the names of the parameters stay. Without the head: its loss may be made in parts.
         model.base_model.compile()
     optimizer = make_optimizer(cfg.optim, model)
+    optimizer._compiled.update(graphs)
     released = release(model, optimizer, clip=cfg.train.clip_tensor) if cfg.train.release else None
     return Job(cfg, run, device, model, optimizer, data, released, baseline)
+
+
+def compiled_beforehand(cfg: RunConfig, vocabulary: int) -> Graphs:
+    """The compiled steps of the run's optimizer, while nothing else is in memory. (A GPU's weights are elsewhere.)"""
+    from apollo_optim.train.plan import model_of
+
+    model = model_of(cfg, vocabulary)
+    return warm_up(make_optimizer(cfg.optim, model), torch.device("cpu"))
 
 
 def choose_device(cfg: RunConfig) -> torch.device:
