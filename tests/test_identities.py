@@ -185,6 +185,49 @@ def test_a_transposed_weight_takes_the_transposed_step():
         torch.testing.assert_close(wide.mT, tall, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("proj", ["gaussian", "sketch"])
+def test_a_kept_projection_is_the_one_that_is_drawn_again(proj, dtype, compile):
+    """Through refreshes, one of them with a gradient that cannot be used; its bytes are state."""
+    torch.manual_seed(0)
+    grads = [torch.randn(20, 12).to(dtype) for _ in range(6)]
+    grads[2] = torch.full_like(grads[2], torch.inf)
+    knobs = {"rank": 4, "proj": proj, "update_proj_gap": 2, "compile": compile}
+    for shape in ((20, 12), (12, 20)):
+        ends = []
+        for keep in (False, True):
+            p = nn.Parameter(torch.ones(shape, dtype=dtype))
+            optimizer = Apollo([p], lr=1e-2, keep_proj=keep, **knobs)
+            for grad in grads:
+                p.grad = grad if grad.shape == shape else grad.mT.contiguous()
+                optimizer.step()
+            ends.append((p.detach(), optimizer.state[p]))
+        (drawn, without), (kept, state) = ends
+        assert torch.equal(kept, drawn)
+        assert state["skipped"] == 1
+        assert set(state) - set(without) == {"basis"}
+        assert state["basis"].shape == ((12,) if proj == "sketch" else (12, 4))
+        assert state["basis"].dtype is dtype
+
+
+def test_a_state_lies_as_its_gradient_does_also_after_loading():
+    """A compiled step passes over both at once; a checkpoint's tensors are contiguous."""
+    p = nn.Parameter(torch.zeros(12, 20))
+    optimizer = Apollo([p], rank=4)
+    p.grad = torch.randn(12, 20)
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"].shape == (20, 4)
+    assert optimizer.state[p]["exp_avg"].mT.is_contiguous()
+    saved = optimizer.state_dict()
+    saved["state"][0] = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in saved["state"][0].items()}
+    other = Apollo([nn.Parameter(torch.zeros(12, 20))], rank=4)
+    other.load_state_dict(saved)
+    (state,) = other.state.values()
+    assert torch.equal(state["exp_avg"], optimizer.state[p]["exp_avg"])
+    assert state["exp_avg"].mT.is_contiguous()
+
+
 def test_a_conv_weight_is_a_matrix_and_a_stack_is_its_matrices():
     torch.manual_seed(0)
     grads = [torch.randn(8, 3, 3, 3) for _ in range(4)]

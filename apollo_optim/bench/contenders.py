@@ -108,6 +108,9 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "apollo-sketch": Contender("apollo-optim", "rank r, sketch", ours(Apollo, proj="sketch"), **FULL),
     "apollo-gaussian": Contender("apollo-optim", "rank r, gaussian", ours(Apollo, proj="gaussian"), **FULL),
+    "apollo-gaussian-kept": Contender(
+        "apollo-optim", "rank r, gaussian, kept", ours(Apollo, proj="gaussian", keep_proj=True), **FULL
+    ),
     "apollo-mini-eager": Contender("apollo-optim", "not compiled", ours(ApolloMini, compile=False), **MINI),
     "apollo-sketch-eager": Contender(
         "apollo-optim", "rank r, sketch, not compiled", ours(Apollo, compile=False, proj="sketch"), **FULL

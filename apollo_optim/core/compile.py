@@ -4,9 +4,10 @@ import functools
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,7 +21,21 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
     )
     own.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    # what has taken many operations is kept by default: a full-size temporary in the middle of a write
+    return torch.compile(
+        own, fullgraph=True, dynamic=False, options={"realize_reads_threshold": 1000, "realize_opcount_threshold": 1000}
+    )
+
+
+@overload
+def in_memory(value: Tensor) -> Tensor: ...
+@overload
+def in_memory(value: float | Tensor) -> float | Tensor: ...
+def in_memory(value: float | Tensor) -> float | Tensor:
+    """``value``, which a compiler would otherwise compute again for every entry that it is combined with."""
+    if isinstance(value, Tensor) and torch.compiler.is_compiling():
+        return value.as_strided(value.shape, value.stride())
+    return value
 
 
 @functools.cache

@@ -72,10 +72,14 @@ def rounding_noise(t: Tensor, key: Key, at: Block = ()) -> Tensor:
 def zeros(shape: tuple[int, ...], view_ck: Tensor, dtype: torch.dtype) -> Tensor:
     """State for a weight seen as ``view_ck``: (.., c, r) split by channels, (..) split by expert.
 
+    It lies in memory as its gradient does, across where that is a transpose: a compiled step passes over both at once.
     Never ``new_zeros``: on a DTensor that replicates, on a low-bit weight it quantises.
     """
     if not is_sharded(view_ck):
-        return torch.zeros(shape, dtype=dtype, device=view_ck.device)
+        across = len(shape) == view_ck.ndim > 1 and lies_across(view_ck)
+        stored = (*shape[:-2], shape[-1], shape[-2]) if across else shape
+        state = torch.zeros(stored, dtype=dtype, device=view_ck.device)
+        return state.mT if across else state
     from torch.distributed.tensor import Replicate
 
     placements = by_channel(view_ck)
@@ -83,6 +87,18 @@ def zeros(shape: tuple[int, ...], view_ck: Tensor, dtype: torch.dtype) -> Tensor
         own: tuple[Any, ...] = view_ck.placements
         placements = [p if _splits(p, range(len(shape))) else Replicate() for p in own]
     return _assembled(lambda size: torch.zeros(size, dtype=dtype, device=view_ck.device), shape, view_ck, placements)
+
+
+def lies_across(view_ck: Tensor) -> bool:
+    """Is it a transpose of what lies in memory?"""
+    return view_ck.stride(-1) > view_ck.stride(-2)
+
+
+def copied(state: Tensor, like: Tensor, device: torch.device) -> Tensor:
+    """``state`` on that device, in its own dtype, and in memory as ``like`` lies there."""
+    if is_sharded(state):
+        return state.to(device, copy=True)
+    return torch.empty_like(like, dtype=state.dtype, device=device).copy_(state)
 
 
 def zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from apollo_optim.core import layout
 from apollo_optim.core.blocks import Block, by_rows
-from apollo_optim.core.random import Key, in_memory, normal_pairs, signs
-from apollo_optim.core.scaling import channel_norms
+from apollo_optim.core.compile import in_memory
+from apollo_optim.core.random import Key, normal_pairs, signs
+from apollo_optim.core.scaling import channel_norms, channel_sums
 
 Projection = Literal["gaussian", "sketch", "rademacher", "svd"]
 PROJECTIONS: tuple[str, ...] = get_args(Projection)
-_PART = 8
 
 
 def channel_view(t: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def random_basis(view_ck: Tensor, rank: int, proj: str, key: Key) -> Tensor:
         return signs(positions(k * rank), key).view(*batch, k, rank) / math.sqrt(rank)
     half = (k * rank + 1) // 2  # each hash pair gives two normals: one for either half of a matrix
     pairs = torch.cat([t.view(stack, half) for t in normal_pairs(positions(half), key)], dim=1)
-    return pairs[:, : k * rank].reshape(*batch, k, rank) / math.sqrt(rank)
+    return in_memory(pairs[:, : k * rank].reshape(*batch, k, rank) / math.sqrt(rank))
 
 
 def svd_basis(grad_ck: Tensor, rank: int) -> Tensor:
@@ -75,37 +75,33 @@ def down(grad_ck: Tensor, basis: Tensor, rank: int) -> Tensor:
             here = own[at[: len(stack)]]
             if sketched:
                 return _bucket_sums(block.float() * here.unsqueeze(-2), first, rank)
-            return block.float() @ here
+            # of a bf16 gradient a bf16 product, as its model's are: summed in fp32, rounded once
+            return (block @ here.to(block.dtype)).float() if block.dtype is torch.bfloat16 else block.float() @ here
 
         return by_rows(rows, part)
 
     return layout.projected(grad_ck, rank, product)
 
 
-def down_and_norms(grad_ck: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``down`` and ``channel_norms`` of a gradient, compiled from one pass over it where that is possible."""
-    if not torch.compiler.is_compiling():
-        return down(grad_ck, basis, rank), channel_norms(grad_ck)
-    grad = grad_ck.float()
-    if basis.ndim < grad_ck.ndim:
-        low_cr = _bucket_sums(grad * basis.unsqueeze(-2), 0, rank)
-        return low_cr, _bucket_sums(grad.square(), 0, rank).sum(-1, keepdim=True).sqrt()
-    low_cr = _row_sums(grad * basis.mT) if rank == 1 else down(grad_ck, basis, rank)
-    return low_cr, _row_sums(grad.square()).sqrt()
-
-
-def _row_sums(t: Tensor) -> Tensor:
-    """(.., c, k) -> (.., c, 1). Of a transpose in parts: the compiled loop goes down a few rows at a time."""
-    *batch, k = t.shape
-    if t.stride(-1) == 1 or k % _PART:
-        return t.sum(-1, keepdim=True)
-    return t.reshape(*batch, k // _PART, _PART).sum(-1).sum(-1, keepdim=True)
+def down_and_norms(grad_ck: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """R = G P, the norms of its channels and those of G's: compiled one pass over G where that is possible."""
+    sketched = basis.ndim < grad_ck.ndim
+    if not torch.compiler.is_compiling() or not (sketched or rank == 1):
+        low_cr = down(grad_ck, basis, rank)
+        return low_cr, channel_norms(low_cr), channel_norms(grad_ck)
+    grad, across = grad_ck.float(), layout.lies_across(grad_ck)
+    if sketched:
+        low_cr, square = _bucket_sums(grad * basis.unsqueeze(-2), 0, rank), _bucket_sums(grad.square(), 0, rank)
+    else:
+        low_cr, square = channel_sums(grad * basis.mT, across), grad.square()
+    return low_cr, channel_sums(low_cr.square(), across).sqrt(), channel_sums(square, across).sqrt()
 
 
 def _bucket_sums(signed_ck: Tensor, first: int, rank: int) -> Tensor:
     """Column j, the whole matrix's number ``first + j``, added to bucket number mod r: (.., c, k) -> (.., c, r)."""
     k = signed_ck.shape[-1]
-    rounds = k // rank
-    sums = signed_ck[..., : rounds * rank].reshape(*signed_ck.shape[:-1], rounds, rank).sum(-2)
-    sums[..., : k - rounds * rank] += signed_ck[..., rounds * rank :]
+    even = k - k % rank
+    sums = signed_ck[..., :even].reshape(*signed_ck.shape[:-1], k // rank, rank).sum(-2)
+    if even < k:
+        sums = sums + torch.constant_pad_nd(signed_ck[..., even:], (0, rank - k % rank))
     return sums.roll(first % rank, -1) if first % rank else sums

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from apollo_optim.core.compile import in_memory
+
 Key = tuple["int | Tensor", "int | Tensor"]  # two int32 words; 0-D tensors where a compiled step must not specialise
 
 # What a key is drawn for. Part of the format: never renumber.
@@ -84,11 +86,6 @@ def dither(rows: Tensor, columns: Tensor, key: Key) -> Tensor:
     b_m1 = in_memory(_shift(row, 16).float() * 2.0**-16).unsqueeze(-1)
     u_mn = t_n * a_m1 + b_m1
     return u_mn - u_mn.floor()
-
-
-def in_memory(t: Tensor) -> Tensor:
-    """``t``, which a compiler would otherwise compute again for every entry that it is combined with."""
-    return t.as_strided(t.shape, t.stride()) if torch.compiler.is_compiling() else t
 
 
 def signs(index: Tensor, key: Key) -> Tensor:

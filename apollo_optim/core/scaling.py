@@ -8,14 +8,17 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from apollo_optim.core.blocks import Block, blocks, by_rows, part
-from apollo_optim.core.layout import is_sharded, local, projected, settled, summed
+from apollo_optim.core.layout import is_sharded, lies_across, local, projected, settled, summed
 from apollo_optim.core.moments import Number
 
 TINY = 1e-8
+_PART = 8
 
 
 def channel_norms(t: Tensor) -> Tensor:
     """(.., c, k) -> (.., c, 1), fp32."""
+    if torch.compiler.is_compiling():
+        return channel_sums(t.float().square(), lies_across(t)).sqrt()
 
     def rows(block: Tensor, _: Block) -> Tensor:
         norms: Tensor = vector_norm(block, dim=-1, keepdim=True, dtype=torch.float32)
@@ -26,9 +29,19 @@ def channel_norms(t: Tensor) -> Tensor:
     return projected(t, 1, lambda own, _: by_rows(rows, own).square()).sqrt()  # ranks add up squares
 
 
+def channel_sums(t: Tensor, across: bool) -> Tensor:
+    """(.., c, k) -> (.., c, 1). Of what lies across in parts: the compiled loop goes down a few rows at a time."""
+    *batch, k = t.shape
+    if not across or k % _PART:
+        return t.sum(-1, keepdim=True)
+    return t.reshape(*batch, k // _PART, _PART).sum(-1).sum(-1, keepdim=True)
+
+
 def full_norm(t: Tensor) -> Tensor:
     """The norm of all of ``t``, of any shape: 0-D, fp32."""
     own = local(t)
+    if torch.compiler.is_compiling():  # row by row: a sum of everything at once is compiled to a slow loop
+        return own.float().square().sum(-1).sum().sqrt()
     norm = vector_norm(
         torch.stack([vector_norm(part(own, at), dtype=torch.float32) for at in blocks(tuple(own.shape))])
     )

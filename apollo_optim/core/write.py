@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from apollo_optim.core.blocks import blocks, part
+from apollo_optim.core.compile import in_memory
 from apollo_optim.core.layout import local, rounding_noise, spread
 from apollo_optim.core.moments import Number
 from apollo_optim.core.random import Key
@@ -42,6 +43,8 @@ def write_block(
     noise: Tensor | None,
 ) -> None:
     """The arithmetic of ``write``, of one block of plain tensors. ``weight`` may be ``tensor``'s unflattened form."""
+    # in memory: a compiler would make them anew for every few entries, roots and quotients of norms included
+    keep, size, usable = in_memory(1 - lr * weight_decay), in_memory(factor * lr), in_memory(usable)
     old = weight.reshape(tensor.shape).float()
-    stepped = torch.where(usable, old * (1 - lr * weight_decay) - tensor.float() * (factor * lr), old)
+    stepped = torch.where(usable, old * keep - tensor.float() * size, old)
     store(weight, stepped.view(weight.shape), None if noise is None else noise.view(weight.shape))

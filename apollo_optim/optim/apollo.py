@@ -50,6 +50,8 @@ class Apollo(MatrixOptimizer):
             "svd" (the gradient's top singular vectors, kept as state: APOLLO-SVD).
         proj_type: "std", nothing else: the side to compress is always the smaller one.
         update_proj_gap: Steps between two projections.
+        keep_proj: Keep a random projection from one refresh to the next, as state: small side x r numbers per matrix,
+            of the weight's dtype. Otherwise every step draws it again, the same numbers.
         norm_growth: A step's norm may be at most this times the one before (Fira's limiter); None for no limit.
         state_dtype: Of the moments. bf16 halves them and needs stochastic rounding: 0.999 v rounds back to v.
         stochastic_rounding: Of bf16 weights and bf16 moments at their one write per step. fp32 ones are not affected.
@@ -78,6 +80,7 @@ class Apollo(MatrixOptimizer):
         proj: str = "gaussian",
         proj_type: str = "std",
         update_proj_gap: int = 200,
+        keep_proj: bool = False,
         norm_growth: float | None = 1.01,
         state_dtype: torch.dtype = torch.float32,
         stochastic_rounding: bool = True,
@@ -89,18 +92,23 @@ class Apollo(MatrixOptimizer):
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank, "scale": scale,
             "scale_type": scale_type, "scale_front": scale_front, "proj": proj, "proj_type": proj_type,
-            "update_proj_gap": update_proj_gap, "norm_growth": norm_growth, "state_dtype": state_dtype,
-            "stochastic_rounding": stochastic_rounding, "seed": seed, "view": view, "maximize": maximize,
+            "update_proj_gap": update_proj_gap, "keep_proj": keep_proj, "norm_growth": norm_growth,
+            "state_dtype": state_dtype, "stochastic_rounding": stochastic_rounding, "seed": seed, "view": view,
+            "maximize": maximize,
         }  # fmt: skip
         super().__init__(params, defaults, compile=compile)
 
     @classmethod
     def init_rule(cls, view_ck: Tensor, group: Group) -> State:
-        """Two moments of the sketch, one number for the limiter; random bases are never state, svd's is."""
+        """Two moments of the sketch, one number for the limiter; svd's basis, and a random one that is to be kept."""
         *stack, c, k = view_ck.shape
         low_cr = (*stack, c, group["rank"])
         state = {name: layout.zeros(low_cr, view_ck, group["state_dtype"]) for name in ("exp_avg", "exp_avg_sq")}
         state["prev_norm"] = layout.zeros(tuple(stack), view_ck, torch.float32)
+        if group["keep_proj"] and group["proj"] != "svd":
+            shape = (*stack, k) if group["proj"] == "sketch" else (*stack, k, group["rank"])
+            dtype = torch.bfloat16 if view_ck.dtype is torch.bfloat16 else torch.float32  # as its products want it
+            state["basis"] = torch.zeros(shape, dtype=dtype, device=view_ck.device)
         if group["proj"] == "svd":  # orthonormal from the start, should the first gradient be unusable
             identity = torch.eye(k, group["rank"], device=view_ck.device)
             state["basis"] = identity.expand(*stack, k, group["rank"]).clone()
@@ -109,7 +117,7 @@ class Apollo(MatrixOptimizer):
     @classmethod
     def basis(cls, grad_ck: Tensor, state: State, n: Numbers, spec: Spec) -> Tensor:
         """P: drawn from the parameter's seed and the number of the refresh, or the gradient's singular vectors."""
-        if spec.proj != "svd":
+        if spec.proj != "svd" and (spec.refresh or not spec.kept):
             return random_basis(grad_ck, spec.rank, spec.proj, n.projection)
         return svd_basis(grad_ck, spec.rank) if spec.refresh else state["basis"]
 
@@ -117,11 +125,11 @@ class Apollo(MatrixOptimizer):
     def direction(cls, grad_ck: Tensor, state: State, n: Numbers, spec: Spec) -> Step:
         """Algorithm 1 of the paper, with the limiter folded into one factor per channel (or per tensor)."""
         basis_kr = cls.basis(grad_ck, state, n, spec)
-        low_cr, grad_c1 = down_and_norms(grad_ck, basis_kr, spec.rank)
+        low_cr, low_c1, grad_c1 = down_and_norms(grad_ck, basis_kr, spec.rank)
         exp_avg, exp_avg_sq = updated(low_cr, state["exp_avg"], state["exp_avg_sq"], n.new1, n.new2)
         adam_cr = exp_avg / (exp_avg_sq.sqrt() + n.eps)
 
-        low_c1, adam_c1 = channel_norms(low_cr), channel_norms(adam_cr)
+        adam_c1 = channel_norms(adam_cr)
         if spec.tensorwise:
             factor = ratio(tensor_norm(adam_c1), tensor_norm(low_c1))[..., None, None]
         else:

@@ -120,16 +120,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False)
             for i, p in zip(saved["params"], group["params"], strict=False)
         ]
-        for i, p, saved in pairs:
-            if i in state_dict["state"]:
-                self._check_saved(i, state_dict["state"][i], p, saved)
+        states = {i: (p, saved, state_dict["state"][i]) for i, p, saved in pairs if i in state_dict["state"]}
+        expected = {i: self._check_saved(i, state, p, saved) for i, (p, saved, state) in states.items()}
         super().load_state_dict(state_dict)
-        for i, p, _ in pairs:
-            for name, value in state_dict["state"].get(i, {}).items():
+        for i, (p, _, state) in states.items():
+            for name, value in state.items():
                 if isinstance(value, Tensor) and name != "step":
-                    self.state[p][name] = value.detach().to(p.device, copy=True)
+                    self.state[p][name] = layout.copied(value.detach(), expected[i][name], p.device)
 
-    def _check_saved(self, i: Any, saved: State, p: Tensor, group: Group) -> None:
+    def _check_saved(self, i: Any, saved: State, p: Tensor, group: Group) -> State:
+        """The state that is expected, on the meta device."""
         missing = [key for key in self.defaults if key not in group]
         if missing:
             raise InputError(f"this state is not {type(self).__name__}'s: its param_groups lack {', '.join(missing)}")
@@ -140,6 +140,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 f"the saved state of parameter {i}, {tuple(p.shape)}, does not fit {type(self).__name__}: expected "
                 f"{ours}, found {theirs}. Build the model and its param_groups as they were when it was saved."
             )
+        return expected
 
     def __getstate__(self) -> State:
         return {**super().__getstate__(), "compile": self.compile, "_compiled": {}}

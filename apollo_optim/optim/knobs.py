@@ -67,6 +67,7 @@ KNOBS: dict[str, Knob] = {
         _one_of("std"),
     ),
     "update_proj_gap": Knob("a whole number >= 1", _count(1)),
+    "keep_proj": Knob("True or False", _one_of(True, False)),
     "norm_growth": Knob("a number >= 1, or None for no limit", _or(None, _number(1))),
     "state_dtype": Knob("torch.float32 or torch.bfloat16", _one_of(torch.float32, torch.bfloat16)),
     "stochastic_rounding": Knob("True or False", _one_of(True, False)),

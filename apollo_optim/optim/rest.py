@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from apollo_optim.core.blocks import Block, blocks, part
+from apollo_optim.core.compile import in_memory
 from apollo_optim.core.eightbit import decode_mean, decode_square, encode_mean, encode_square, groups_of
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.layout import aligned, flat_index, local, rounding_noise, splits, summed, zeros_along, zeros_like
@@ -100,7 +101,7 @@ def init_adamw(matrix: Tensor, group: Group) -> State:
 def adamw(grad: Tensor, state: State, n: Numbers, spec: Spec) -> Move:
     """torch.optim.AdamW's arithmetic (1711.05101): eps after the bias correction."""
     exp_avg, exp_avg_sq = updated(grad, state["exp_avg"], state["exp_avg_sq"], n.new1, n.new2)
-    direction = exp_avg / (exp_avg_sq.sqrt() / n.correction2 + n.eps)
+    direction = exp_avg / (exp_avg_sq.sqrt() * in_memory(1 / n.correction2) + n.eps)
     return Move(direction, 1 / n.correction1, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq})
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from apollo_optim.core.blocks import Block, blocks, part
+from apollo_optim.core.compile import in_memory
 from apollo_optim.core.eightbit import groups_of
 from apollo_optim.core.layout import aligned, local, rounding_noise, spread
 from apollo_optim.core.moments import Number, bias_corrections
@@ -71,7 +72,8 @@ class Spec(NamedTuple):
     tensorwise: bool
     scale_front: bool
     limited: bool
-    refresh: bool  # this step draws a basis that is state (svd)
+    kept: bool  # the basis is state, though it could be drawn again
+    refresh: bool  # this step draws a basis that is state (svd's, or a kept one)
     stochastic: bool
     maximize: bool
 
@@ -126,6 +128,7 @@ def spec_of(p: Tensor, group: Group, step: int) -> Spec:
     rule = follows_rule(p, group)
     rest = "" if rule else rest_of(p, group)
     proj = group["proj"] if rule else ""
+    kept = rule and group["keep_proj"] and proj != "svd"
     return Spec(
         rule=rule,
         rest=rest,
@@ -136,7 +139,8 @@ def spec_of(p: Tensor, group: Group, step: int) -> Spec:
         tensorwise=rule and group["scale_type"] == "tensor",
         scale_front=rule and group["scale_front"],
         limited=rule and group["norm_growth"] is not None,
-        refresh=proj == "svd" and (step - 1) % group["update_proj_gap"] == 0,
+        kept=kept,
+        refresh=(kept or proj == "svd") and (step - 1) % group["update_proj_gap"] == 0,
         stochastic=group["stochastic_rounding"],
         maximize=group.get("maximize", False),
     )
@@ -182,9 +186,12 @@ def settle(rule: Rule, matrix: Tensor, state: State, n: Numbers, spec: Spec) -> 
     """
     view_ck = channel_view(-matrix if spec.maximize else matrix)
     taken = rule(view_ck, state, n, spec)
-    usable = torch.isfinite(taken.norm)
+    usable = in_memory(torch.isfinite(taken.norm))
     for name, value in taken.state.items():
         old = state[name]
+        if name == "basis" and spec.kept:  # a draw has nothing to do with this gradient
+            old.copy_(value)
+            continue
         here = local(spread(fit(usable, old), old))
         for at in blocks(tuple(local(old).shape)):
             keep(old, name, part(local(aligned(value, old)), at), part(here, at), n, spec, at)

@@ -86,6 +86,8 @@ class OptimConfig:
     """gaussian (= random), sketch, rademacher or svd."""
     update_proj_gap: int | None = None
     """A new projection every so many steps."""
+    keep_proj: bool | None = None
+    """Keep a random projection in between instead of drawing it again each step: memory for time."""
     betas: tuple[float, float] | None = None
     """Decay of the two moments."""
     eps: float | None = None
