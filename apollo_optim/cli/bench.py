@@ -11,6 +11,7 @@ BENCHES = {
     "low-bit": "what low-bit weights cost by the piece, and other formats for them",
     "kill": "runs killed with kill -9 and resumed, compared to the bit",
     "step": "the time of a step of ours, of the installed peers and of fused AdamW, interleaved in one process",
+    "loop": "what pretrain costs beside forward, backward and step, and tokens a second with each optimizer",
     "memory": "peak memory, a fresh process for every optimizer, beside its plan",
 }
 

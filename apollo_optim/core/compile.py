@@ -9,6 +9,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+# What is read often or took many operations is kept by default: full-size copies in the middle of a write.
+OPTIONS = dict.fromkeys(("realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"), 1000)
+
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` compiled as one whole graph for the shapes it is first called with.
@@ -17,14 +20,53 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     model has more shapes than that), so call it once per shape and keep the result. Whatever changes from step to step
     must come in as a tensor.
     """
+    return torch.compile(_own(function), fullgraph=True, dynamic=False, options=OPTIONS)  # type: ignore[arg-type]
+
+
+def compiled_in_place(function: Callable[..., None]) -> Callable[..., None]:
+    """As ``compiled``, of a function of tensors that writes into them and returns nothing.
+
+    Calls after the first go past torch's check of whether the graph fits, which takes longer than a small matrix's
+    step. So it is the caller who must keep one for each look of the tensors: shapes, strides, dtypes, device, and the
+    number of threads, for which the graph's loops are made.
+    """
+    graph: Callable[..., Any] | None = None
+    order: list[int] = []
+    given: tuple[Tensor, ...] = ()
+
+    def backend(traced: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        from torch import _inductor  # a second and hundreds of modules, for those who compile
+
+        inner: Callable[..., Any] = _inductor.compile(traced, inputs, OPTIONS)
+
+        def first(*taken: Tensor) -> Any:
+            nonlocal graph, order
+            order = [next((i for i, t in enumerate(given) if t is own), -1) for own in taken]
+            graph = inner if -1 not in order else None  # None: something else is needed, which torch must fetch
+            return inner(*taken)
+
+        return first
+
+    checked = torch.compile(_own(function), fullgraph=True, dynamic=False, backend=backend)
+
+    def call(*tensors: Tensor) -> None:
+        nonlocal given
+        if graph is not None:
+            graph(*[tensors[i] for i in order])
+            return
+        given = tensors
+        checked(*tensors)
+        given = ()
+
+    return call
+
+
+def _own(function: Callable[..., Any]) -> Callable[..., Any]:
     own = types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
     )
     own.__kwdefaults__ = function.__kwdefaults__
-    # what has taken many operations is kept by default: a full-size temporary in the middle of a write
-    return torch.compile(
-        own, fullgraph=True, dynamic=False, options={"realize_reads_threshold": 1000, "realize_opcount_threshold": 1000}
-    )
+    return own
 
 
 @overload

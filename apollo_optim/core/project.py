@@ -75,8 +75,9 @@ def down(grad_ck: Tensor, basis: Tensor, rank: int) -> Tensor:
             here = own[at[: len(stack)]]
             if sketched:
                 return _bucket_sums(block.float() * here.unsqueeze(-2), first, rank)
-            # of a bf16 gradient a bf16 product, as its model's are: summed in fp32, rounded once
-            return (block @ here.to(block.dtype)).float() if block.dtype is torch.bfloat16 else block.float() @ here
+            if block.dtype is torch.bfloat16 and rank > 1:  # as its model's products: summed in fp32, rounded once
+                return (block @ here.to(block.dtype)).float()
+            return block.float() @ here.float()
 
         return by_rows(rows, part)
 

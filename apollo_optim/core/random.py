@@ -8,6 +8,7 @@ Keys are pairs of 32-bit words made on the host from a parameter's seed and a co
 flat positions. Everything on the device is int32 arithmetic modulo 2^32, which every backend has.
 """
 
+import functools
 import math
 from typing import Literal
 
@@ -34,15 +35,21 @@ def _mix64(z: int) -> int:
 
 def mix_seed(*words: int) -> int:
     """One 63-bit seed out of several integers, order mattering: (group seed, position) -> a parameter's seed."""
-    state = 0
-    for word in words:
-        state = _mix64((state + 0x9E3779B97F4A7C15 + (word & _64_BITS)) & _64_BITS)
-    return state >> 1
+    return functools.reduce(_mixed_in, words, 0) >> 1
+
+
+def _mixed_in(state: int, word: int) -> int:
+    return _mix64((state + 0x9E3779B97F4A7C15 + (word & _64_BITS)) & _64_BITS)
+
+
+@functools.lru_cache(1 << 16)
+def _before_counting(seed: int, purpose: Purpose) -> int:
+    return functools.reduce(_mixed_in, (seed, PURPOSES[purpose]), 0)
 
 
 def key_at(seed: int, purpose: Purpose, counter: int) -> tuple[int, int]:
     """The key of one draw: ``counter`` is the refresh for a projection and the step for rounding bits."""
-    z = mix_seed(seed, PURPOSES[purpose], counter)
+    z = _mixed_in(_before_counting(seed, purpose), counter) >> 1  # mix_seed(seed, its number, counter)
     return _as_int32(z & 0xFFFFFFFF), _as_int32((z >> 31) & 0xFFFFFFFF)
 
 

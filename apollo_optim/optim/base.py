@@ -78,7 +78,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             state.update(self.init_state(p, group, self._position(p)))
         state["step"] += 1
         step = int(state["step"].item())  # on the CPU: no device waits for it
-        spec, numbers = spec_of(p, group, step), numbers_of(p, group, step, state["seed"])
+        spec = spec_of(p, group, step)
+        numbers = numbers_of(p, group, step, state["seed"], spec)
         rule: Any = self.direction if spec.rule else RULES[spec.rest]
         tensors = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
         if self.compile and not layout.is_sharded(p) and can_compile(p.device.type):

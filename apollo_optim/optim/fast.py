@@ -8,9 +8,10 @@ nothing anew.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from apollo_optim.core.compile import compiled
+from apollo_optim.core.compile import compiled, compiled_in_place
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.core.write import write
 from apollo_optim.optim.rest import advance_rest
@@ -28,21 +29,28 @@ def advance_compiled(graphs: Graphs, rule: Any, p: Tensor, grad: Tensor, state: 
     if own and not spec.rule:
         advance_rest(rule, p, grad, state, n, spec)
         return
-    look = [(t.shape, t.stride(), t.dtype) for t in ((grad,) if own else (p, grad))]
-    key = (*look, p.device, spec, *(t.dtype for t in state.values()))
+    inputs = [*([] if own else [p]), grad, *state.values(), *n.as_inputs(p.device)]
+    key = (p.device, torch.get_num_threads(), spec, *((t.shape, t.stride(), t.dtype) for t in inputs))
     if key not in graphs:
-        graphs[key] = compiled(_settle if own else _advance)
-    numbers = n.as_inputs(p.device)
+        graphs[key] = _settling(rule, list(state), spec) if own else _advancing(rule, list(state), spec)
     if not own:
-        graphs[key](rule, p, grad, state, *numbers, spec)
+        graphs[key](*inputs)
         return
-    step, factor, usable = graphs[key](rule, grad, state, *numbers, spec)
+    step, factor, usable = graphs[key](*inputs)
     write(p, step, factor, usable, n.lr, n.weight_decay, n.rounding["weight"] if spec.stochastic else None)
 
 
-def _advance(rule: Any, p: Tensor, grad: Tensor, state: State, plain: Any, words: Any, spec: Spec) -> None:
-    (advance if spec.rule else advance_rest)(rule, p, grad, state, Numbers.from_inputs(plain, words), spec)
+def _advancing(rule: Any, names: list[str], spec: Spec) -> Callable[..., None]:
+    def step(p: Tensor, grad: Tensor, *others: Tensor) -> None:
+        state, numbers = dict(zip(names, others, strict=False)), Numbers.from_inputs(others[len(names) :])
+        (advance if spec.rule else advance_rest)(rule, p, grad, state, numbers, spec)
+
+    return compiled_in_place(step)
 
 
-def _settle(rule: Any, grad: Tensor, state: State, plain: Any, words: Any, spec: Spec) -> Any:
-    return settle(rule, as_matrix(grad, spec.conv), state, Numbers.from_inputs(plain, words), spec)
+def _settling(rule: Any, names: list[str], spec: Spec) -> Callable[..., Any]:
+    def step(grad: Tensor, *others: Tensor) -> Any:
+        state, numbers = dict(zip(names, others, strict=False)), Numbers.from_inputs(others[len(names) :])
+        return settle(rule, as_matrix(grad, spec.conv), state, numbers, spec)
+
+    return compiled(step)

@@ -38,7 +38,7 @@ class Numbers(NamedTuple):
     projection: Key
     rounding: dict[str, Key]
 
-    def as_inputs(self, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Sequence[Tensor]]]:
+    def as_inputs(self, device: torch.device) -> list[Tensor]:
         """All of them as tensors, so that no value is compiled in: ``from_inputs`` goes back.
 
         For a CPU two tensors, fp32 and int32. The kernels of a GPU take numbers of the host one by one, so that
@@ -47,14 +47,15 @@ class Numbers(NamedTuple):
         plain = [value for name, value in self._asdict().items() if name not in _KEYS]
         keys = [self.projection, *(self.rounding[purpose] for purpose in ROUNDED)]
         if device.type == "cpu":
-            return torch.tensor(plain, dtype=torch.float32), torch.tensor(keys, dtype=torch.int32)  # type: ignore[return-value]
-        words = [[torch.tensor(word, dtype=torch.int32) for word in key] for key in keys]
-        return [torch.as_tensor(value, dtype=torch.float32) for value in plain], words
+            return [torch.tensor(plain, dtype=torch.float32), torch.tensor(keys, dtype=torch.int32)]
+        words = [torch.tensor(word, dtype=torch.int32) for key in keys for word in key]
+        return [*(torch.as_tensor(value, dtype=torch.float32) for value in plain), *words]
 
     @classmethod
-    def from_inputs(cls, plain: Sequence[Tensor], words: Sequence[Sequence[Tensor]]) -> "Numbers":
+    def from_inputs(cls, inputs: Sequence[Tensor]) -> "Numbers":
         names = [name for name in cls._fields if name not in _KEYS]
-        projection, *rounding = [(words[i][0], words[i][1]) for i in range(1 + len(ROUNDED))]
+        plain, words = (inputs[0], inputs[1].flatten()) if len(inputs) == 2 else (inputs, inputs[len(names) :])
+        projection, *rounding = [(words[2 * i], words[2 * i + 1]) for i in range(1 + len(ROUNDED))]
         of_purpose: dict[str, Key] = dict(zip(ROUNDED, rounding, strict=True))
         values = {name: plain[i] for i, name in enumerate(names)}
         return cls(**values, projection=projection, rounding=of_purpose)
@@ -146,9 +147,8 @@ def spec_of(p: Tensor, group: Group, step: int) -> Spec:
     )
 
 
-def numbers_of(p: Tensor, group: Group, step: int, seed: int) -> Numbers:
-    rule = follows_rule(p, group)
-    rest = "" if rule else rest_of(p, group)
+def numbers_of(p: Tensor, group: Group, step: int, seed: int, spec: Spec) -> Numbers:
+    rule, rest = spec.rule, spec.rest
     scale = group["scale"] if rule else 1.0
     if scale == "auto":  # E[s^R / s] ~ sqrt(r / d): what the projection shrinks (APOLLO, theorem 4.2)
         scale = min(matrix_shape(tuple(p.shape), group["view"])[-2:]) / group["rank"]

@@ -1,0 +1,148 @@
+"""What the loop of `pretrain` costs beside forward, backward and step, and tokens a second with each optimizer.
+
+    apollo-optim bench loop --model llama-9m --optimizers adamw apollo apollo-mini
+
+A bare loop (forward, backward, `step()`, `zero_grad()` on batches that are there; nothing drawn, logged or saved)
+trains the same model with torch's fused AdamW and with each of our optimizers, and `pretrain` trains it with each of
+ours. In every round all of them run once, in turn, so that another program on the machine slows down all of them;
+ratios are taken round by round.
+
+**loop**: a step of `pretrain` over a step of the bare loop with the same optimizer; 1 is no overhead at all.
+**against fused AdamW**: tokens a second of `pretrain` over those of the bare loop with torch's fused AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apollo_optim.bench.step_table import read_log, spread, write_log
+from apollo_optim.train.config import RunConfig
+from apollo_optim.train.evaluate import summed_loss, targets
+from apollo_optim.train.loop import build, pretrain
+
+FUSED = "torch-adamw-fused"
+WARM = 5  # steps before those that count: what is compiled is compiled in them
+LOGGED = 5  # steps between two lines of pretrain's log, from which its times are
+
+
+def config_of(args: argparse.Namespace, optimizer: str) -> RunConfig:
+    cfg = RunConfig()
+    cfg.model.name, cfg.model.dtype = args.model, args.dtype
+    cfg.data.source, cfg.data.seq_len = "python", args.seq_len
+    cfg.optim.name, cfg.optim.lr, cfg.optim.compile = optimizer, 1e-3, args.compile
+    cfg.train.steps, cfg.train.batch_size, cfg.train.threads = WARM + args.steps, args.batch, args.threads
+    cfg.eval.every, cfg.eval.tokens = None, args.seq_len
+    cfg.checkpoint.every = None
+    cfg.log.every, cfg.log.display = LOGGED, "none"
+    return cfg
+
+
+def bare(cfg: RunConfig, run: Path, fused: bool) -> list[float]:
+    """Seconds of every step that counts, in a loop that does nothing else."""
+    job = build(cfg, run)
+    ours, model = job.optimizer, job.model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True) if fused else ours
+    batches = [job.data.train.next(cfg.train.batch_size) for _ in range(cfg.train.steps)]
+    marks = []
+    for batch in batches:
+        loss = summed_loss(model, batch.input_ids, batch.labels) / targets(batch.labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        marks.append(time.perf_counter())
+    return [after - before for before, after in pairwise(marks[WARM - 1 :])]
+
+
+def whole(cfg: RunConfig, run: Path) -> tuple[list[float], dict[str, Any]]:
+    """Seconds of every step that counts as `pretrain` logs them (means of a few), and where it ran."""
+    cfg.out = str(run)
+    pretrain(cfg)
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    marks = [(e["step"], e["seconds"]) for e in events if e["event"] == "step" and e["step"] >= WARM]
+    seconds = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(marks)]
+    return seconds, {key: events[0][key] for key in ("versions", "hardware")}
+
+
+def measure(args: argparse.Namespace, log: Path) -> None:
+    for number in range(args.rounds):
+        row: dict[str, Any] = {
+            "round": number,
+            **{key: getattr(args, key) for key in ("model", "dtype", "batch", "seq_len", "compile")},
+            "bare": {},
+            "pretrain": {},
+        }
+        with tempfile.TemporaryDirectory() as work:
+            row["bare"][FUSED] = bare(config_of(args, "adamw"), Path(work), fused=True)
+            for name in args.optimizers:
+                row["bare"][name] = bare(config_of(args, name), Path(work), fused=False)
+                row["pretrain"][name], where = whole(config_of(args, name), Path(work) / name)
+                row |= where
+        write_log(log, [row])
+        print(f"round {number + 1} of {args.rounds}", flush=True)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Medians of a round's steps; of the rounds' ratios median and quartiles."""
+    first = rows[-1]
+    tokens = first["batch"] * first["seq_len"]
+    same = [row for row in rows if all(row[key] == first[key] for key in ("model", "dtype", "batch", "seq_len"))]
+    median = statistics.median
+    hardware = first["hardware"]
+    lines = [
+        "# The loop of `pretrain`",
+        "",
+        f"{first['model']}, {first['dtype']}, {first['batch']} x {first['seq_len']} tokens, optim.compile="
+        f"{str(first['compile']).lower()}; {hardware['device']}, {hardware['threads']} threads; {len(same)} rounds.",
+        "",
+        "| optimizer | bare loop, s a step | pretrain, s a step | loop, x | tokens a second | against fused AdamW, x |",
+        "|---|---:|---:|---:|---:|---:|",
+        f"| {FUSED} | {median(median(row['bare'][FUSED]) for row in same):.3f} | - | - | "
+        f"{tokens / median(median(row['bare'][FUSED]) for row in same):.0f} | 1 |",
+    ]
+    for name in first["pretrain"]:
+        bares = [median(row["bare"][name]) for row in same]
+        wholes = [median(row["pretrain"][name]) for row in same]
+        fused = [median(row["bare"][FUSED]) for row in same]
+        loop = spread([a / b for a, b in zip(wholes, bares, strict=True)])
+        against = spread([b / a for a, b in zip(wholes, fused, strict=True)])
+        lines.append(
+            f"| {name} | {median(bares):.3f} | {median(wholes):.3f} | {loop.text(1, 3)} | "
+            f"{tokens / median(wholes):.0f} | {against.text(1, 3)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "apollo-optim bench loop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="llama-9m")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--optimizers", nargs="+", default=["adamw", "apollo", "apollo-mini"], metavar="NAME")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=20, help=f"that count, after {WARM} that do not")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="of torch (its own number)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="optim.compile of ours")
+    parser.add_argument("--out", type=Path, default=Path("results/loop"), help="loop.jsonl and table.md are kept there")
+    parser.add_argument("--table", action="store_true", help="measure nothing, make the table of the log")
+    args = parser.parse_args(argv)
+    log = args.out / "loop.jsonl"
+    if not args.table:
+        args.out.mkdir(parents=True, exist_ok=True)
+        measure(args, log)
+    text = table(read_log(log))
+    (args.out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0
