@@ -9,9 +9,6 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-# What is read often or took many operations is kept by default: full-size copies in the middle of a write.
-OPTIONS = dict.fromkeys(("realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"), 1000)
-
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` compiled as one whole graph for the shapes it is first called with.
@@ -20,7 +17,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     model has more shapes than that), so call it once per shape and keep the result. Whatever changes from step to step
     must come in as a tensor.
     """
-    return torch.compile(_own(function), fullgraph=True, dynamic=False, options=OPTIONS)  # type: ignore[arg-type]
+    return torch.compile(_own(function), fullgraph=True, dynamic=False)
+
+
+# What is read often or took many operations is kept by default: full-size copies in the middle of a write.
+OPTIONS = dict.fromkeys(("realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"), 1000)
 
 
 def compiled_in_place(function: Callable[..., None]) -> Callable[..., None]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apollo_optim.core.compile import in_memory
 from apollo_optim.core.moments import Number
 from apollo_optim.core.random import Key, dither
 
@@ -29,14 +30,14 @@ def unpack(codes: Tensor) -> Tensor:
     if codes.dtype is torch.int8:
         return codes
     nibbles = torch.stack([codes & 0xF, codes >> 4], dim=-1).flatten(-2).view(torch.int8)
-    return (nibbles ^ 8) - 8  # the sign of a nibble
+    return in_memory((nibbles ^ 8) - 8)  # the sign of a nibble
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """The inverse of ``unpack``."""
     if bits == 8:
         return codes
-    nibbles = codes.view(torch.uint8) & 0xF
+    nibbles = in_memory(codes).view(torch.uint8) & 0xF
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
 
@@ -93,8 +94,8 @@ def stepped(
 
     old_rgs = unpack(codes).view(r, g, s).float()
     unit_rg1 = scales.float().unsqueeze(-1)
-    update_rgs = grouped(tensor_rn.float() * (factor * lr))
-    wanted = old_rgs * (1 - lr * weight_decay) - update_rgs / unit_rg1
+    update_rgs = grouped(tensor_rn.float() * in_memory(factor * lr)) * in_memory(1 / unit_rg1)
+    wanted = old_rgs * in_memory(1 - lr * weight_decay) - update_rgs
 
     small = (wanted.abs().amax(-1, keepdim=True) * 2 <= top) & (unit_rg1 > SMALLEST)
     wanted, unit_rg1 = torch.where(small, wanted * 2, wanted), torch.where(small, unit_rg1 / 2, unit_rg1)
