@@ -75,9 +75,7 @@ def down(grad_ck: Tensor, basis: Tensor, rank: int) -> Tensor:
             here = own[at[: len(stack)]]
             if sketched:
                 return _bucket_sums(block.float() * here.unsqueeze(-2), first, rank)
-            if block.dtype is torch.bfloat16 and rank > 1:  # as its model's products: summed in fp32, rounded once
-                return (block @ here.to(block.dtype)).float()
-            return block.float() @ here.float()
+            return block.float() @ here
 
         return by_rows(rows, part)
 

@@ -50,8 +50,8 @@ class Apollo(MatrixOptimizer):
             "svd" (the gradient's top singular vectors, kept as state: APOLLO-SVD).
         proj_type: "std", nothing else: the side to compress is always the smaller one.
         update_proj_gap: Steps between two projections.
-        keep_proj: Keep a random projection from one refresh to the next, as state: small side x r numbers per matrix,
-            of the weight's dtype. Otherwise every step draws it again, the same numbers.
+        keep_proj: Keep a random projection from one refresh to the next, as state: small side x r fp32 numbers per
+            matrix. Otherwise every step draws it again, the same numbers.
         norm_growth: A step's norm may be at most this times the one before (Fira's limiter); None for no limit.
         state_dtype: Of the moments. bf16 halves them and needs stochastic rounding: 0.999 v rounds back to v.
         stochastic_rounding: Of bf16 weights and bf16 moments at their one write per step. fp32 ones are not affected.
@@ -107,8 +107,7 @@ class Apollo(MatrixOptimizer):
         state["prev_norm"] = layout.zeros(tuple(stack), view_ck, torch.float32)
         if group["keep_proj"] and group["proj"] != "svd":
             shape = (*stack, k) if group["proj"] == "sketch" else (*stack, k, group["rank"])
-            dtype = torch.bfloat16 if view_ck.dtype is torch.bfloat16 else torch.float32  # as its products want it
-            state["basis"] = torch.zeros(shape, dtype=dtype, device=view_ck.device)
+            state["basis"] = torch.zeros(shape, device=view_ck.device)
         if group["proj"] == "svd":  # orthonormal from the start, should the first gradient be unusable
             identity = torch.eye(k, group["rank"], device=view_ck.device)
             state["basis"] = identity.expand(*stack, k, group["rank"]).clone()
