@@ -14,7 +14,6 @@ ratios are taken round by round.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -25,13 +24,15 @@ from typing import Any
 
 import torch
 
+from apollo_optim.bench.contenders import BASELINE
+from apollo_optim.bench.report import read_events
 from apollo_optim.bench.step_table import read_log, spread, write_log
 from apollo_optim.train.config import RunConfig
 from apollo_optim.train.evaluate import summed_loss, targets
 from apollo_optim.train.loop import build, pretrain
 
-FUSED = "torch-adamw-fused"
 WARM = 5  # steps before those that count: what is compiled is compiled in them
+SAME = ("model", "dtype", "batch", "seq_len", "compile")  # what rows of one table have in common
 LOGGED = 5  # steps between two lines of pretrain's log, from which its times are
 
 
@@ -67,7 +68,7 @@ def whole(cfg: RunConfig, run: Path) -> tuple[list[float], dict[str, Any]]:
     """Seconds of every step that counts as `pretrain` logs them (means of a few), and where it ran."""
     cfg.out = str(run)
     pretrain(cfg)
-    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    events = read_events(run / "metrics.jsonl")
     marks = [(e["step"], e["seconds"]) for e in events if e["event"] == "step" and e["step"] >= WARM]
     seconds = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(marks)]
     return seconds, {key: events[0][key] for key in ("versions", "hardware")}
@@ -77,12 +78,12 @@ def measure(args: argparse.Namespace, log: Path) -> None:
     for number in range(args.rounds):
         row: dict[str, Any] = {
             "round": number,
-            **{key: getattr(args, key) for key in ("model", "dtype", "batch", "seq_len", "compile")},
+            **{key: getattr(args, key) for key in SAME},
             "bare": {},
             "pretrain": {},
         }
         with tempfile.TemporaryDirectory() as work:
-            row["bare"][FUSED] = bare(config_of(args, "adamw"), Path(work), fused=True)
+            row["bare"][BASELINE] = bare(config_of(args, "adamw"), Path(work), fused=True)
             for name in args.optimizers:
                 row["bare"][name] = bare(config_of(args, name), Path(work), fused=False)
                 row["pretrain"][name], where = whole(config_of(args, name), Path(work) / name)
@@ -95,8 +96,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Medians of a round's steps; of the rounds' ratios median and quartiles."""
     first = rows[-1]
     tokens = first["batch"] * first["seq_len"]
-    same = [row for row in rows if all(row[key] == first[key] for key in ("model", "dtype", "batch", "seq_len"))]
+    alike = [row for row in rows if all(row[key] == first[key] for key in SAME)]
+    same = [row for row in alike if row["bare"].keys() == first["bare"].keys()]
     median = statistics.median
+    fused = [median(row["bare"][BASELINE]) for row in same]
     hardware = first["hardware"]
     lines = [
         "# The loop of `pretrain`",
@@ -106,13 +109,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "",
         "| optimizer | bare loop, s a step | pretrain, s a step | loop, x | tokens a second | against fused AdamW, x |",
         "|---|---:|---:|---:|---:|---:|",
-        f"| {FUSED} | {median(median(row['bare'][FUSED]) for row in same):.3f} | - | - | "
-        f"{tokens / median(median(row['bare'][FUSED]) for row in same):.0f} | 1 |",
+        f"| {BASELINE} | {median(fused):.3f} | - | - | {tokens / median(fused):.0f} | 1 |",
     ]
     for name in first["pretrain"]:
         bares = [median(row["bare"][name]) for row in same]
         wholes = [median(row["pretrain"][name]) for row in same]
-        fused = [median(row["bare"][FUSED]) for row in same]
         loop = spread([a / b for a, b in zip(wholes, bares, strict=True)])
         against = spread([b / a for a, b in zip(wholes, fused, strict=True)])
         lines.append(

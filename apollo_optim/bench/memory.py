@@ -33,15 +33,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from apollo_optim import param_groups
 from apollo_optim.core.compile import can_compile
@@ -236,18 +234,7 @@ def count_gradients(model: nn.Module) -> list[int]:
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of its state, that of torchao's wrapped tensors as they are stored."""
-    found = (t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, torch.Tensor))
-    return measure.tensor_bytes(part for t in found for part in plain(t))
-
-
-def plain(t: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What a tensor is made of."""
-    if not is_traceable_wrapper_subclass(t):
-        yield t
-        return
-    names, _ = t.__tensor_flatten__()
-    for name in names:
-        yield from plain(getattr(t, name))
+    return measure.tensor_bytes(measure.inner_tensors(list(optimizer.state.values())))
 
 
 def _version(package: str) -> str | None:

@@ -43,13 +43,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from apollo_optim.bench.contenders import BASELINE, CONTENDERS, Build, Contender
 from apollo_optim.bench.step_table import HALVES, SHORT, Row, draw, read_log, table, write_log
@@ -214,18 +213,9 @@ def state_bytes(optimizer: Optimizer) -> tuple[int, int]:
     for state in optimizer.state.values():
         for value in state.values():
             objects = not isinstance(value, Tensor) and hasattr(value, "__dict__")
-            for t in inner_tensors(vars(value) if objects else value):
+            for t in measure.inner_tensors(vars(value) if objects else value):
                 (held if objects else kept)[id(t)] = t
     return measure.tensor_bytes(kept.values()), measure.tensor_bytes(held.values())
-
-
-def inner_tensors(tree: Any) -> Iterator[Tensor]:
-    """Plain tensors, those behind a tensor subclass (torchao's) included."""
-    for leaf in tree_leaves(tree):
-        if hasattr(leaf, "__tensor_flatten__"):
-            yield from inner_tensors([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
-        elif isinstance(leaf, Tensor):
-            yield leaf
 
 
 def one_round(entries: Sequence[Entry], number: int, tensors: Tensors, device: torch.device, *, keep: bool) -> None:

@@ -31,8 +31,7 @@ def compiled_in_place(function: Callable[..., None]) -> Callable[..., None]:
     step. So it is the caller who must keep one for each look of the tensors: shapes, strides, dtypes, device, and the
     number of threads, for which the graph's loops are made.
     """
-    graph: Callable[..., Any] | None = None
-    order: list[int] = []
+    direct: Callable[..., Any] | None = None
     given: tuple[Tensor, ...] = ()
 
     def backend(traced: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -41,9 +40,10 @@ def compiled_in_place(function: Callable[..., None]) -> Callable[..., None]:
         inner: Callable[..., Any] = _inductor.compile(traced, inputs, OPTIONS)
 
         def first(*taken: Tensor) -> Any:
-            nonlocal graph, order
+            nonlocal direct
             order = [next((i for i, t in enumerate(given) if t is own), -1) for own in taken]
-            graph = inner if -1 not in order else None  # None: something else is needed, which torch must fetch
+            if -1 not in order:  # otherwise something else is needed, which torch must fetch each time
+                direct = lambda *tensors: inner(*[tensors[i] for i in order])  # noqa: E731
             return inner(*taken)
 
         return first
@@ -52,12 +52,14 @@ def compiled_in_place(function: Callable[..., None]) -> Callable[..., None]:
 
     def call(*tensors: Tensor) -> None:
         nonlocal given
-        if graph is not None:
-            graph(*[tensors[i] for i in order])
+        if direct is not None:
+            direct(*tensors)
             return
         given = tensors
-        checked(*tensors)
-        given = ()
+        try:
+            checked(*tensors)
+        finally:
+            given = ()
 
     return call
 

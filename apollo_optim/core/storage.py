@@ -1,6 +1,9 @@
 """What a tensor is made of, and what that weighs: a low-bit weight is two plain tensors."""
 
+from collections.abc import Callable
+
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def parts(t: Tensor) -> dict[str, Tensor]:
@@ -17,6 +20,16 @@ def nbytes(t: Tensor) -> int:
 def writes_itself(t: Tensor) -> bool:
     """Does ``t`` know better than ``core.write`` how a step is written into it?"""
     return hasattr(t, "_write_update_")
+
+
+def rebuilt(t: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """A tensor of the same kind whose plain tensors are ``make`` of those of ``t``."""
+    if not is_traceable_wrapper_subclass(t):
+        return make(t)
+    names, context = t.__tensor_flatten__()
+    inner = {name: rebuilt(getattr(t, name), make) for name in names}
+    whole: Tensor = t.__tensor_unflatten__(inner, context, t.shape, t.stride())
+    return whole
 
 
 def is_finite(t: Tensor) -> bool:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.storage import parts
+from apollo_optim.core.storage import parts, rebuilt
 
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
 """(model, input_ids, labels) -> the loss: what the training loop calls."""
@@ -164,13 +164,8 @@ def fake_twin(model: nn.Module, mode: Any) -> nn.Module:
     twin = copy.deepcopy(model)
     fakes: dict[int, Tensor] = {}
 
-    def fake(t: Tensor) -> Tensor:
-        if not is_traceable_wrapper_subclass(t):
-            return FakeTensor(mode, t, torch.device("cpu"))
-        names, context = t.__tensor_flatten__()
-        inner = {name: fake(getattr(t, name)) for name in names}
-        whole: Tensor = t.__tensor_unflatten__(inner, context, t.shape, t.stride())
-        return whole
+    def fake(plain: Tensor) -> Tensor:
+        return FakeTensor(mode, plain, torch.device("cpu"))
 
     for module in twin.modules():
         for tensors in (module._parameters, module._buffers):
@@ -180,7 +175,7 @@ def fake_twin(model: nn.Module, mode: Any) -> nn.Module:
                 if t.device.type != "meta":
                     raise InputError(f"the model to plan must be on the meta device, this one is on {t.device}")
                 if id(t) not in fakes:
-                    made = fake(t.detach())
+                    made = rebuilt(t.detach(), fake)
                     fakes[id(t)] = nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
                 tensors[name] = fakes[id(t)]  # type: ignore[assignment]
     return twin

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,15 @@ def memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
             t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, torch.Tensor)
         ),
     }
+
+
+def inner_tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """Plain tensors, those behind a tensor subclass (torchao's) included."""
+    for leaf in tree_leaves(tree):
+        if hasattr(leaf, "__tensor_flatten__"):
+            yield from inner_tensors([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
+        elif isinstance(leaf, torch.Tensor):
+            yield leaf
 
 
 def give_back_memory(size: int = 8 << 20) -> bool:
