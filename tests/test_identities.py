@@ -1,5 +1,6 @@
 """Limits and identities: what must hold whatever the gradient."""
 
+import contextlib
 import math
 
 import pytest
@@ -209,6 +210,32 @@ def test_a_kept_projection_is_the_one_that_is_drawn_again(proj, dtype, compile):
         assert set(state) - set(without) == {"basis"}
         assert state["basis"].shape == ((12,) if proj == "sketch" else (12, 4))
         assert state["basis"].dtype is torch.float32
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch before 2.9 has one setting for all")
+def test_products_are_quick_unless_the_user_has_chosen():
+    seen = []
+
+    class Watched(Apollo):
+        @classmethod
+        def direction(cls, *args):
+            seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+            if broken:
+                raise RuntimeError("in the middle of a step")
+            return super().direction(*args)
+
+    p = nn.Parameter(torch.ones(20, 12))
+    p.grad, optimizer = torch.randn(20, 12), Watched([p], rank=4)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        for chosen, inside in (("none", "bf16"), ("ieee", "ieee"), ("tf32", "tf32")):
+            for broken in (False, True):
+                torch.backends.mkldnn.matmul.fp32_precision = chosen
+                with pytest.raises(RuntimeError, match="in the middle") if broken else contextlib.nullcontext():
+                    optimizer.step()
+                assert (seen.pop(), torch.backends.mkldnn.matmul.fp32_precision) == (inside, chosen)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 def test_a_state_lies_as_its_gradient_does_also_after_loading():

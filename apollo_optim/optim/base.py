@@ -9,7 +9,7 @@ from torch import Tensor
 from apollo_optim.core import layout
 from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.project import channel_view
+from apollo_optim.core.project import channel_view, quick_products
 from apollo_optim.core.random import mix_seed
 from apollo_optim.optim.fast import Graphs, advance_compiled
 from apollo_optim.optim.knobs import Group, check_group, decide_rank
@@ -82,10 +82,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         numbers = numbers_of(p, group, step, state["seed"], spec)
         rule: Any = self.direction if spec.rule else RULES[spec.rest]
         tensors = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
-        if self.compile and not layout.is_sharded(p) and can_compile(p.device.type):
-            advance_compiled(self._compiled, rule, p, grad, tensors, numbers, spec)
-        else:
-            (advance if spec.rule else advance_rest)(rule, p, grad, tensors, numbers, spec)
+        with quick_products():
+            if self.compile and not layout.is_sharded(p) and can_compile(p.device.type):
+                advance_compiled(self._compiled, rule, p, grad, tensors, numbers, spec)
+            else:
+                (advance if spec.rule else advance_rest)(rule, p, grad, tensors, numbers, spec)
 
     def init_state(self, p: Tensor, group: Group, position: int = 0) -> State:
         """All this parameter will ever keep: later steps add no key and change no shape.
