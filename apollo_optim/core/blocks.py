@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18  # the fp32 temporaries of a few operations fit in a core's cache
 Block = tuple[slice, ...]  # an index: one slice for each of some leading dimensions; () is everything
 
 
