@@ -19,6 +19,7 @@ from apollo_optim import (
     describe,
     list_optimizers,
 )
+from apollo_optim.optim.fast import is_compiled
 from apollo_optim.optim.groups import state_bytes
 
 NAMES = [info.name for info in list_optimizers()]
@@ -444,6 +445,19 @@ def test_no_compiler_gives_one_warning_and_the_eager_path(monkeypatch):
         warnings.simplefilter("error")
         optimizer.step()
     compile_module.can_compile.cache_clear()
+
+
+def test_what_is_large_is_compiled_by_itself_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("apollo_optim.optim.fast.COMPILED_FROM", 24)
+    small, large = nn.Parameter(torch.ones(6, 3)), nn.Parameter(torch.ones(6, 4))
+    small.grad, large.grad = torch.randn(6, 3), torch.randn(6, 4)
+    graphs = {}
+    for compile in (None, False, True):
+        optimizer = Apollo([small, large], rank=2, compile=compile)
+        optimizer.step()
+        graphs[compile] = len(optimizer._compiled)
+        assert is_compiled(compile, large, "cuda") is bool(compile)
+    assert graphs == {None: 1, False: 0, True: 2}
 
 
 def test_refusals_name_the_key_and_the_nearest():

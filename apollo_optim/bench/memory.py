@@ -13,7 +13,7 @@ The protocol:
    the baseline. Weights, gradients and optimizer state are counted tensor by tensor.
 3. The plan of the same run, which is made without any of that, is held against it. What is left is named by what was
    measured: pages of the libraries that are loaded on first use (RssFile), blocks that are free and that glibc keeps
-   (mallinfo2), the compiler that low-bit weights need, what else the process keeps between steps beyond weights and
+   (mallinfo2), the compiler of the step, what else the process keeps between steps beyond weights and
    state (scratch and caches of the libraries), and what was there at the peak alone. They add up to the difference;
    nothing is fitted.
 4. glibc is told to give blocks of 128 KiB and more back at once, for all cases alike: what is measured is what training
@@ -45,6 +45,7 @@ from apollo_optim import param_groups
 from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.config import DataConfig
+from apollo_optim.optim.base import MatrixOptimizer
 from apollo_optim.plan import Plan
 from apollo_optim.train import measure
 from apollo_optim.train.config import (
@@ -58,7 +59,7 @@ from apollo_optim.train.config import (
     to_dict,
 )
 from apollo_optim.train.evaluate import summed_loss, targets
-from apollo_optim.train.loop import choose_device, make_optimizer
+from apollo_optim.train.loop import choose_device, compiled_beforehand, make_optimizer
 from apollo_optim.train.models import SIZES, build_model, low_bit
 
 if TYPE_CHECKING:
@@ -181,14 +182,18 @@ def measured(case: Case, cfg: RunConfig) -> Row:
         importlib.import_module(module)  # else they would come with the model
     device = choose_device(cfg)
     baseline, before = measure.resident_memory(), kept()
+    ours = case.peer is None and cfg.optim.compile is not False
+    graphs = compiled_beforehand(cfg) if ours else {}
     if low_bit(cfg).bits is not None:
-        can_compile("cpu")  # the compiler's modules and its first product, which the weights' step would bring
+        can_compile("cpu")  # the compiler's modules and its first product, which the weights' step brings anyway
     compiler = measure.resident_memory() - baseline - sum(kept().values()) + sum(before.values())
     torch.manual_seed(cfg.train.seed)
     model = build_model(cfg.model, seq_len=cfg.data.seq_len, quant=low_bit(cfg))
     model.train()
     most = count_gradients(model)
     optimizer = case.peer(model) if case.peer else make_optimizer(cfg.optim, model)
+    if isinstance(optimizer, MatrixOptimizer):
+        optimizer._compiled.update(graphs)
     if cfg.train.release:
         from apollo_optim import release
 
@@ -379,7 +384,7 @@ NOTE = (
     "of the process over its whole life, less what it had resident after its imports. Planned: as `apollo-optim plan` "
     "for the same run; peers have no plan. The last five columns are what the difference is made of, as measured: "
     "pages of libraries that were loaded on first use, blocks that are free and kept by glibc, the compiler (of the "
-    "step of low-bit weights), what else the process keeps between steps beyond weights and state, and what was there "
+    "step), what else the process keeps between steps beyond weights and state, and what was there "
     "at the peak alone."
 )
 

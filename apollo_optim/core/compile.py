@@ -9,6 +9,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+COMPILED_FROM = 1 << 18  # entries of a parameter for which compiling (seconds a shape, then 2 ns an entry less) pays
+
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` compiled as one whole graph for the shapes it is first called with.
@@ -93,8 +95,9 @@ def can_compile(device_type: str) -> bool:
         torch.compile(lambda t: t * 2 + 1, fullgraph=True, dynamic=False)(probe)
     except Exception as error:  # whatever a missing compiler raises: it differs by backend and release
         warnings.warn(
-            f"compile=True, but torch.compile does not work for {device_type!r} here, so steps run eagerly "
-            f"(slower, same numbers): {type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            f"torch.compile does not work for {device_type!r} here, so steps run eagerly (several times slower, same "
+            f"numbers; compile=False says that this is meant): {type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0]}",
             stacklevel=2,
         )
         return False

@@ -31,7 +31,7 @@ class AdamW(MatrixOptimizer):
         stochastic_rounding: bool = True,
         seed: int = 0,
         maximize: bool = False,
-        compile: bool = False,
+        compile: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype,

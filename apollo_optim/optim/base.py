@@ -11,7 +11,7 @@ from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.project import channel_view, quick_products
 from apollo_optim.core.random import mix_seed
-from apollo_optim.optim.fast import Graphs, advance_compiled
+from apollo_optim.optim.fast import Graphs, advance_compiled, is_compiled
 from apollo_optim.optim.knobs import Group, check_group, decide_rank
 from apollo_optim.optim.rest import RULES, advance_rest
 from apollo_optim.optim.step import (
@@ -34,9 +34,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """
 
     knobs: ClassVar[frozenset[str]]
-    compile = False
+    compile: bool | None = None
 
-    def __init__(self, params: Iterable[Any], defaults: Group, *, compile: bool = False) -> None:
+    def __init__(self, params: Iterable[Any], defaults: Group, *, compile: bool | None = None) -> None:
         self.compile = compile
         self._compiled: Graphs = {}
         super().__init__(*decide_rank(params, defaults, type(self).__name__))
@@ -83,7 +83,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         rule: Any = self.direction if spec.rule else RULES[spec.rest]
         tensors = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
         with quick_products():
-            if self.compile and not layout.is_sharded(p) and can_compile(p.device.type):
+            asked = is_compiled(self.compile, p, p.device.type)
+            if asked and not layout.is_sharded(p) and can_compile(p.device.type):
                 advance_compiled(self._compiled, rule, p, grad, tensors, numbers, spec)
             else:
                 (advance if spec.rule else advance_rest)(rule, p, grad, tensors, numbers, spec)

@@ -11,13 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_optim.core.compile import compiled, compiled_in_place
+from apollo_optim.core.compile import COMPILED_FROM, compiled, compiled_in_place
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.core.write import write
 from apollo_optim.optim.rest import advance_rest
 from apollo_optim.optim.step import Numbers, Spec, State, advance, as_matrix, settle
 
 Graphs = dict[Any, Callable[..., Any]]
+
+
+def is_compiled(choice: bool | None, p: Tensor, device_type: str) -> bool:
+    """What ``compile=`` means for this parameter; None: on a CPU, what is large enough for it to pay soon."""
+    return device_type == "cpu" and p.numel() >= COMPILED_FROM if choice is None else choice
 
 
 def advance_compiled(graphs: Graphs, rule: Any, p: Tensor, grad: Tensor, state: State, n: Numbers, spec: Spec) -> None:

@@ -93,7 +93,7 @@ def build_optimizer(
     targets: str | Sequence[str] = ("attn", "mlp"),
     exclude: str | Sequence[str] = (),
     no_decay: str | Sequence[str] = ("bias", "norm"),
-    compile: bool = False,
+    compile: bool | None = None,
     **knobs: Any,
 ) -> MatrixOptimizer:
     """The optimizer of this name on ``param_groups(model, ...)``; ``None`` means its own default.

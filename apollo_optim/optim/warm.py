@@ -5,13 +5,13 @@ from torch import nn
 
 from apollo_optim.core.storage import rebuilt
 from apollo_optim.optim.base import MatrixOptimizer
-from apollo_optim.optim.fast import Graphs
+from apollo_optim.optim.fast import Graphs, is_compiled
 from apollo_optim.optim.step import spec_of
 
 
 @torch.no_grad()
 def warm_up(planned: MatrixOptimizer, device: torch.device) -> Graphs:
-    """The graphs of an optimizer that was built, with ``compile``, on a model on the meta device.
+    """The graphs of an optimizer that was built on a model on the meta device, for weights on ``device``.
 
     A stand-in of zeros for every look of a parameter is stepped, twice (a basis that is state is drawn by the first
     step alone), and forgotten. The graphs fit an optimizer that is built as this one, on the model with its memory.
@@ -20,7 +20,7 @@ def warm_up(planned: MatrixOptimizer, device: torch.device) -> Graphs:
     for group in planned.param_groups:
         for p in group["params"]:
             look = p.shape, p.dtype, type(p), spec_of(p, group, 1)
-            if look in seen or not p.requires_grad:
+            if look in seen or not p.requires_grad or not is_compiled(planned.compile, p, device.type):
                 continue
             seen.add(look)
             stand_in = nn.Parameter(rebuilt(p.detach(), lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device)))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from apollo_optim.core.blocks import blocks
-from apollo_optim.core.compile import can_compile, compiled
+from apollo_optim.core.compile import COMPILED_FROM, can_compile, compiled
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.moments import Number
 from apollo_optim.core.random import Key
@@ -22,7 +22,6 @@ from apollo_optim.quant.tally import Tally, measured
 
 BLOCK = 1 << 15  # entries that an eager step works on at a time: some ten temporaries of it fit in a core's cache
 COMPILED_BLOCK = 1 << 18
-COMPILED_FROM = 1 << 18  # entries of a weight for which compiling (20 s a shape, then ten times faster) pays
 
 aten = torch.ops.aten
 

@@ -109,7 +109,7 @@ class OptimConfig:
     no_decay: list[str] | None = None
     """Parameter names without weight decay."""
     compile: bool | None = None
-    """torch.compile the step of the optimizer."""
+    """torch.compile the step of the optimizer; None: on a CPU, that of parameters of 262,144 entries and more."""
 
 
 @dataclass

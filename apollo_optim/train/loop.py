@@ -221,7 +221,7 @@ def build(cfg: RunConfig, run: Path) -> Job:
     data = open_data(cfg.data)
     baseline["data"] = measure.resident_memory()
     vocabulary = usable_vocabulary(data.tokenizer)
-    beforehand = cfg.optim.compile and device.type == "cpu" and can_compile("cpu")
+    beforehand = device.type == "cpu" and cfg.optim.compile is not False
     graphs = compiled_beforehand(cfg, vocabulary) if beforehand else {}
     torch.manual_seed(cfg.train.seed)
     random.seed(cfg.train.seed)
@@ -237,7 +237,7 @@ def build(cfg: RunConfig, run: Path) -> Job:
     return Job(cfg, run, device, model, optimizer, data, released, baseline)
 
 
-def compiled_beforehand(cfg: RunConfig, vocabulary: int) -> Graphs:
+def compiled_beforehand(cfg: RunConfig, vocabulary: int | None = None) -> Graphs:
     """The compiled steps of the run's optimizer, while nothing else is in memory. (A GPU's weights are elsewhere.)"""
     from apollo_optim.train.plan import model_of
 
