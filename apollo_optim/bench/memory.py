@@ -18,7 +18,7 @@ The protocol:
    nothing is fitted.
 4. glibc is told to give blocks of 128 KiB and more back at once, for all cases alike: what is measured is what training
    takes, not what an allocator has learnt to keep. `--malloc pretrain` leaves it as `pretrain` does: blocks of
-   2 MiB and more with `release`, glibc's own rule (up to 32 MiB are kept) without.
+   2 MB and more with `release`, glibc's own rule (up to 32 MiB are kept) without.
 
 A peer that is not installed, or that crashes, is a row that says so. Rows are added to `OUT/memory.jsonl`; of the same
 measurement the last one counts. The exit code is 1 if a case of ours has other weights or another state than planned.

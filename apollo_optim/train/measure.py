@@ -40,7 +40,7 @@ def inner_tensors(tree: Any) -> Iterator[torch.Tensor]:
             yield leaf
 
 
-def give_back_memory(size: int = 2 << 20) -> bool:
+def give_back_memory(size: int = 2_000_000) -> bool:
     """Have glibc give blocks of `size` bytes back to the system as soon as they are free; whether it could be asked.
 
     By itself it learns to keep blocks of up to 32 MB for later, where they fragment: a 350M run in 8 bits peaked at
