@@ -97,6 +97,9 @@ def down(grad_ck: Tensor, basis: Tensor, rank: int) -> Tensor:
                 return _bucket_sums(block.float() * here.unsqueeze(-2), first, rank)
             return block.float() @ here
 
+        if torch.compiler.is_compiling() and not sketched and part.dtype is not torch.float32:
+            # a product wants its operands in memory: the fp32 copy of an eighth at a time
+            return torch.cat([rows(block, ()) for block in part.chunk(8, -2)], -2)
         return by_rows(rows, part)
 
     return layout.projected(grad_ck, rank, product)
