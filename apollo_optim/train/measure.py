@@ -49,10 +49,12 @@ def give_back_memory(size: int = 2_000_000) -> bool:
     """
     import ctypes
 
-    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
     libc = ctypes.CDLL(None)
     return hasattr(libc, "mallopt") and bool(
-        libc.mallopt(mmap_threshold, size) & libc.mallopt(trim_threshold, 4 * size)
+        libc.mallopt(mmap_threshold, size)
+        & libc.mallopt(trim_threshold, 4 * size)
+        & libc.mallopt(arena_max, 1)  # one heap, not one for each thread that had to wait for another
     )
 
 
