@@ -10,6 +10,7 @@ def fp32_products_are_fp32():
     if not (torch.cpu._is_amx_tile_supported() and hasattr(torch.backends.mkldnn, "matmul")):
         yield
         return
+    before = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
     yield
-    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.backends.mkldnn.matmul.fp32_precision = before

@@ -385,8 +385,8 @@ def test_spoilt_weights_are_never_saved(tmp_path, monkeypatch):
     cfg = tiny(tmp_path, eval={"every": None})
     real = loop.make_optimizer
 
-    def breaking(optim, model):
-        optimizer = real(optim, model)
+    def breaking(optim, model, graphs=None):
+        optimizer = real(optim, model, graphs)
 
         def spoil(*_):
             if optimizer.param_groups[0]["lr"] and len(spoilt) == 5:

@@ -50,6 +50,8 @@ def config_of(args: argparse.Namespace, optimizer: str) -> RunConfig:
 
 def bare(cfg: RunConfig, run: Path, fused: bool) -> list[float]:
     """Seconds of every step that counts, in a loop that does nothing else."""
+    if fused:
+        cfg.optim.compile = False  # ours is built and left alone
     job = build(cfg, run)
     ours, model = job.optimizer, job.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True) if fused else ours

@@ -45,7 +45,6 @@ from apollo_optim import param_groups
 from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.config import DataConfig
-from apollo_optim.optim.base import MatrixOptimizer
 from apollo_optim.plan import Plan
 from apollo_optim.train import measure
 from apollo_optim.train.config import (
@@ -182,8 +181,7 @@ def measured(case: Case, cfg: RunConfig) -> Row:
         importlib.import_module(module)  # else they would come with the model
     device = choose_device(cfg)
     baseline, before = measure.resident_memory(), kept()
-    ours = case.peer is None and cfg.optim.compile is not False
-    graphs = compiled_beforehand(cfg) if ours else {}
+    graphs = {} if case.peer else compiled_beforehand(cfg, device)
     if low_bit(cfg).bits is not None:
         can_compile("cpu")  # the compiler's modules and its first product, which the weights' step brings anyway
     compiler = measure.resident_memory() - baseline - sum(kept().values()) + sum(before.values())
@@ -191,9 +189,7 @@ def measured(case: Case, cfg: RunConfig) -> Row:
     model = build_model(cfg.model, seq_len=cfg.data.seq_len, quant=low_bit(cfg))
     model.train()
     most = count_gradients(model)
-    optimizer = case.peer(model) if case.peer else make_optimizer(cfg.optim, model)
-    if isinstance(optimizer, MatrixOptimizer):
-        optimizer._compiled.update(graphs)
+    optimizer = case.peer(model) if case.peer else make_optimizer(cfg.optim, model, graphs)
     if cfg.train.release:
         from apollo_optim import release
 

@@ -221,8 +221,7 @@ def build(cfg: RunConfig, run: Path) -> Job:
     data = open_data(cfg.data)
     baseline["data"] = measure.resident_memory()
     vocabulary = usable_vocabulary(data.tokenizer)
-    beforehand = device.type == "cpu" and cfg.optim.compile is not False
-    graphs = compiled_beforehand(cfg, vocabulary) if beforehand else {}
+    graphs = compiled_beforehand(cfg, device, vocabulary)
     torch.manual_seed(cfg.train.seed)
     random.seed(cfg.train.seed)
     model = build_model(cfg.model, vocabulary, cfg.data.seq_len, data.tokenizer, low_bit(cfg))
@@ -231,18 +230,18 @@ def build(cfg: RunConfig, run: Path) -> Job:
     if cfg.model.compile and can_compile(device.type):
         # In place: the names of the parameters stay. Without the head: its loss may be made in parts.
         model.base_model.compile()
-    optimizer = make_optimizer(cfg.optim, model)
-    optimizer._compiled.update(graphs)
+    optimizer = make_optimizer(cfg.optim, model, graphs)
     released = release(model, optimizer, clip=cfg.train.clip_tensor) if cfg.train.release else None
     return Job(cfg, run, device, model, optimizer, data, released, baseline)
 
 
-def compiled_beforehand(cfg: RunConfig, vocabulary: int | None = None) -> Graphs:
+def compiled_beforehand(cfg: RunConfig, device: torch.device, vocabulary: int | None = None) -> Graphs:
     """The compiled steps of the run's optimizer, while nothing else is in memory. (A GPU's weights are elsewhere.)"""
     from apollo_optim.train.plan import model_of
 
-    model = model_of(cfg, vocabulary)
-    return warm_up(make_optimizer(cfg.optim, model), torch.device("cpu"))
+    if device.type != "cpu" or cfg.optim.compile is False:
+        return {}
+    return warm_up(make_optimizer(cfg.optim, model_of(cfg, vocabulary)), device)
 
 
 def choose_device(cfg: RunConfig) -> torch.device:
@@ -261,12 +260,14 @@ def choose_device(cfg: RunConfig) -> torch.device:
     return device
 
 
-def make_optimizer(cfg: OptimConfig, model: torch.nn.Module) -> MatrixOptimizer:
-    """By its name in the registry; keys that are None are left to its defaults."""
+def make_optimizer(cfg: OptimConfig, model: torch.nn.Module, graphs: Graphs | None = None) -> MatrixOptimizer:
+    """By its name in the registry; keys that are None are left to its defaults. `graphs`: steps compiled already."""
     knobs = {key: value for key, value in dataclasses.asdict(cfg).items() if value is not None and key != "name"}
     if cfg.state_dtype is not None:
         knobs["state_dtype"] = DTYPES[cfg.state_dtype]
-    return build_optimizer(cfg.name, model, **knobs)
+    optimizer = build_optimizer(cfg.name, model, **knobs)
+    optimizer._compiled.update(graphs or {})
+    return optimizer
 
 
 # --- the state of a run ---
