@@ -3,6 +3,8 @@
 Every tensor here may have leading batch axes (a stack of expert matrices); c and r are the last two.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -12,7 +14,7 @@ from apollo_optim.core.layout import is_sharded, lies_across, local, projected, 
 from apollo_optim.core.moments import Number
 
 TINY = 1e-8
-_PART = 8
+_PART = 32
 
 
 def channel_norms(t: Tensor) -> Tensor:
@@ -30,11 +32,15 @@ def channel_norms(t: Tensor) -> Tensor:
 
 
 def channel_sums(t: Tensor, across: bool) -> Tensor:
-    """(.., c, k) -> (.., c, 1). Of what lies across in parts: the compiled loop goes down a few rows at a time."""
+    """(.., c, k) -> (.., c, 1). Of what lies across in parts: the compiled loop goes down a few rows at a time.
+
+    Fewer rows are a little faster and their sums take more memory: 8 of bf16 half of ``t``'s bytes, 32 an eighth.
+    """
     *batch, k = t.shape
-    if not across or k % _PART:
+    rows = math.gcd(k, _PART)
+    if not across or rows == 1:
         return t.sum(-1, keepdim=True)
-    return t.reshape(*batch, k // _PART, _PART).sum(-1).sum(-1, keepdim=True)
+    return t.reshape(*batch, k // rows, rows).sum(-1).sum(-1, keepdim=True)
 
 
 def full_norm(t: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The shell our optimizers share: a rule for the matrices that ask for it, AdamW for the rest."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,19 +12,10 @@ from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.project import channel_view, quick_products
 from apollo_optim.core.random import mix_seed
-from apollo_optim.optim.fast import Graphs, advance_compiled, is_compiled
+from apollo_optim.optim.fast import Graphs, is_compiled, prepare_compiled
 from apollo_optim.optim.knobs import Group, check_group, decide_rank
 from apollo_optim.optim.rest import RULES, advance_rest
-from apollo_optim.optim.step import (
-    Numbers,
-    Spec,
-    State,
-    Step,
-    advance,
-    as_matrix,
-    numbers_of,
-    spec_of,
-)
+from apollo_optim.optim.step import Numbers, Spec, State, Step, advance, as_matrix, numbers_of, spec_of
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -60,19 +52,27 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.step_one(p, group)
+        self._take([(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None])
         return loss
 
     @torch.no_grad()
     def step_one(self, p: Tensor, group: Group) -> None:
-        """One parameter's step: the body of ``step``, and what a backward hook calls."""
-        grad = p.grad
-        if grad is None or grad.is_sparse:
-            shape = tuple(p.shape)
-            raise InputError(f"no dense gradient of the parameter {shape}; nn.Embedding(sparse=False) gives one")
+        """One parameter's step: what a backward hook calls."""
+        self._take([(p, group)])
+
+    def _take(self, pairs: list[tuple[Tensor, Group]]) -> None:
+        """Step them, all of them prepared first: a large matrix leaves nothing of Python in a core's cache."""
+        for p, _ in pairs:
+            if p.grad is None or p.grad.is_sparse:
+                shape = tuple(p.shape)
+                raise InputError(f"no dense gradient of the parameter {shape}; nn.Embedding(sparse=False) gives one")
+        prepared = [self._prepared(p, p.grad, group) for p, group in pairs]
+        with quick_products():
+            for advance_one in prepared:
+                advance_one()
+
+    def _prepared(self, p: Tensor, grad: Any, group: Group) -> Callable[[], None]:
+        """One parameter's step, all but what is done to its tensors."""
         state = self.state[p]
         if not state:
             state.update(self.init_state(p, group, self._position(p)))
@@ -82,12 +82,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         numbers = numbers_of(p, group, step, state["seed"], spec)
         rule: Any = self.direction if spec.rule else RULES[spec.rest]
         tensors = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
-        with quick_products():
-            asked = is_compiled(self.compile, p, p.device.type)
-            if asked and not layout.is_sharded(p) and can_compile(p.device.type):
-                advance_compiled(self._compiled, rule, p, grad, tensors, numbers, spec)
-            else:
-                (advance if spec.rule else advance_rest)(rule, p, grad, tensors, numbers, spec)
+        asked = is_compiled(self.compile, p, p.device.type)
+        if asked and not layout.is_sharded(p) and can_compile(p.device.type):
+            return prepare_compiled(self._compiled, rule, p, grad, tensors, numbers, spec)
+        return partial(advance if spec.rule else advance_rest, rule, p, grad, tensors, numbers, spec)
 
     def init_state(self, p: Tensor, group: Group, position: int = 0) -> State:
         """All this parameter will ever keep: later steps add no key and change no shape.

@@ -6,6 +6,7 @@ nothing anew.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,23 +26,26 @@ def is_compiled(choice: bool | None, p: Tensor, device_type: str) -> bool:
     return device_type == "cpu" and p.numel() >= COMPILED_FROM if choice is None else choice
 
 
-def advance_compiled(graphs: Graphs, rule: Any, p: Tensor, grad: Tensor, state: State, n: Numbers, spec: Spec) -> None:
+def prepare_compiled(
+    graphs: Graphs, rule: Any, p: Tensor, grad: Tensor, state: State, n: Numbers, spec: Spec
+) -> Callable[[], None]:
     """``advance`` or ``advance_rest`` by a graph of ``graphs``, which is made if there is none for this look yet.
 
     A weight that writes itself has a compiled way of doing so; of its step only the rest is compiled here.
     """
     own = writes_itself(p)
     if own and not spec.rule:
-        advance_rest(rule, p, grad, state, n, spec)
-        return
+        return partial(advance_rest, rule, p, grad, state, n, spec)
     inputs = [*([] if own else [p]), grad, *state.values(), *n.as_inputs(p.device)]
     key = (p.device, torch.get_num_threads(), spec, *((t.shape, t.stride(), t.dtype) for t in inputs))
     if key not in graphs:
         graphs[key] = _settling(rule, list(state), spec) if own else _advancing(rule, list(state), spec)
-    if not own:
-        graphs[key](*inputs)
-        return
-    step, factor, usable = graphs[key](*inputs)
+    graph = graphs[key]
+    return partial(_write_itself, graph, p, inputs, n, spec) if own else partial(graph, *inputs)
+
+
+def _write_itself(graph: Callable[..., Any], p: Tensor, inputs: list[Tensor], n: Numbers, spec: Spec) -> None:
+    step, factor, usable = graph(*inputs)
     write(p, step, factor, usable, n.lr, n.weight_decay, n.rounding["weight"] if spec.stochastic else None)
 
 
