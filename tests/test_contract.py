@@ -489,8 +489,11 @@ def test_refusals_name_the_key_and_the_nearest():
         Apollo([w])
     with pytest.raises(TypeError, match="ordered"):
         Apollo([{"params": {w}, "rank": 2}])
-    aliased = Apollo([w], rank=2, proj="random")
-    assert aliased.param_groups[0]["proj"] == "gaussian"
+    mini = apollo_optim.ApolloMini
+    projections = [(Apollo, "random", "gaussian"), (Apollo, None, "sketch"), (mini, None, "gaussian")]
+    for cls, asked, expected in projections:
+        (group,) = cls([w], rank=1, **({"proj": asked} if asked else {})).param_groups
+        assert group["proj"] == expected
     with pytest.raises(InputError, match="unknown key 'rank'"):
         AdamW([{"params": [w], "rank": 4}])
     flat = nn.Parameter(torch.ones(24))
@@ -524,9 +527,11 @@ def test_a_rank_in_the_constructor_applies_only_if_no_group_names_one():
         assert got == ranks
 
 
-def test_a_sparse_gradient_is_refused():
-    embedding = nn.Embedding(6, 4, sparse=True)
-    optimizer = AdamW(embedding.parameters())
-    embedding(torch.tensor([1, 2])).sum().backward()
+def test_a_sparse_gradient_is_refused_before_anything_is_stepped():
+    dense, embedding = nn.Parameter(torch.ones(4)), nn.Embedding(6, 4, sparse=True)
+    optimizer = AdamW([dense, *embedding.parameters()])
+    (embedding(torch.tensor([1, 2])) * dense).sum().backward()
     with pytest.raises(InputError, match=r"sparse=False.*"):
         optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(dense, torch.ones(4))

@@ -47,24 +47,25 @@ class Method:
 
 
 BF16 = {"model.dtype": "bfloat16"}
+PAPER = {"optim.proj": "gaussian"}  # APOLLO to the letter; "apollo-sketch" is what Apollo does by itself
 METHODS = {
     "adamw": Method("adamw", centre=(1e-3, 1e-2)),
-    "apollo": Method("apollo"),
+    "apollo": Method("apollo", PAPER),
     "apollo-mini": Method("apollo-mini"),
     **{
-        f"{name}{tail}": Method(f"{q}{name}", BF16 | keys, rates_of=name, axes=())
+        f"{name}{tail}": Method(f"{q}{name}", BF16 | PAPER | keys, rates_of=name, axes=())
         for name in ("apollo", "apollo-mini")
         for q, tail, keys in (("", "-bf16", {}), ("q-", "-int8", {}), ("q-", "-int4", {"quant.bits": 4}))
     },
     **{
-        f"apollo-rest-{rest}": Method("apollo", {"optim.rest": rest}, rates_of="apollo", axes=("rest_lr",))
+        f"apollo-rest-{rest}": Method("apollo", PAPER | {"optim.rest": rest}, rates_of="apollo", axes=("rest_lr",))
         for rest in ("adamw8bit", "adafactor", "scale", "apollo")
     },
     "apollo-sketch": Method("apollo", {"optim.proj": "sketch"}, rates_of="apollo", axes=()),
-    "apollo-d8": Method("apollo", {"optim.rank": 24}, rates_of="apollo", axes=()),
+    "apollo-d8": Method("apollo", PAPER | {"optim.rank": 24}, rates_of="apollo", axes=()),
     "apollo-d8-sketch": Method("apollo", {"optim.rank": 24, "optim.proj": "sketch"}, rates_of="apollo", axes=()),
 }
-DEFAULT = ("adamw", "apollo", "apollo-mini")
+DEFAULT = ("adamw", "apollo", "apollo-sketch", "apollo-mini")
 SEARCH_WARMUP = 0.25  # a tenth of a short run is 14 steps: APOLLO-Mini at 1e-2 ends at 534 with them, at 294 with 35
 BUDGET = 15
 BATCH, SEQ_LEN, EVAL_TOKENS = 16, 256, 131_072
@@ -155,9 +156,9 @@ class Race:
         return float(self.done[trial]["loss"])
 
 
-def start_of(method: str, rates: Race, model: str, steps: int) -> Trial:
-    """The short run that a method's search begins with."""
-    other = METHODS[method].rates_of
+def start_of(method: str, race: Race, rates: Race, model: str, steps: int) -> Trial:
+    """The short run that a method's search begins with; from another race's rates there is none."""
+    other = METHODS[method].rates_of or (method if rates is not race else None)
     if other is None:
         return Trial(model, method, *METHODS[method].centre, 0, steps, SEARCH_WARMUP)
     known = [trial for trial in rates.done if trial.method == other and trial.warmup == SEARCH_WARMUP]
@@ -167,9 +168,10 @@ def start_of(method: str, rates: Race, model: str, steps: int) -> Trial:
     return Trial(model, method, best.lr, best.rest_lr, 0, steps, SEARCH_WARMUP)
 
 
-def search(race: Race, starts: dict[str, Trial]) -> dict[str, Trial]:
+def search(race: Race, starts: dict[str, Trial], rates: Race) -> dict[str, Trial]:
     """The best pair of learning rates of each method, after ``BUDGET`` short runs or when no neighbour is better."""
-    tried: dict[str, list[Trial]] = {method: [] for method in starts if METHODS[method].axes}
+    searched = [m for m in starts if METHODS[m].axes and (rates is race or METHODS[m].rates_of)]
+    tried: dict[str, list[Trial]] = {method: [] for method in searched}
 
     def moves(method: str) -> list[Trial]:
         if not tried[method]:
@@ -232,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="METHOD",
         help=f"the first is what the others are compared to; of {', '.join(METHODS)}",
     )
-    parser.add_argument("--rates", type=Path, help="another race, whose best rates variants start from (--out's own)")
+    parser.add_argument("--rates", type=Path, help="another race, whose best rates are taken, not searched anew")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -243,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(race, finished(race, args.steps, args.methods)))
         return 0
     rates = Race(args.rates, args.work, args.jobs) if args.rates else race
-    best = search(race, {m: start_of(m, rates, args.model, args.steps // 5) for m in args.methods})
+    best = search(race, {m: start_of(m, race, rates, args.model, args.steps // 5) for m in args.methods}, rates)
     finals = {
         method: [Trial(args.model, method, trial.lr, trial.rest_lr, seed, args.steps) for seed in args.seeds]
         for method, trial in best.items()

@@ -46,8 +46,9 @@ class Apollo(MatrixOptimizer):
         scale_type: "channel", one s for each channel; "tensor", one for the whole matrix (APOLLO-Mini).
         scale_front: Scale before the limiter instead of after it. The limiter is homogeneous, so this changes rounding
             only; kept for groups written for apollo-torch.
-        proj: "gaussian" (the paper's, also "random"), "sketch" (signs and sums, no matrix product), "rademacher", or
-            "svd" (the gradient's top singular vectors, kept as state: APOLLO-SVD).
+        proj: "sketch" (CountSketch: signs and sums, no matrix product), "gaussian" (the paper's, also "random": the
+            same perplexity in several times the time), "rademacher", or "svd" (the gradient's top singular vectors,
+            kept as state: APOLLO-SVD).
         proj_type: "std", nothing else: the side to compress is always the smaller one.
         update_proj_gap: Steps between two projections.
         keep_proj: Keep a random projection from one refresh to the next, as state: small side x r fp32 numbers per
@@ -78,7 +79,7 @@ class Apollo(MatrixOptimizer):
         scale: float | str = 1.0,
         scale_type: str = "channel",
         scale_front: bool = False,
-        proj: str = "gaussian",
+        proj: str = "sketch",
         proj_type: str = "std",
         update_proj_gap: int = 200,
         keep_proj: bool = False,
@@ -149,8 +150,9 @@ class Apollo(MatrixOptimizer):
 class ApolloMini(Apollo):
     """APOLLO-Mini: one factor for the whole matrix, for which a sketch of one column is enough (section 4.3).
 
-    ``Apollo`` with ``scale_type="tensor"`` and ``scale=128`` (the papers' for 60M and 130M and all fine-tuning); use it
-    with ``rank=1``: ``ApolloMini(param_groups(model, rank=1))``. State per matrix of m x n: 2 max(m, n) + 1 numbers.
+    ``Apollo`` with ``scale_type="tensor"``, ``scale=128`` (the papers' for 60M and 130M and all fine-tuning) and, as
+    one column is cheap, ``proj="gaussian"``; use it with ``rank=1``: ``ApolloMini(param_groups(model, rank=1))``. State
+    per matrix of m x n: 2 max(m, n) + 1 numbers.
     """
 
     def __init__(
@@ -160,6 +162,7 @@ class ApolloMini(Apollo):
         *,
         scale: float | str = 128.0,
         scale_type: str = "tensor",
+        proj: str = "gaussian",
         **knobs: Any,
     ) -> None:
-        super().__init__(params, lr, scale=scale, scale_type=scale_type, **knobs)
+        super().__init__(params, lr, scale=scale, scale_type=scale_type, proj=proj, **knobs)

@@ -83,7 +83,7 @@ class OptimConfig:
     scale_front: bool | None = None
     """Apply sqrt(scale) before the norm-growth limiter instead of after it."""
     proj: str | None = None
-    """gaussian (= random), sketch, rademacher or svd."""
+    """sketch (APOLLO's default), gaussian (= random; the paper's, and Mini's default), rademacher or svd."""
     update_proj_gap: int | None = None
     """A new projection every so many steps."""
     keep_proj: bool | None = None
