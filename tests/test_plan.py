@@ -1,5 +1,6 @@
 """Plans are held to what really happens: real bytes after a real step, the allocator's own events, the real shards."""
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -12,8 +13,9 @@ from torch import nn
 from apollo_optim import build_optimizer, list_optimizers
 from apollo_optim.cli import plan as command
 from apollo_optim.cli.main import main
+from apollo_optim.core import blocks
 from apollo_optim.core.errors import InputError
-from apollo_optim.plan import PARTS, Budget, Parallel, Plan, Trace, Traces, plan, trace_step
+from apollo_optim.plan import PARTS, Budget, Parallel, Plan, Trace, Traces, budget, plan, trace_step
 from apollo_optim.plan.draw import draw, table_rows
 from apollo_optim.plan.shards import first_part, mesh_of, units
 from apollo_optim.plan.trace import most_alive
@@ -134,6 +136,23 @@ def test_a_loss_without_logits_takes_what_the_allocator_gives(
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     assert allocated(lambda: summed_loss(model, *rows()).backward()) == most_alive(trace.blocks)
+
+
+@pytest.mark.parametrize("rest", ["adamw", "adamw8bit", "adafactor", "scale", "apollo"])
+def test_an_update_is_planned_by_a_few_of_its_blocks(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 12)
+    model, made = model_of(run_of("apollo", "bfloat16")), []
+    monkeypatch.setattr(budget, "most_alive", lambda found: made.append(len(found)) or most_alive(found))
+
+    def updates() -> tuple[dict[str, int], int]:
+        made.clear()
+        return budget._updates(build_optimizer("apollo", model, compile=False, rest=rest), model), sum(made)
+
+    few, operations = updates()
+    monkeypatch.setattr(budget, "few_blocks", contextlib.nullcontext)
+    every, most = updates()
+    assert few == every
+    assert 5 * operations < most
 
 
 @every_optimizer

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apollo_optim.core.blocks import few_blocks
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import nbytes, parts
 from apollo_optim.optim.base import MatrixOptimizer
@@ -233,7 +234,7 @@ def _update_bytes(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> int:
     optimizer.state[p] = optimizer.init_state(p, group)
     p.grad = torch.empty(p.shape, dtype=p.dtype, device="meta")
     try:
-        with recorded() as recorder:
+        with few_blocks(), recorded() as recorder:
             optimizer.step_one(p, group)
         return most_alive(recorder.finished())
     finally:
