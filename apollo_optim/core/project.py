@@ -26,6 +26,7 @@ from apollo_optim.core.scaling import channel_norms, channel_sums
 
 Projection = Literal["gaussian", "sketch", "rademacher", "svd"]
 PROJECTIONS: tuple[str, ...] = get_args(Projection)
+Offsets = tuple[int, ...]  # by name: the compiler of torch 2.6 does not take it inside of a function
 
 
 def channel_view(t: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def down(grad_ck: Tensor, basis: Tensor, rank: int) -> Tensor:
     """R = G P, (.., c, k) -> (.., c, r), fp32, split by channels if G is split at all."""
     sketched = basis.ndim < grad_ck.ndim
 
-    def product(part: Tensor, at: tuple[int, ...]) -> Tensor:
+    def product(part: Tensor, at: Offsets) -> Tensor:
         *starts, _, first = at
         stack = tuple(slice(s, s + n) for s, n in zip(starts, part.shape[:-2], strict=True))
         small = slice(first, first + part.shape[-1])

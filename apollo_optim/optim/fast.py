@@ -51,15 +51,18 @@ def _write_itself(graph: Callable[..., Any], p: Tensor, inputs: list[Tensor], n:
 
 def _advancing(rule: Any, names: list[str], spec: Spec) -> Callable[..., None]:
     def step(p: Tensor, grad: Tensor, *others: Tensor) -> None:
-        state, numbers = dict(zip(names, others, strict=False)), Numbers.from_inputs(others[len(names) :])
-        (advance if spec.rule else advance_rest)(rule, p, grad, state, numbers, spec)
+        (advance if spec.rule else advance_rest)(rule, p, grad, *_state_and_numbers(names, others), spec)
 
     return compiled_in_place(step)
 
 
 def _settling(rule: Any, names: list[str], spec: Spec) -> Callable[..., Any]:
     def step(grad: Tensor, *others: Tensor) -> Any:
-        state, numbers = dict(zip(names, others, strict=False)), Numbers.from_inputs(others[len(names) :])
-        return settle(rule, as_matrix(grad, spec.conv), state, numbers, spec)
+        return settle(rule, as_matrix(grad, spec.conv), *_state_and_numbers(names, others), spec)
 
     return compiled(step)
+
+
+def _state_and_numbers(names: list[str], inputs: tuple[Tensor, ...]) -> tuple[State, Numbers]:
+    n = len(names)
+    return dict(zip(names, inputs[:n], strict=True)), Numbers.from_inputs(inputs[n:])
