@@ -2,25 +2,28 @@
 
 The *mean* is int8, the signed square root of the fraction of its group's largest entry: fine where most entries are.
 
-The *square* is uint8, a small float: an fp32's exponent and four leading bits of its mantissa, counted from an offset
-that the group shares. It stands under a root in a denominator, so a small one must not become 0 beside a large one
-(fractions of the largest do that, and the update is nonsense), and it is an average of a thousand gradients: what has
-not changed must be written back exactly, whatever a neighbour did. A step is 3-6 % of a number, the range within a
-group 2^16; smaller squares are held at the lower end, which makes a step smaller, never larger.
+The *square* is uint8, a small float: four bits of exponent and four of mantissa, times a power of two that the group
+shares. It stands under a root in a denominator, so a small one must not become 0 beside a large one (fractions of the
+largest do that, and the update is nonsense), and it is an average of a thousand gradients: what has not changed must be
+written back exactly, whatever a neighbour did. A step is 3-6 % of a number, the range within a group 2^15; smaller
+squares are held at the lower end, which makes a step smaller, never larger.
 
 Rounding is stochastic, so that the mean of what is kept is what was meant: an average that moves by 0.1 % a step would
 otherwise never move.
 
 All groups of a row are of one size, a divisor of it: filled-up short ones were compiled wrongly (torch 2.13, CPU).
+Nothing here looks at the bits of a float, which that compiler does entry by entry.
 """
 
 import torch
 from torch import Tensor
 
+from apollo_optim.core.rounding import spacing
+
 LARGEST, LEAST = 256, 32  # entries that share a scale
 _FINEST = 127.0**2  # codes are roots of this many parts
-_DROPPED = 23 - 4  # of an fp32's mantissa bits
-_LOW = (1 << _DROPPED) - 1
+_ONE, _LAST = 16.0, 31 * 2.0**15  # in units of the group: a mantissa of 0, exponent 0; the largest, code 255
+_TINIEST = 2.0**-100  # as good as 0: its root is far below any eps
 
 
 def groups_of(columns: int) -> int:
@@ -29,19 +32,18 @@ def groups_of(columns: int) -> int:
     return columns // size if size else 0
 
 
-def encode_mean(value: Tensor, bits: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """fp32 (.., n) -> int8 codes (.., n) and each group's largest size (.., groups), fp32.
+def encode_mean(value: Tensor, noise: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """fp32 (.., n) -> codes (.., n), in fp32 as yet, and each group's largest size (.., groups).
 
-    ``bits``: random int32 of the value's shape, of which the low 24 are used.
+    ``noise``: fp32 of the value's shape, uniform in [0, 1).
     """
-    value, bits = (_grouped(t, groups) for t in (value, bits))
+    value, noise = (_grouped(t, groups) for t in (value, noise))
     scale = value.abs().amax(-1, keepdim=True)
-    share = value.abs() / torch.where(scale > 0, scale, 1.0) * _FINEST
+    share = value.abs() * (_FINEST / torch.where(scale > 0, scale, 1.0))
     code = share.sqrt().floor()
     fraction = (share - code * code) / (2 * code + 1)  # of the way to the next code's number
-    up = (bits & 0xFFFFFF).float() * 2.0**-24 < fraction
-    code = (code + up).clamp(max=127.0) * value.sign()
-    return code.to(torch.int8).flatten(-2), scale.squeeze(-1)
+    code = (code + (noise < fraction)).clamp(max=127.0)
+    return torch.where(value < 0, -code, code).flatten(-2), scale.squeeze(-1)
 
 
 def decode_mean(codes: Tensor, scale: Tensor) -> Tensor:
@@ -49,23 +51,25 @@ def decode_mean(codes: Tensor, scale: Tensor) -> Tensor:
     return (code * code.abs() * (scale[..., None] / _FINEST)).flatten(-2)
 
 
-def encode_square(value: Tensor, bits: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """fp32 >= 0, (.., n) -> uint8 codes (.., n) and each group's offset (.., groups), int16.
+def encode_square(value: Tensor, noise: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """fp32 >= 0, (.., n) -> codes (.., n) and each group's unit (.., groups), a power of two, both in fp32 as yet.
 
-    ``bits``: random int32 of the value's shape, of which the low 19 are used: added to an fp32's own, they carry into
-    the four bits that stay as often as they should. A positive fp32 grows with its bits, read as an integer.
+    ``noise``: as above. Code 16 e + m stands for (16 + m) 2^e units, code 0 for 0.
     """
-    value, bits = (_grouped(t, groups) for t in (value, bits))
-    grown = (value.view(torch.int32) + (bits & _LOW)) >> _DROPPED
-    offset = (grown.amax(-1, keepdim=True) - 255).clamp(min=0)
-    code = torch.where(grown > 0, (grown - offset).clamp(1, 255), 0)
-    return code.to(torch.uint8).flatten(-2), offset.squeeze(-1).to(torch.int16)
+    value, noise = (_grouped(t, groups) for t in (value, noise))
+    largest = value.amax(-1, keepdim=True).clamp(_TINIEST, 1 / _TINIEST)
+    unit = spacing(largest * (1 + 1 / 32), 4) * 2.0**-15  # with room for the largest to be rounded up
+    units = (value / unit).clamp(_ONE + 1, _LAST)
+    space = spacing(units, 4)  # 2^e
+    code = (units / space + noise).floor() + 16 * (space.log2().round() - 1)
+    return torch.where(value > 0, code, 0.0).flatten(-2), unit.squeeze(-1)
 
 
-def decode_square(codes: Tensor, offset: Tensor) -> Tensor:
-    code = _grouped(codes, offset.shape[-1]).to(torch.int32)
-    value = ((code + offset[..., None].to(torch.int32)) << _DROPPED).view(torch.float32)
-    return torch.where(code > 0, value, 0.0).flatten(-2)
+def decode_square(codes: Tensor, unit: Tensor) -> Tensor:
+    code = _grouped(codes, unit.shape[-1]).float()  # not int32, which takes a compiled CPU step twice as long
+    exponent = (code / 16).floor()
+    units = (16 + code - 16 * exponent) * exponent.exp2()
+    return torch.where(code > 0, units * unit[..., None], 0.0).flatten(-2)
 
 
 def _grouped(t: Tensor, groups: int) -> Tensor:

@@ -22,18 +22,25 @@ def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
 def _on_a_grid(value: Tensor, noise: Tensor) -> Tensor:
     """The same numbers, and -0 as 0, without looking at bits: torch's CPU compiler does that entry by entry.
 
-    floor(value / spacing + noise) * spacing, where bf16's spacing at the value is 2^-7 of its leading power of two. Two
-    roundings lay that bare (Rump, 2009, "ufp"), and the floor is a rounding to the grid, by adding and subtracting a
+    floor(value / spacing + noise) * spacing, where the floor is a rounding to the grid, by adding and subtracting a
     large number, taken a point back where it went up. No division: the write would wait for it. Values below 2^-126 are
     rounded to nearest; from 2^97 on, beyond any weight, there is no grid to be had.
     """
-    scaled = value * ((2.0**23 + 1) * 2.0**-7)
-    spacing = (scaled - scaled * (1 - 2.0**-24)).abs()
-    raised = value + noise * spacing
-    rounder = spacing * (1.5 * 2.0**23)
+    space = spacing(value, 7)
+    raised = value + noise * space
+    rounder = space * (1.5 * 2.0**23)
     nearest = (raised + rounder) - rounder
-    rounded = torch.where(nearest > raised, nearest - spacing, nearest)
-    return torch.where(spacing < 2.0**90, rounded, value)
+    rounded = torch.where(nearest > raised, nearest - space, nearest)
+    return torch.where(space < 2.0**90, rounded, value)
+
+
+def spacing(value: Tensor, bits: int) -> Tensor:
+    """Of the floats with so many bits of mantissa, at ``value``: its leading power of two times 2^-bits.
+
+    Two roundings lay that bare (Rump, 2009, "ufp").
+    """
+    scaled = value * ((2.0**23 + 1) * 2.0**-bits)
+    return (scaled - scaled * (1 - 2.0**-24)).abs()
 
 
 def store(target: Tensor, value: Tensor, noise: Tensor | None) -> None:

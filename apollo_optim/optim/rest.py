@@ -18,9 +18,8 @@ from apollo_optim.core.blocks import Block, blocks, part
 from apollo_optim.core.compile import in_memory
 from apollo_optim.core.eightbit import decode_mean, decode_square, encode_mean, encode_square, groups_of
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.layout import aligned, flat_index, local, rounding_noise, splits, summed, zeros_along, zeros_like
+from apollo_optim.core.layout import aligned, local, rounding_noise, splits, summed, zeros_along, zeros_like
 from apollo_optim.core.moments import Number, updated
-from apollo_optim.core.random import hash32
 from apollo_optim.core.scaling import TINY, full_norm
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.core.write import write, write_block
@@ -121,7 +120,7 @@ def init_adamw8bit(matrix: Tensor, group: Group) -> State:
         "exp_avg": zeros_like(matrix, torch.int8),
         "exp_avg_scale": zeros_along(matrix, -1, groups, torch.float32),
         "exp_avg_sq": zeros_like(matrix, torch.uint8),
-        "exp_avg_sq_scale": zeros_along(matrix, -1, groups, torch.int16),
+        "exp_avg_sq_scale": zeros_along(matrix, -1, groups, torch.bfloat16),
     }
 
 
@@ -140,10 +139,10 @@ def keep_codes(state: State, name: str, value: Tensor, usable: Tensor, n: Number
     codes = state[name]
     encode = encode_mean if name == "exp_avg" else encode_square
     scale = state[name + OF_GROUP]
-    new = encode(value, hash32(flat_index(codes, at), n.rounding[name]), scale.shape[-1])
+    new = encode(value, rounding_noise(codes, n.rounding[name], at), scale.shape[-1])
     for old, fresh in zip((codes, scale), new, strict=True):
         here = part(local(old), at)
-        here.copy_(torch.where(usable, fresh, here))
+        here.copy_(torch.where(usable, fresh, here.float()))  # a choice between int8s is slow when compiled
 
 
 # --- SCALE ---
