@@ -110,6 +110,16 @@ def test_no_temporary_of_a_compiled_step_is_large(proj):
     assert 0 < largest_allocation(optimizer) <= p.numel() * 4 // 4
 
 
+@pytest.mark.parametrize("parts", [4, 16])
+def test_a_compiled_sketch_is_never_whole_in_memory(parts):
+    """R is added up wherever it is needed, at 350M (4 columns of the gradient for one of R) as at 7B (16)."""
+    p = nn.Parameter(torch.zeros(1024, 2048, dtype=torch.bfloat16))
+    p.grad = torch.randn(p.shape, dtype=torch.bfloat16)
+    optimizer = Apollo([p], rank=1024 // parts, compile=True)
+    optimizer.step()
+    assert 0 < largest_allocation(optimizer) < 2048 * 1024 // parts * 4 // 2
+
+
 @pytest.mark.parametrize("cls", [AdamW, Apollo])
 def test_a_compiled_step_takes_bf16_by_whole_vectors(cls):
     """Halves of them are masked loads and stores, which took a third of AdamW's time."""

@@ -28,6 +28,8 @@ OPTIONS: dict[str, Any] = {
     # what is read often or took many operations is kept by default: full-size copies in the middle of a write
     **dict.fromkeys(("realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"), 1000),
     "size_asserts": False,  # it is the caller who looks
+    # a sketch adds up k / r columns: from 8 on (torch's number) in a loop of its own, with the sketch in memory
+    "unroll_reductions_threshold": 32,
 }
 
 
