@@ -62,12 +62,12 @@ class Contender:
         return False
 
 
-def ours(cls: type[Apollo], *, compile: bool = True, **knobs: Any) -> Halves:
-    """Both halves of one of our optimizers: a group with a rank, and one without."""
+def ours(cls: type[Apollo], *, compile: bool = True, rest: str = "adamw", **knobs: Any) -> Halves:
+    """Both halves of one of our optimizers: a group with a rank, and one without, which follows ``rest``."""
     knobs = {"lr": LR, "update_proj_gap": GAP, "stochastic_rounding": False} | knobs
     return Halves(
         lambda params, rank: cls([{"params": params, "rank": rank}], compile=compile, **knobs),
-        lambda params, _: cls([{"params": params, "rank": None}], compile=compile, **knobs),
+        lambda params, _: cls([{"params": params, "rank": None, "rest": rest}], compile=compile, **knobs),
     )
 
 
@@ -106,6 +106,10 @@ CONTENDERS: dict[str, Contender] = {
         ours(ApolloMini, stochastic_rounding=True),
         **MINI | {"dtypes": ("bfloat16",)},
     ),
+    **{
+        f"apollo-mini-rest-{rest}": Contender("apollo-optim", f"rest: {rest}", ours(ApolloMini, rest=rest), **MINI)
+        for rest in ("adamw8bit", "adafactor")
+    },
     "apollo-sketch": Contender("apollo-optim", "rank r, sketch", ours(Apollo, proj="sketch"), **FULL),
     "apollo-gaussian": Contender("apollo-optim", "rank r, gaussian", ours(Apollo, proj="gaussian"), **FULL),
     "apollo-gaussian-kept": Contender(
