@@ -234,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="METHOD",
         help=f"the first is what the others are compared to; of {', '.join(METHODS)}",
     )
-    parser.add_argument("--rates", type=Path, help="another race, whose best rates are taken, not searched anew")
+    parser.add_argument(
+        "--rates", type=Path, help="another race: its best rates are taken; only a variant's own are searched"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")

@@ -22,7 +22,7 @@ from apollo_optim.core.rounding import spacing
 
 LARGEST, LEAST = 256, 32  # entries that share a scale
 _FINEST = 127.0**2  # codes are roots of this many parts
-_ONE, _LAST = 16.0, 31 * 2.0**15  # in units of the group: a mantissa of 0, exponent 0; the largest, code 255
+_FIRST, _LAST = 17.0, 31 * 2.0**15  # codes 1 and 255, in units of the group
 _TINIEST = 2.0**-100  # as good as 0: its root is far below any eps
 
 
@@ -59,7 +59,7 @@ def encode_square(value: Tensor, noise: Tensor, groups: int) -> tuple[Tensor, Te
     value, noise = (_grouped(t, groups) for t in (value, noise))
     largest = value.amax(-1, keepdim=True).clamp(_TINIEST, 1 / _TINIEST)
     unit = spacing(largest * (1 + 1 / 32), 4) * 2.0**-15  # with room for the largest to be rounded up
-    units = (value / unit).clamp(_ONE + 1, _LAST)
+    units = (value / unit).clamp(_FIRST, _LAST)
     space = spacing(units, 4)  # 2^e
     code = (units / space + noise).floor() + 16 * (space.log2().round() - 1)
     return torch.where(value > 0, code, 0.0).flatten(-2), unit.squeeze(-1)

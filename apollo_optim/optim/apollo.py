@@ -60,7 +60,7 @@ class Apollo(MatrixOptimizer):
         view: How a 3-D parameter is to be seen: as a "stack" of matrices (default) or as a "conv" weight.
         maximize: Step up the gradient, as in torch.optim.
         compile: Step a parameter by one compiled function, made once for each shape; None: on a CPU, those of 262,144
-            entries and more, which take a quarter to an eleventh of the time then. Sharded ones (DTensor) step eagerly.
+            entries and more, which take a quarter to a tenth of the time then. Sharded ones (DTensor) step eagerly.
 
     Raises InputError (a ValueError) for unknown keys and wrong values, naming the key, and where nothing names a rank.
     """

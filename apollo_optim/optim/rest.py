@@ -52,7 +52,7 @@ def advance_rest(rule: Rest, p: Tensor, grad: Tensor, state: State, n: Numbers, 
     here = local(usable)
     own, weight = local(grad), local(p.detach())
     seen = rule.look(grad, state, n, spec)
-    held = {**{name: local(t) for name, t in state.items()}, **seen}
+    held = {**{name: local(t) for name, t in state.items()}, **seen}  # (the compiler of torch 2.6 has no dict | dict)
     key = n.rounding["weight"] if spec.stochastic else None
     low_bit = writes_itself(p)  # all of it at once
     for at in [()] if low_bit else blocks(tuple(own.shape), whole=int(spec.rest != "adamw")):
