@@ -19,6 +19,7 @@ from apollo_optim.plan import PARTS, Budget, Parallel, Plan, Trace, Traces, budg
 from apollo_optim.plan.draw import draw, table_rows
 from apollo_optim.plan.shards import first_part, mesh_of, units
 from apollo_optim.plan.trace import most_alive
+from apollo_optim.quant import weight
 from apollo_optim.train import chunked, measure
 from apollo_optim.train.config import DataConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, TrainConfig
 from apollo_optim.train.evaluate import summed_loss
@@ -119,6 +120,18 @@ def test_forward_and_backward_take_what_the_allocator_gives(name: str, dtype: st
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         assert allocated(step) == most_alive(trace.blocks)
+
+
+@both_dtypes
+def test_products_in_blocks_take_what_the_allocator_gives(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight, "PRODUCT_BLOCK", 1 << 14)
+    trace = trace_step(model_of(run_of("q-apollo", dtype)), summed_loss, ROWS, SEQ)
+    sizes = {block.size for block in trace.blocks if block.kind == "float copies"}
+    assert (1 << 14) * (4 if dtype == "float32" else 2) in sizes
+    model = real_of("q-apollo", dtype)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    assert allocated(lambda: summed_loss(model, *rows()).backward()) == most_alive(trace.blocks)
 
 
 @pytest.mark.parametrize("name", ["apollo", "q-apollo"])

@@ -237,6 +237,39 @@ def test_linear_is_that_of_the_dequantised_weight(bits, dtype):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=tolerance * theirs.grad.abs().max())
 
 
+@both_bits
+@pytest.mark.parametrize("n", [256, 300], ids=["whole groups", "a short one"])
+def test_products_in_blocks_are_those_of_the_whole_weight(bits, n, monkeypatch):
+    layer = nn.Linear(n, 50)
+    quantize_weights(nn.ModuleDict({"mlp": layer}), bits, 32, targets="mlp")
+    x, grad_y = matrix(2, 3, n, seed=1), matrix(2, 3, 50, seed=2)
+    read: list[int] = []
+    dequantised = format.dequantised
+
+    def watched(*args):
+        read.append(dequantised(*args).numel())
+        return dequantised(*args)
+
+    monkeypatch.setattr(format, "dequantised", watched)
+
+    def products() -> tuple[Tensor, ...]:
+        own_x = x.clone().requires_grad_()
+        y = layer(own_x)
+        y.backward(grad_y)
+        found, layer.weight.grad, layer.bias.grad = (y.detach(), own_x.grad, layer.weight.grad), None, None
+        return found
+
+    whole, sizes = products(), read.copy()
+    assert sizes == [50 * n] * 2
+    read.clear()
+    monkeypatch.setattr(weight, "PRODUCT_BLOCK", 4000)
+    in_blocks = products()
+    assert sum(read) == sum(sizes)
+    assert max(read) <= 4000
+    for ours, theirs in zip(in_blocks, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
+
+
 def test_no_float_copy_is_kept_for_the_backward_pass():
     layer = nn.Linear(64, 48, bias=False)
     quantize_weights(nn.ModuleDict({"mlp": layer}), targets="mlp")

@@ -29,17 +29,18 @@ def few_blocks() -> Iterator[None]:
         _few.reset(token)
 
 
-def blocks(shape: tuple[int, ...], whole: int = 0) -> list[Block]:
-    """Indices that cut a tensor of this shape into parts of about ``BLOCK`` entries, in order of memory.
+def blocks(shape: tuple[int, ...], whole: int = 0, size: int | None = None) -> list[Block]:
+    """Indices that cut a tensor of this shape into parts of about ``size`` (``BLOCK``) entries, in order of memory.
 
     The last ``whole`` dimensions are never cut. One index, (), where there is nothing to cut, and under torch.compile.
     """
-    if torch.compiler.is_compiling() or prod(shape) <= BLOCK or len(shape) <= whole:
+    most = size or BLOCK
+    if torch.compiler.is_compiling() or prod(shape) <= most or len(shape) <= whole:
         return [()]
     inner = [prod(shape[dim + 1 :]) for dim in range(len(shape) - whole)]
-    cut = next((dim for dim, size in enumerate(inner) if size <= BLOCK), len(inner) - 1)
-    rows = max(1, BLOCK // inner[cut])
-    outer = [[slice(i, i + 1) for i in range(size)] for size in shape[:cut]]
+    cut = next((dim for dim, entries in enumerate(inner) if entries <= most), len(inner) - 1)
+    rows = max(1, most // inner[cut])
+    outer = [[slice(i, i + 1) for i in range(entries)] for entries in shape[:cut]]
     along = [slice(start, min(start + rows, shape[cut])) for start in range(0, shape[cut], rows)]
     every = list(itertools.product(*outer, along))
     return [*every[:2], *every[2:][-1:]] if _few.get() else every

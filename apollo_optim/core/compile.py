@@ -33,8 +33,8 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def compiled_in_place(function: Callable[..., None]) -> Callable[..., None]:
-    """As ``compiled``, of a function of tensors that writes into them and returns nothing.
+def compiled_in_place(function: Callable[..., None], options: dict[str, Any] = OPTIONS) -> Callable[..., None]:
+    """As ``compiled``, of a function of tensors that writes into them and returns nothing; ``options``: the compiler's.
 
     Calls after the first go past torch's check of whether the graph fits, which takes longer than a small matrix's
     step. So it is the caller who must keep one for each look of the tensors: shapes, strides, dtypes, device, and the
@@ -47,7 +47,7 @@ def compiled_in_place(function: Callable[..., None]) -> Callable[..., None]:
         from torch import _inductor  # a second and hundreds of modules, for those who compile
 
         with _whole_vectors():
-            inner: Callable[..., Any] = _inductor.compile(traced, inputs, OPTIONS)
+            inner: Callable[..., Any] = _inductor.compile(traced, inputs, options)
 
         def first(*taken: Tensor) -> Any:
             nonlocal direct

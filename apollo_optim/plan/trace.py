@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from apollo_optim.core.blocks import few_blocks
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import parts, rebuilt
 
@@ -141,7 +142,7 @@ def trace_step(model: nn.Module, loss: Loss, batch: int, seq: int) -> Trace:
             p.register_post_accumulate_grad_hook(hook(name))  # type: ignore[no-untyped-call]
     twin.train()
     try:
-        with ordinary_positions(), mode, recorder:
+        with ordinary_positions(), few_blocks(), mode, recorder:
             rows = torch.zeros((batch, seq), dtype=torch.int64)
             total = loss(twin, rows, torch.zeros_like(rows))
             backward = recorder.now + 1

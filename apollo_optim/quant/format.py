@@ -56,10 +56,14 @@ def quantised(value: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor
     return pack(codes.flatten(-2), bits), scales.to(torch.bfloat16)
 
 
-def dequantised(codes: Tensor, scales: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """The float (.., n) that codes and scales mean, rounded once."""
+def dequantised(codes: Tensor, scales: Tensor, n: int, dtype: torch.dtype, scratch: Tensor | None = None) -> Tensor:
+    """The float (.., n) that codes and scales mean, rounded once; made in ``scratch``, if given, 1-D of that dtype."""
     codes_gs = unpack(codes).view(*scales.shape, -1)
-    value = codes_gs.to(dtype).mul_(scales.to(dtype).unsqueeze(-1)).flatten(-2)
+    if scratch is None:
+        value_gs = codes_gs.to(dtype)
+    else:
+        value_gs = scratch[: codes_gs.numel()].view(codes_gs.shape).copy_(codes_gs)
+    value = value_gs.mul_(scales.to(dtype).unsqueeze(-1)).flatten(-2)
     return value[..., :n] if n < value.shape[-1] else value
 
 
@@ -95,20 +99,20 @@ def stepped(
     old_rgs = unpack(codes).view(r, g, s).float()
     unit_rg1 = scales.float().unsqueeze(-1)
     update_rgs = grouped(tensor_rn.float() * in_memory(factor * lr)) * in_memory(1 / unit_rg1)
-    wanted = old_rgs * in_memory(1 - lr * weight_decay) - update_rgs
+    usable_111 = usable.view(1, 1, 1)  # here and not at the end: to choose among int8 takes as long as all the rest
+    wanted = torch.where(usable_111, old_rgs * in_memory(1 - lr * weight_decay) - update_rgs, old_rgs)
 
-    small = (wanted.abs().amax(-1, keepdim=True) * 2 <= top) & (unit_rg1 > SMALLEST)
+    small = (wanted.abs().amax(-1, keepdim=True) * 2 <= top) & (unit_rg1 > SMALLEST) & usable_111
     wanted, unit_rg1 = torch.where(small, wanted * 2, wanted), torch.where(small, unit_rg1 / 2, unit_rg1)
 
     rows, columns = (torch.arange(size, dtype=torch.int32, device=codes.device) for size in (r, n))
     noise = grouped(dither(row + rows, columns, key))
     new = _rounded(wanted, noise + 2.0**-17)  # the middle of a step: updates below 2^-16 of a code count, too
     peak = new.abs().amax(-1, keepdim=True)
-    grown_rg1 = rounded_up(unit_rg1 * peak * (HEADROOM / top))
-    again = _rounded(new * (unit_rg1 / grown_rg1), (noise * 2.0**8).frac() + 2.0**-9)  # its last 8 bits
-    new, unit_rg1 = torch.where(peak > top, again, new), torch.where(peak > top, grown_rg1, unit_rg1)
-    new_codes, new_scales = pack(new.to(torch.int8).view(r, -1), bits), unit_rg1.squeeze(-1).to(torch.bfloat16)
-    return torch.where(usable, new_codes, codes), torch.where(usable, new_scales, scales)
+    over, grown_rg1 = peak > top, rounded_up(unit_rg1 * peak * (HEADROOM / top))
+    shrink = torch.where(over, unit_rg1 / grown_rg1, 1.0)  # where it is 1, the numbers are whole, and stay
+    new, unit_rg1 = _rounded(new * shrink, (noise * 2.0**8).frac() + 2.0**-9), torch.where(over, grown_rg1, unit_rg1)
+    return pack(new.to(torch.int8).view(r, -1), bits), unit_rg1.squeeze(-1).to(torch.bfloat16)
 
 
 def _rounded(value: Tensor, uniform: Tensor) -> Tensor:

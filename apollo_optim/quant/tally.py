@@ -39,8 +39,10 @@ class Tally:
 
 
 def measured(
-    old: tuple[Tensor, Tensor],
-    new: tuple[Tensor, Tensor],
+    old_codes: Tensor,
+    old_scales: Tensor,
+    codes: Tensor,
+    scales: Tensor,
     tensor_rn: Tensor,
     factor: Tensor,
     usable: Tensor,
@@ -49,8 +51,8 @@ def measured(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes changed, <moved, intended> and <intended, intended> of a block: codes and scales before and after."""
     n = tensor_rn.shape[-1]
-    before, after = (format.unpack(codes)[..., :n] for codes, _ in (old, new))
-    old_rn, new_rn = (format.dequantised(*it, n, torch.float32) for it in (old, new))
+    before, after = (format.unpack(it)[..., :n] for it in (old_codes, codes))
+    old_rn, new_rn = (format.dequantised(*it, n, torch.float32) for it in ((old_codes, old_scales), (codes, scales)))
     intended = torch.where(usable, -lr * (weight_decay * old_rn + factor * tensor_rn.float()), 0.0)
     return (before != after).sum(), ((new_rn - old_rn) * intended).sum(), intended.square().sum()
 

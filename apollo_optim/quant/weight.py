@@ -4,16 +4,16 @@ Q-APOLLO (2412.05270, section 5.3, after Q-GaLore, 2407.08296) is such weights a
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from apollo_optim.core.blocks import blocks
-from apollo_optim.core.compile import COMPILED_FROM, can_compile, compiled
+from apollo_optim.core.compile import COMPILED_FROM, can_compile, compiled, compiled_in_place
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.moments import Number
 from apollo_optim.core.random import Key
@@ -22,6 +22,7 @@ from apollo_optim.quant.tally import Tally, measured
 
 BLOCK = 1 << 15  # entries that an eager step works on at a time: some ten temporaries of it fit in a core's cache
 COMPILED_BLOCK = 1 << 18
+PRODUCT_BLOCK = 1 << 20  # 2 MB of bf16: what a product reads comes out of the cache, and no memory has to be fetched
 
 aten = torch.ops.aten
 
@@ -95,27 +96,25 @@ class LowBitWeight(Tensor):
         factor, usable = (_per_matrix(t, tensor) for t in (factor, usable))
         codes, scales = (t.view(-1, rows, t.shape[-1]) for t in (self.codes, self.scales))
         rates = [torch.as_tensor(number, dtype=torch.float32) for number in (lr, weight_decay)]
-        words = tuple(torch.as_tensor(word, dtype=torch.int32) for word in key)
+        words = [torch.as_tensor(word, dtype=torch.int32) for word in key]
         some = _rows_at_a_time(rows, n, COMPILED_BLOCK if big else BLOCK)
         for matrix, update in enumerate(tensor.reshape(-1, rows, n)):
             for first in range(0, some if self.is_meta else rows, some):  # there, one block shows what all take
                 here = slice(first, min(first + some, rows))
-                arguments = (
-                    codes[matrix, here],
-                    scales[matrix, here],
+                stored = codes[matrix, here], scales[matrix, here]
+                step = (
                     update[here],
                     factor[matrix, here] if factor.shape[1] > 1 else factor[matrix],
                     usable[matrix],
                     *rates,
-                    torch.tensor(matrix * rows + first, dtype=torch.int32),
-                    words,
-                    self.bits,
                 )
-                new = _ready(format.stepped, arguments, big)(*arguments)
+                before = [t.clone() for t in stored] if self.tally is not None else []
+                position = torch.tensor(matrix * rows + first, dtype=torch.int32)
+                arguments = *stored, *step, position, *words
+                _ready(_writer(self.bits), _fused, arguments, big)(*arguments)
                 if self.tally is not None:
-                    difference = (arguments[:2], new, *arguments[2:7])
-                    self.tally.add(update[here].numel(), *_ready(measured, difference, big)(*difference))
-                codes[matrix, here], scales[matrix, here] = new
+                    difference = *before, *stored, *step
+                    self.tally.add(update[here].numel(), *_ready(measured, compiled, difference, big)(*difference))
 
     # --- as a tensor ---
 
@@ -233,16 +232,36 @@ def _rows_at_a_time(rows: int, n: int, block: int) -> int:
     return next((some for some in range(most, most // 2, -1) if rows % some == 0), most)
 
 
-def _ready(function: Callable[..., Any], arguments: tuple[Any, ...], big: bool) -> Callable[..., Any]:
+@functools.cache
+def _writer(bits: int) -> Callable[..., None]:
+    """``format.stepped`` in place, of a block's codes and scales, and of tensors alone."""
+
+    def write(codes: Tensor, scales: Tensor, *others: Any) -> None:
+        tensor, factor, usable, lr, weight_decay, row, *key = others
+        new = format.stepped(codes, scales, tensor, factor, usable, lr, weight_decay, row, (key[0], key[1]), bits)
+        codes.copy_(new[0])
+        scales.copy_(new[1])
+
+    return write
+
+
+_fused = functools.partial(compiled_in_place, options={})  # a block's temporaries may be kept: they stay in the cache
+_Function = Callable[..., Any]
+
+
+def _ready(function: _Function, compiler: _Function, arguments: Sequence[Tensor], big: bool) -> _Function:
     """The function itself, or compiled for arguments that look like these."""
-    look = [(t.shape, t.stride(), t.dtype, t.device) for t in tree_leaves(arguments) if isinstance(t, Tensor)]
-    return _compiled_for(function, *look) if big else function
+    if not big:
+        return function
+    look = [(t.shape, t.stride(), t.dtype, t.device) for t in arguments]
+    return _compiled_for(function, compiler, torch.get_num_threads(), *look)
 
 
 @functools.cache
-def _compiled_for(function: Callable[..., Any], *look: Any) -> Callable[..., Any]:
+def _compiled_for(function: _Function, compiler: _Function, *look: Any) -> _Function:
     """One for every look, kept as long as the process."""
-    return compiled(function)
+    ready: _Function = compiler(function)
+    return ready
 
 
 def _per_matrix(t: "Number", like: Tensor) -> Tensor:
@@ -252,12 +271,49 @@ def _per_matrix(t: "Number", like: Tensor) -> Tensor:
     return t.expand(*like.shape[:-2], *t.shape[-2:]).flatten().view(-1, *t.shape[-2:])  # strides as if new
 
 
+def _times_transposed(x: Tensor, weight: LowBitWeight, bias: Tensor | None) -> Tensor:
+    """x W^T + b. On a CPU a block of rows of the float W lives at a time: to make all of it takes as long as a product.
+
+    (New memory for it has to be fetched from the system page by page, and 4 bits are unpacked in several passes.)
+    """
+    m, n = weight.shape
+    cuts = blocks((m, n), whole=1, size=PRODUCT_BLOCK) if x.device.type == "cpu" else [()]
+    if len(cuts) == 1:
+        return F.linear(x, weight.dequantize(x.dtype), bias)
+    y, scratch = x.new_empty(*x.shape[:-1], m), _scratch(weight.scales[cuts[0]], weight, x.dtype)
+    for (rows,) in cuts:
+        part = format.dequantised(weight.codes[rows], weight.scales[rows], n, x.dtype, scratch)
+        y[..., rows] = F.linear(x, part, None if bias is None else bias[rows])
+    return y
+
+
+def _times(y: Tensor, weight: LowBitWeight) -> Tensor:
+    """y W, likewise, in blocks of columns, whole groups: each number comes out of one product, as it would of W."""
+    m, n = weight.shape
+    groups, size, share = weight.scales.shape[-1], weight.group_size, 8 // weight.bits
+    cuts = blocks((groups, m * size), whole=1, size=PRODUCT_BLOCK) if y.device.type == "cpu" else [()]
+    if len(cuts) == 1:
+        return y @ weight.dequantize(y.dtype)
+    x, scratch = y.new_empty(*y.shape[:-1], n), _scratch(weight.scales[:, cuts[0][0]], weight, y.dtype)
+    for (some,) in cuts:
+        here = slice(some.start * size, min(some.stop * size, n))
+        codes = weight.codes[:, some.start * size // share : some.stop * size // share]
+        part = format.dequantised(codes, weight.scales[:, some], here.stop - here.start, y.dtype, scratch)
+        x[..., here] = y @ part
+    return x
+
+
+def _scratch(scales: Tensor, weight: LowBitWeight, dtype: torch.dtype) -> Tensor:
+    """Memory for the float form of a block with these scales, and of all that follow it."""
+    return scales.new_empty(scales.numel() * weight.group_size, dtype=dtype)
+
+
 class _Linear(torch.autograd.Function):
     """x W^T + b. The float W lives during the product, forward, and again backward; what is kept are its codes."""
 
     @staticmethod
     def forward(x: Tensor, weight: LowBitWeight, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight.dequantize(x.dtype), bias)
+        return _times_transposed(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -270,7 +326,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ weight.dequantize(grad_y.dtype)
+            grad_x = _times(grad_y, weight)
         if ctx.needs_input_grad[1]:
             grad_weight = (grad_y.flatten(0, -2).mT @ x.flatten(0, -2)).to(weight.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
