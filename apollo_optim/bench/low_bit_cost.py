@@ -3,10 +3,12 @@
 Every matrix shape of the model, weights of 8 and of 4 bits in groups of 128, gradients and activations in bf16 with
 ``--tokens`` tokens. A piece is timed once per round, all pieces of all shapes after another, so that a slow moment of
 the machine does not fall on one piece; first each runs twice untimed (the writes are compiled then, as in training).
-What is reported is the median over the rounds, with the quartiles' distance.
+What is reported is the median over the rounds, with the quartiles' distance. Freed memory goes back to the system at
+once, as `pretrain` has it with `train.release`: products make large matrices, which have to be fetched again.
 
-The sum is a step with gradient checkpointing: two forward products and one backward, each after a dequantisation, the
-weight's gradient, APOLLO-Mini's step. Attention, norms, embedding and head are not in it.
+Products with weights of 8 and 4 bits dequantise them; what that costs is what they take more than those of a bf16 one.
+The sum is a step with gradient checkpointing: two forward products and one backward, the weight's gradient,
+APOLLO-Mini's step. Attention, norms, embedding and head are not in it.
 """
 
 import argparse
@@ -25,16 +27,14 @@ from apollo_optim.core.random import key_at
 from apollo_optim.core.write import write
 from apollo_optim.optim.apollo import ApolloMini
 from apollo_optim.quant import LowBitWeight
-from apollo_optim.train.measure import hardware, versions
+from apollo_optim.train.measure import give_back_memory, hardware, versions
 from apollo_optim.train.models import SIZES, Size
 
 Shape = tuple[int, int]
-Piece = tuple[
-    str, int, Shape
-]  # what, at how many bits (16: bf16, where there is nothing to dequantise), of which shape
+Piece = tuple[str, int, Shape]  # what, at how many bits (16: bf16), of which shape
 
-IN_A_STEP = {"dequantise": 3, "forward": 2, "grad_x": 1, "grad_weight": 1, "step": 1}  # with checkpointing
-FLOAT = ("forward", "grad_x", "grad_weight")  # products of dequantised matrices: the same for all bits
+IN_A_STEP = {"forward": 2, "grad_x": 1, "grad_weight": 1, "step": 1}  # with checkpointing
+FLOAT = ("grad_weight",)  # the weight is not in it: the same for all bits
 
 
 def matrices(size: Size) -> dict[Shape, int]:
@@ -52,18 +52,20 @@ def pieces(shape: Shape, tokens: int) -> dict[Piece, Callable[[], object]]:
         return torch.randn(shape, generator=generator).mul_(0.02).to(torch.bfloat16)
 
     value, grad, x, grad_y = normal(m, n), normal(m, n), normal(tokens, n), normal(tokens, m)
-    found: dict[Piece, Callable[[], object]] = {
-        ("forward", 16, shape): lambda: F.linear(x, value),
-        ("grad_x", 16, shape): lambda: grad_y @ value,
-        ("grad_weight", 16, shape): lambda: grad_y.mT @ x,
-    }
+    found: dict[Piece, Callable[[], object]] = {("grad_weight", 16, shape): lambda: grad_y.mT @ x}
     for bits in (16, 8, 4):
         weight = value.clone() if bits == 16 else LowBitWeight.from_float(value, bits)
+        found["forward", bits, shape] = lambda weight=weight: F.linear(x, weight)  # type: ignore[misc]
+        found["grad_x", bits, shape] = _grad_x_of(weight.clone(), x, grad_y)
         found["write", bits, shape] = _write_of(weight, grad)
-        if bits != 16:
-            found["dequantise", bits, shape] = lambda weight=weight: weight.dequantize(torch.bfloat16)  # type: ignore[misc]
-            found["step", bits, shape] = _step_of(weight.clone(), grad)
+        found["step", bits, shape] = _step_of(weight.clone(), grad)
     return found
+
+
+def _grad_x_of(weight: Tensor, x: Tensor, grad_y: Tensor) -> Callable[[], object]:
+    x = x.clone().requires_grad_()
+    y = F.linear(x, weight)
+    return lambda: torch.autograd.grad(y, x, grad_y, retain_graph=True)
 
 
 def _write_of(weight: Tensor, grad: Tensor) -> Callable[[], object]:
@@ -105,6 +107,7 @@ def measure(shapes: Sequence[Shape], tokens: int, rounds: int) -> dict[Piece, li
 def run(args: argparse.Namespace, log: Path) -> None:
     """Measure, and write the log anew: a line for the setting, one for each piece."""
     torch.set_num_threads(args.threads)
+    give_back_memory()
     shapes = matrices(SIZES[args.model])
     setting = {
         **{key: getattr(args, key) for key in ("model", "rounds", "tokens", "threads")},
@@ -151,10 +154,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|" + "---|" * (len(shapes) + 1),
     ]
     names = {
-        "dequantise": "dequantise to bf16",
-        "forward": f"x W^T, {setting['tokens']} tokens, bf16",
-        "grad_x": "gradient of x, bf16",
-        "grad_weight": "gradient of W, bf16",
+        "forward": f"x W^T, {setting['tokens']} tokens, bf16 (dequantise, multiply)",
+        "grad_x": "gradient of x (dequantise, multiply)",
+        "grad_weight": "gradient of W",
         "write": "write (dequantise, update, round, requantise)",
         "step": "APOLLO-Mini's step, write included",
     }
