@@ -247,8 +247,9 @@ def test_products_in_blocks_are_those_of_the_whole_weight(bits, n, monkeypatch):
     dequantised = format.dequantised
 
     def watched(*args):
-        read.append(dequantised(*args).numel())
-        return dequantised(*args)
+        found = dequantised(*args)
+        read.append(found.numel())
+        return found
 
     monkeypatch.setattr(format, "dequantised", watched)
 

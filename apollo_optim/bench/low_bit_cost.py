@@ -149,6 +149,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "",
         f"{setting['hardware']['cpu']}, {setting['threads']} threads, torch {setting['versions']['torch']}; medians of "
         f"{setting['rounds']} rounds (distance of the quartiles), ns per weight.",
+        "The write of a bf16 weight is an eager one: only its whole step is compiled.",
         "",
         "| piece | bits | " + " | ".join(f"{m} x {n}" for m, n in shapes) + " | mean of the model |",
         "|---|---|" + "---|" * (len(shapes) + 1),
