@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 import warnings
 
 import pytest
@@ -168,6 +169,53 @@ def test_resumes_bitwise_through_a_weights_only_file(name, dtype, state_dtype):
     run(again, resumed, range(5, 12))
     assert_same(snapshot(model), snapshot(again))
     assert_same(flat_state(optimizer), flat_state(resumed))
+
+
+@every_optimizer
+@pytest.mark.parametrize("before", ["a load", "an empty load", "deepcopy", "pickle"])
+def test_loads_again(name, before):
+    """accelerate's ``prepare`` loads an optimizer's own, empty state before anybody loads the saved one."""
+    model = make_model()
+    optimizer = make(name, model)
+    run(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    if before == "a load":
+        optimizer.load_state_dict(saved)
+    elif before == "an empty load":
+        optimizer = make(name, model)
+        optimizer.load_state_dict(optimizer.state_dict())
+    else:
+        optimizer = copy.deepcopy(optimizer) if before == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    optimizer.load_state_dict(saved)
+    again = optimizer.state_dict()
+    assert_same(
+        {(i, key): value for i, state in saved["state"].items() for key, value in state.items()}, flat_state(optimizer)
+    )
+    for ours, theirs in zip(again["param_groups"], saved["param_groups"], strict=True):
+        assert {key: ours[key] for key in theirs} == theirs
+
+
+@every_optimizer
+@both_dtypes
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(name, dtype, default):
+    """A step counter of bfloat16 stood still at 256."""
+    model, twin = make_model(dtype), make_model(dtype)
+    knobs = {} if name == "adamw" else {"keep_proj": True}
+    optimizer, other = make(name, model, **knobs), make(name, twin, **knobs)
+    run(model, optimizer, range(4))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        for step in range(4):
+            draw = torch.Generator().manual_seed(step)
+            for p in twin.parameters():
+                p.grad = torch.randn(p.shape, generator=draw, dtype=torch.float32).to(p.dtype)
+            other.step()
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(snapshot(model), snapshot(twin))
+    assert_same(flat_state(optimizer), flat_state(other))
 
 
 @every_optimizer

@@ -89,7 +89,7 @@ def dither(rows: Tensor, columns: Tensor, key: Key) -> Tensor:
     key0, key1 = key
     column, row = hash32(columns, key), hash32(rows, (key1, key0))
     t_n = in_memory(_shift(column, 16).float() * 2.0**-16)
-    a_m1 = in_memory((row & 0x3F) * 2.0 + 1.0).unsqueeze(-1)  # odd numbers below 128: 23 bits with t's
+    a_m1 = in_memory((row & 0x3F).float() * 2.0 + 1.0).unsqueeze(-1)  # odd numbers below 128: 23 bits with t's
     b_m1 = in_memory(_shift(row, 16).float() * 2.0**-16).unsqueeze(-1)
     u_mn = t_n * a_m1 + b_m1
     return u_mn - u_mn.floor()

@@ -109,9 +109,9 @@ class Apollo(MatrixOptimizer):
         state["prev_norm"] = layout.zeros(tuple(stack), view_ck, torch.float32)
         if group["keep_proj"] and group["proj"] != "svd":
             shape = (*stack, k) if group["proj"] == "sketch" else (*stack, k, group["rank"])
-            state["basis"] = torch.zeros(shape, device=view_ck.device)
+            state["basis"] = torch.zeros(shape, dtype=torch.float32, device=view_ck.device)
         if group["proj"] == "svd":  # orthonormal from the start, should the first gradient be unusable
-            identity = torch.eye(k, group["rank"], device=view_ck.device)
+            identity = torch.eye(k, group["rank"], dtype=torch.float32, device=view_ck.device)
             state["basis"] = identity.expand(*stack, k, group["rank"]).clone()
         return state
 

@@ -100,7 +100,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         else:
             rule_state = RULES[spec.rest].init(view_ck, group)
         return {
-            "step": torch.zeros((), device="cpu"),
+            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
             "seed": mix_seed(group["seed"], position),
             "skipped": layout.zeros(stack, view_ck, torch.int32),
             **rule_state,
@@ -131,7 +131,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _check_saved(self, i: Any, saved: State, p: Tensor, group: Group) -> State:
         """The state that is expected, on the meta device."""
-        missing = [key for key in self.defaults if key not in group]
+        # torch adds keys of its own to the defaults when a state is loaded (``differentiable``): they are not asked for
+        missing = [key for key in self.defaults if key in self.knobs and key not in group]
         if missing:
             raise InputError(f"this state is not {type(self).__name__}'s: its param_groups lack {', '.join(missing)}")
         expected = self.init_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group)

@@ -82,7 +82,8 @@ def sums(function: Callable[[Tensor, Block], Tensor], t: Tensor, *dims: int) -> 
     cuts = blocks(tuple(own.shape), whole=1)
     if len(cuts) == 1:
         return local(summed(function(own, ()).sum(dims, keepdim=True), t, dims))
-    total = torch.zeros([1 if d - t.ndim in dims else size for d, size in enumerate(own.shape)], device=own.device)
+    shape = [1 if d - t.ndim in dims else size for d, size in enumerate(own.shape)]
+    total = torch.zeros(shape, dtype=torch.float32, device=own.device)
     for at in cuts:
         part(total, at).add_(function(part(own, at), at).sum(dims, keepdim=True))
     return local(summed(total, t, dims))
