@@ -15,6 +15,7 @@ from apollo_optim.cli import plan as command
 from apollo_optim.cli.main import main
 from apollo_optim.core import blocks
 from apollo_optim.core.errors import InputError
+from apollo_optim.optim.parameter import init_state
 from apollo_optim.plan import PARTS, Budget, Parallel, Plan, Trace, Traces, budget, plan, trace_step
 from apollo_optim.plan.draw import draw, table_rows
 from apollo_optim.plan.shards import first_part, mesh_of, units
@@ -244,7 +245,7 @@ def test_fsdp2_keeps_the_first_chunk(name: str, gpus: int) -> None:
     optimizer, state = build_optimizer(name, model), 0
     for group in optimizer.param_groups:
         for p in group["params"]:
-            for key, t in optimizer.init_state(p, group).items():
+            for key, t in init_state(p, group).items():
                 if isinstance(t, torch.Tensor):
                     part = t.chunk(gpus)[0] if t.ndim and key != "basis" else t  # every rank keeps the whole basis
                     state += part.numel() * t.element_size()

@@ -17,9 +17,8 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 from train_tiny import figures, records, tiny
 
-from apollo_optim import AdamW, Apollo, InputError, build_optimizer, release
+from apollo_optim import AdamW, Apollo, InputError, RuleOptimizer, build_optimizer, release
 from apollo_optim.bench import kill
-from apollo_optim.optim.base import MatrixOptimizer
 from apollo_optim.train import loop
 from apollo_optim.train.loop import TrainingFailed, pretrain
 
@@ -63,7 +62,7 @@ def make_model(dtype: torch.dtype = torch.float32, **kinds: bool) -> Model:
         return Model(**kinds).to(dtype)
 
 
-def make(name: str, model: nn.Module, **knobs) -> MatrixOptimizer:
+def make(name: str, model: nn.Module, **knobs) -> RuleOptimizer:
     prepare(name, model)
     if name != "adamw":
         knobs = {"rank": 1 if "mini" in name else 2, "update_proj_gap": 2, **knobs}
@@ -75,7 +74,7 @@ def loss_of(model: nn.Module, step: int, part: slice = slice(None)) -> Tensor:
     return nn.functional.cross_entropy(model(words[:, :-1]).flatten(0, 1).float(), words[:, 1:].flatten())
 
 
-def train(model: nn.Module, optimizer: MatrixOptimizer, steps=range(5), **how) -> None:
+def train(model: nn.Module, optimizer: RuleOptimizer, steps=range(5), **how) -> None:
     """A bare loop, the same with ``release`` and without. A schedule of its own for each group."""
     handle = release(model, optimizer, **how.pop("options", {})) if how.pop("released", False) else None
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda t: 0.9**t] * len(optimizer.param_groups))
@@ -304,7 +303,7 @@ def test_compiled():
                 assert (model[0].weight.grad is None) == released
                 optimizer.step()
                 optimizer.zero_grad()
-        assert len(optimizer._compiled) == 1
+        assert len(optimizer.graphs) == 1
         ends.append(snapshot(model) | flat_state(optimizer))
     assert_same(*ends)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from train_tiny import MODEL, tiny
 
-from apollo_optim.optim.apollo import Apollo
+from apollo_optim import Apollo
 from apollo_optim.train import loop
 from apollo_optim.train.loop import pretrain
 
@@ -53,13 +53,13 @@ def test_a_run_compiles_nothing_once_it_has_weights(tmp_path, monkeypatch, optim
 
 
 def test_stand_ins_are_forgotten(monkeypatch) -> None:
-    from apollo_optim.optim.warm import warm_up
+    from apollo_optim.optim.precompile import precompile
 
     stepped: list[torch.Size] = []
     monkeypatch.setattr(Apollo, "step_one", lambda self, p, group: stepped.append((p.shape, p.device.type)))
     with torch.device("meta"):
         model = torch.nn.ModuleList([torch.nn.Linear(8, 6, bias=False) for _ in range(3)] + [torch.nn.LayerNorm(6)])
     optimizer = Apollo(model.parameters(), rank=2, compile=True)
-    warm_up(optimizer, torch.device("cpu"))
+    precompile(optimizer, torch.device("cpu"))
     assert stepped == [((6, 8), "cpu")] * 2 + [((6,), "cpu")] * 2
     assert not optimizer.state

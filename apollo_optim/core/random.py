@@ -10,7 +10,7 @@ flat positions. Everything on the device is int32 arithmetic modulo 2^32, which 
 
 import functools
 import math
-from typing import Literal
+import zlib
 
 import torch
 from torch import Tensor
@@ -19,9 +19,8 @@ from apollo_optim.core.compile import in_memory
 
 Key = tuple["int | Tensor", "int | Tensor"]  # two int32 words; 0-D tensors where a compiled step must not specialise
 
-# What a key is drawn for. Part of the format: never renumber.
+# What a key is drawn for: a number, or the CRC of a name that has none. Part of the format: never renumber.
 PURPOSES = {"projection": 0, "weight": 1, "exp_avg": 2, "exp_avg_sq": 3}
-Purpose = Literal["projection", "weight", "exp_avg", "exp_avg_sq"]
 
 _64_BITS = (1 << 64) - 1
 
@@ -43,11 +42,12 @@ def _mixed_in(state: int, word: int) -> int:
 
 
 @functools.lru_cache(1 << 16)
-def _before_counting(seed: int, purpose: Purpose) -> int:
-    return functools.reduce(_mixed_in, (seed, PURPOSES[purpose]), 0)
+def _before_counting(seed: int, purpose: str) -> int:
+    number = PURPOSES[purpose] if purpose in PURPOSES else zlib.crc32(purpose.encode()) | 1 << 32
+    return functools.reduce(_mixed_in, (seed, number), 0)
 
 
-def key_at(seed: int, purpose: Purpose, counter: int) -> tuple[int, int]:
+def key_at(seed: int, purpose: str, counter: int) -> tuple[int, int]:
     """The key of one draw: ``counter`` is the refresh for a projection and the step for rounding bits."""
     z = _mixed_in(_before_counting(seed, purpose), counter) >> 1  # mix_seed(seed, its number, counter)
     return _as_int32(z & 0xFFFFFFFF), _as_int32((z >> 31) & 0xFFFFFFFF)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from apollo_optim.core.blocks import blocks
 from apollo_optim.core.compile import COMPILED_FROM, can_compile, compiled, compiled_in_place
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.moments import Number
+from apollo_optim.core.matrix import Number
 from apollo_optim.core.random import Key
 from apollo_optim.quant import format
 from apollo_optim.quant.tally import Tally, measured

@@ -26,9 +26,9 @@ from apollo_optim import Released, build_optimizer, describe, release
 from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import is_finite
-from apollo_optim.optim.base import MatrixOptimizer
-from apollo_optim.optim.fast import Graphs
-from apollo_optim.optim.warm import warm_up
+from apollo_optim.optim.compiled import Graphs
+from apollo_optim.optim.optimizer import RuleOptimizer
+from apollo_optim.optim.precompile import precompile
 from apollo_optim.quant import tallied
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.config import (
@@ -241,7 +241,7 @@ def compiled_beforehand(cfg: RunConfig, device: torch.device, vocabulary: int | 
 
     if device.type != "cpu" or cfg.optim.compile is False:
         return {}
-    return warm_up(make_optimizer(cfg.optim, model_of(cfg, vocabulary)), device)
+    return precompile(make_optimizer(cfg.optim, model_of(cfg, vocabulary)), device)
 
 
 def choose_device(cfg: RunConfig) -> torch.device:
@@ -260,13 +260,13 @@ def choose_device(cfg: RunConfig) -> torch.device:
     return device
 
 
-def make_optimizer(cfg: OptimConfig, model: torch.nn.Module, graphs: Graphs | None = None) -> MatrixOptimizer:
+def make_optimizer(cfg: OptimConfig, model: torch.nn.Module, graphs: Graphs | None = None) -> RuleOptimizer:
     """By its name in the registry; keys that are None are left to its defaults. `graphs`: steps compiled already."""
     knobs = {key: value for key, value in dataclasses.asdict(cfg).items() if value is not None and key != "name"}
     if cfg.state_dtype is not None:
         knobs["state_dtype"] = DTYPES[cfg.state_dtype]
     optimizer = build_optimizer(cfg.name, model, **knobs)
-    optimizer._compiled.update(graphs or {})
+    optimizer.graphs.update(graphs or {})
     return optimizer
 
 
@@ -356,7 +356,7 @@ def introduce(job: Job, metrics: Metrics, display: Display, resumed_from: int | 
         resumed_from=resumed_from,
     )
     display.note(f"{parameters:,} parameters in {job.cfg.model.dtype} on {job.device}; results in {job.run}")
-    if isinstance(job.optimizer, MatrixOptimizer):
+    if isinstance(job.optimizer, RuleOptimizer):
         display.note(describe(job.optimizer))
     if job.released is not None:
         display.note(cost_of_release(job))
