@@ -19,6 +19,7 @@ from apollo_optim.core.matrix import Number
 from apollo_optim.core.random import Key
 from apollo_optim.quant import format
 from apollo_optim.quant.tally import Tally, measured
+from apollo_optim.quant.view import read_only, written
 
 BLOCK = 1 << 15  # entries that an eager step works on at a time: some ten temporaries of it fit in a core's cache
 COMPILED_BLOCK = 1 << 18
@@ -151,16 +152,19 @@ class LowBitWeight(Tensor):
         kwargs = kwargs or {}
         if func in _OWN and isinstance(args[0], LowBitWeight):
             return _OWN[func](args[0], *args[1:], **kwargs)
-        if func._schema.is_mutable and any(isinstance(x, LowBitWeight) for x in _written(func, args, kwargs)):
+        if any(isinstance(x, LowBitWeight) for x in written(func, args, kwargs)):
             raise InputError(
                 f"{func} cannot write to a low-bit weight: rounded to nearest, a small step would be lost. Its "
                 "optimizers are those of apollo_optim; copy_ and the functions of torch.nn.init may set it"
             )
 
         def plain(x: Any) -> Any:
-            return x.dequantize() if isinstance(x, LowBitWeight) else x
+            if not isinstance(x, LowBitWeight):
+                return x
+            return x.dequantize().contiguous() if func.is_view else x.dequantize()  # as the weight says it lies
 
-        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        return read_only(out) if func.is_view else out
 
     def _empty(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -209,12 +213,6 @@ _OWN: dict[Any, Callable[..., Any]] = {
         )
     },
 }
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """The arguments that an in-place or out= operation writes."""
-    values = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
-    return [values.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def warm_up(shape: tuple[int, ...], dtype: torch.dtype, bits: int, group_size: int, device: torch.device) -> None:
