@@ -20,7 +20,7 @@ from apollo_optim.plan import PARTS, Budget, Parallel, Plan, Trace, Traces, budg
 from apollo_optim.plan.draw import draw, table_rows
 from apollo_optim.plan.shards import first_part, mesh_of, units
 from apollo_optim.plan.trace import most_alive
-from apollo_optim.quant import weight
+from apollo_optim.quant import products
 from apollo_optim.train import chunked, measure
 from apollo_optim.train.config import DataConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, TrainConfig
 from apollo_optim.train.evaluate import summed_loss
@@ -125,7 +125,7 @@ def test_forward_and_backward_take_what_the_allocator_gives(name: str, dtype: st
 
 @both_dtypes
 def test_products_in_blocks_take_what_the_allocator_gives(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight, "PRODUCT_BLOCK", 1 << 14)
+    monkeypatch.setattr(products, "PRODUCT_BLOCK", 1 << 14)
     trace = trace_step(model_of(run_of("q-apollo", dtype)), summed_loss, ROWS, SEQ)
     sizes = {block.size for block in trace.blocks if block.kind == "float copies"}
     assert (1 << 14) * (4 if dtype == "float32" else 2) in sizes

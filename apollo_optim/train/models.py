@@ -18,7 +18,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import is_finite
 from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.quant.quantize import Chosen, choose_weights, quantize_module, quantize_weights
-from apollo_optim.quant.weight import warm_up
+from apollo_optim.quant.write import warm_up
 from apollo_optim.train.arrival import quantized_on_arrival
 from apollo_optim.train.config import ModelConfig, QuantConfig, RunConfig
 
