@@ -109,7 +109,7 @@ def test_words_change_the_run_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("optim: {name: apollo, lr: 1e-3, betas: [0.9, 0.95]}\nmodel: {config: {rope_theta: 5.0}}\n")
     words = ["--config", str(path), "--optim.lr", "3e-4", "--optim.targets", "[attn]", "--optim.scale", "auto"]
-    cfg, resume = pretrain.parse([*words, "--model.config.rms_norm_eps", "1e-5", "--eval.every", "null"])
+    cfg, resume, _ = pretrain.parse([*words, "--model.config.rms_norm_eps", "1e-5", "--eval.every", "null"])
     assert (cfg.optim.name, cfg.optim.lr, cfg.optim.betas) == ("apollo", 3e-4, (0.9, 0.95))
     assert (cfg.optim.targets, cfg.optim.scale, cfg.eval.every, resume) == (["attn"], "auto", None, False)
     assert cfg.model.config == {"rope_theta": 5.0, "rms_norm_eps": 1e-5}

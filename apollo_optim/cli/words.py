@@ -8,6 +8,9 @@ from typing import NoReturn
 
 from ..core.errors import InputError
 
+CONSENT = "--trust-remote-code"  # never a key of a file: files come from anywhere
+CONSENT_HELP = "run the Python code that a model or tokenizer brings along; only if you have read it"
+
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """ " (did you mean ...?)", or nothing where no word is near."""

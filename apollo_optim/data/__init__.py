@@ -76,8 +76,10 @@ class _Text:
     """Training text in a fixed order, for a tokenizer to be trained on."""
 
 
-def open_data(cfg: DataConfig) -> Data:
+def open_data(cfg: DataConfig, *, trust_remote_code: bool = False) -> Data:
     """Open the text that `cfg` names, train or load its tokenizer, and stand at the beginning.
+
+    `trust_remote_code`: a tokenizer by name may run the Python code of its repository.
 
     >>> data = open_data(DataConfig(source="python"))
     >>> data.train.next(4).input_ids.shape
@@ -90,7 +92,7 @@ def open_data(cfg: DataConfig) -> Data:
     if cfg.tokenizer == "bpe":
         tokenizer = trained_bpe(text.sample, cfg.vocab_size, json.dumps(text.key, sort_keys=True), cache)
     else:
-        tokenizer = load_tokenizer(cfg.tokenizer, cfg.trust_remote_code)
+        tokenizer = load_tokenizer(cfg.tokenizer, trust_remote_code=trust_remote_code)
     sha256 = fingerprint(tokenizer)
     identity = {**text.identity, "tokenizer": {"name": cfg.tokenizer, "entries": len(tokenizer), "sha256": sha256}}
     about = {**text.key, "tokenizer": sha256, "mode": cfg.mode, "seq_len": cfg.seq_len, "seed": cfg.seed}

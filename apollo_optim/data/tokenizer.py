@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.data.foreign import reason
 
 END = "<|endoftext|>"
 TRAINING_BYTES = 32 << 20  # more text than this changes a small vocabulary little and costs time
@@ -70,15 +71,14 @@ def _save(tokenizer: Any, folder: Path) -> None:
             raise InputError(f"cannot write to {folder.parent} ({error.strerror}); set data.cache_dir") from error
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """A tokenizer by name or path, refused if it has no end-of-text token to put between documents."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the hub, the file or the parser says, in one line
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot load the tokenizer {name!r}: {reason}") from error
+        raise InputError(f"cannot load the tokenizer {name!r}: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer {name!r} has no end-of-text token (eos_token), which separates documents")
     return tokenizer

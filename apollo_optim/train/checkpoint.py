@@ -29,6 +29,7 @@ import torch
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import parts, writes_itself
+from apollo_optim.data.foreign import drop_code, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -317,15 +318,25 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
 # --- the model for everybody else ---
 
 
-def export(run_dir: Path | str, step: int | None = None, out: Path | str | None = None) -> Path:
+def export(
+    run_dir: Path | str,
+    step: int | None = None,
+    out: Path | str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Path:
     """Write a checkpoint (the newest, or that of `step`) as a directory that `from_pretrained` opens.
 
     It goes to RUN/model, or to `out`. Returns where it is.
 
+    `trust_remote_code`: run the code that the checkpoint's config names, and name it in the export, too. Otherwise
+    neither is done, whatever the run directory says.
+
     >>> model = AutoModelForCausalLM.from_pretrained(export("out/first"))
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
+    from apollo_optim.data.tokenizer import load_tokenizer
     from apollo_optim.train.config import load_config
     from apollo_optim.train.models import low_bit, with_new_weights
 
@@ -341,17 +352,26 @@ def export(run_dir: Path | str, step: int | None = None, out: Path | str | None 
         raise InputError(f"{target} is there already; choose another directory")
     verify(checkpoint)
     cfg = load_config(run / "config.yaml")
-    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=cfg.model.trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{checkpoint}: its model can't be opened: {reason(error)}") from error
     with torch.random.fork_rng(devices=[]):  # drawing weights that are overwritten next must not disturb anybody
-        model = with_new_weights(cfg.model, config, low_bit(cfg))
+        model = with_new_weights(cfg.model, config, low_bit(cfg), trust_remote_code=trust_remote_code)
     load_weights(checkpoint, model)
-    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer") if (run / "tokenizer").is_dir() else None
-    write_model(model, tokenizer, target)
+    words = run / "tokenizer"
+    tokenizer = load_tokenizer(str(words), trust_remote_code=trust_remote_code) if words.is_dir() else None
+    write_model(model, tokenizer, target, keep_code=trust_remote_code)
     return target
 
 
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, target: Path) -> None:
-    """`save_pretrained`, but the directory appears complete or not at all."""
+def write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, target: Path, *, keep_code: bool = False
+) -> None:
+    """`save_pretrained`, but the directory appears complete or not at all.
+
+    `keep_code`: a model that runs code of its own names it in its config (`auto_map`).
+    """
     from transformers.utils import logging
 
     temporary = target.with_name(f".tmp-{target.name}")
@@ -366,6 +386,8 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
                 model.save_pretrained(temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
+            if not keep_code:
+                drop_code(temporary)
             if target.exists():
                 shutil.rmtree(target)
             temporary.rename(target)

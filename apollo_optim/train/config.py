@@ -14,6 +14,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.data.config import DataConfig
 
 Sink = Literal["tensorboard", "wandb", "trackio"]
+CONSENT, CONSENT_FLAG = "trust_remote_code", "--trust-remote-code"  # a word of the call, never a key of a file
 
 
 @dataclass
@@ -38,8 +39,6 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """torch.compile the model."""
-    trust_remote_code: bool = False
-    """Let a hub model run Python code of its own. Only for authors you trust."""
 
 
 @dataclass
@@ -240,7 +239,25 @@ def to_dict(cfg: RunConfig) -> dict[str, Any]:
 
 def from_dict(data: dict[str, Any]) -> RunConfig:
     """The inverse of `to_dict`; missing keys take their defaults, unknown ones are refused."""
-    return typing.cast(RunConfig, _section(RunConfig, data, ""))
+    return typing.cast(RunConfig, _section(RunConfig, without_consent(data), ""))
+
+
+def without_consent(data: dict[str, Any]) -> dict[str, Any]:
+    """The same without `trust_remote_code`, which run files of old hold.
+
+    A run file comes from anywhere, so it cannot say whose code runs here: false is dropped, anything else is refused.
+    """
+    kept = dict(data)
+    for name in ("model", "data"):
+        section = data.get(name)
+        if isinstance(section, dict) and CONSENT in section:
+            if section[CONSENT] is not False:
+                raise InputError(
+                    f"{name}.{CONSENT}: a run file cannot allow code from elsewhere to run; take the key out and, if "
+                    f"you have read that code and trust it, say {CONSENT_FLAG} in the call"
+                )
+            kept[name] = {key: value for key, value in section.items() if key != CONSENT}
+    return kept
 
 
 def save_config(cfg: RunConfig, path: Path) -> None:
@@ -252,6 +269,15 @@ def save_config(cfg: RunConfig, path: Path) -> None:
 
 def load_config(path: Path | str) -> RunConfig:
     """Read a run file."""
+    data = read_run_file(path)
+    try:
+        return from_dict(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_run_file(path: Path | str) -> dict[str, Any]:
+    """A run file as plain data, its keys not yet judged but for `without_consent`."""
     import yaml
 
     try:
@@ -263,7 +289,7 @@ def load_config(path: Path | str) -> RunConfig:
     if data is not None and not isinstance(data, dict):
         raise InputError(f"{path} is not a run file: expected sections such as `model:` and `train:`")
     try:
-        return from_dict(data or {})
+        return without_consent(data or {})
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -26,6 +26,7 @@ from apollo_optim import Released, build_optimizer, describe, release
 from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import is_finite
+from apollo_optim.data.foreign import drop_code
 from apollo_optim.optim.base import MatrixOptimizer
 from apollo_optim.optim.fast import Graphs
 from apollo_optim.optim.warm import warm_up
@@ -94,6 +95,8 @@ class Job:
     """The step inside the backward pass, if `train.release`."""
     baseline: dict[str, int] = field(default_factory=dict)
     """Bytes resident before there was a model: after the imports, and with the text open."""
+    trust_remote_code: bool = False
+    """Said by the call: models and tokenizers may run code of their own."""
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -102,8 +105,11 @@ class Job:
     """The last one."""
 
 
-def pretrain(cfg: RunConfig, *, resume: bool = False) -> Result:
+def pretrain(cfg: RunConfig, *, resume: bool = False, trust_remote_code: bool = False) -> Result:
     """Train as `cfg` says, from the beginning or (with `resume`) from the newest checkpoint in the run directory.
+
+    `trust_remote_code`: a model or tokenizer from the hub may run Python code of its own. Only this call can say so,
+    never a file; what is exported names that code again.
 
     >>> result = pretrain(RunConfig(model=ModelConfig("llama-1m"), out="out/first"))
     >>> result.perplexity
@@ -116,7 +122,7 @@ def pretrain(cfg: RunConfig, *, resume: bool = False) -> Result:
     run = Path(cfg.out or default_run(cfg))
     with claim(run, resume):
         earlier = check_continuation(run, cfg) if resume else None
-        job = build(cfg, run)
+        job = build(cfg, run, trust_remote_code=trust_remote_code)
         if earlier is not None:
             restore(job, earlier)
         prepare(run, cfg, job)
@@ -202,6 +208,8 @@ def prepare(run: Path, cfg: RunConfig, job: Job) -> None:
         save_config(dataclasses.replace(cfg, out=str(run)), temporary)
         temporary.replace(run / "config.yaml")
         job.data.tokenizer.save_pretrained(run / "tokenizer")
+        if not job.trust_remote_code:
+            drop_code(run / "tokenizer")
     except OSError as error:
         raise InputError(f"cannot write to the run directory {run}: {error.strerror}") from None
 
@@ -209,7 +217,7 @@ def prepare(run: Path, cfg: RunConfig, job: Job) -> None:
 # --- building ---
 
 
-def build(cfg: RunConfig, run: Path) -> Job:
+def build(cfg: RunConfig, run: Path, *, trust_remote_code: bool = False) -> Job:
     """Data, model and optimizer at step 0."""
     from apollo_optim.data import open_data
 
@@ -218,13 +226,20 @@ def build(cfg: RunConfig, run: Path) -> Job:
         measure.give_back_memory()
     importlib.import_module("transformers.modeling_utils")  # what the model would import, to be counted without it
     baseline = {"imports": measure.resident_memory()}
-    data = open_data(cfg.data)
+    data = open_data(cfg.data, trust_remote_code=trust_remote_code)
     baseline["data"] = measure.resident_memory()
     vocabulary = usable_vocabulary(data.tokenizer)
-    graphs = compiled_beforehand(cfg, device, vocabulary)
+    graphs = compiled_beforehand(cfg, device, vocabulary, trust_remote_code=trust_remote_code)
     torch.manual_seed(cfg.train.seed)
     random.seed(cfg.train.seed)
-    model = build_model(cfg.model, vocabulary, cfg.data.seq_len, data.tokenizer, low_bit(cfg))
+    model = build_model(
+        cfg.model,
+        vocabulary,
+        cfg.data.seq_len,
+        data.tokenizer,
+        low_bit(cfg),
+        trust_remote_code=trust_remote_code,
+    )
     torch.nn.Module.to(model, device)
     model.train()
     if cfg.model.compile and can_compile(device.type):
@@ -232,16 +247,19 @@ def build(cfg: RunConfig, run: Path) -> Job:
         model.base_model.compile()
     optimizer = make_optimizer(cfg.optim, model, graphs)
     released = release(model, optimizer, clip=cfg.train.clip_tensor) if cfg.train.release else None
-    return Job(cfg, run, device, model, optimizer, data, released, baseline)
+    return Job(cfg, run, device, model, optimizer, data, released, baseline, trust_remote_code)
 
 
-def compiled_beforehand(cfg: RunConfig, device: torch.device, vocabulary: int | None = None) -> Graphs:
+def compiled_beforehand(
+    cfg: RunConfig, device: torch.device, vocabulary: int | None = None, *, trust_remote_code: bool = False
+) -> Graphs:
     """The compiled steps of the run's optimizer, while nothing else is in memory. (A GPU's weights are elsewhere.)"""
     from apollo_optim.train.plan import model_of
 
     if device.type != "cpu" or cfg.optim.compile is False:
         return {}
-    return warm_up(make_optimizer(cfg.optim, model_of(cfg, vocabulary)), device)
+    model = model_of(cfg, vocabulary, trust_remote_code=trust_remote_code)
+    return warm_up(make_optimizer(cfg.optim, model), device)
 
 
 def choose_device(cfg: RunConfig) -> torch.device:
@@ -624,7 +642,7 @@ def last_good(run: Path) -> str:
 def finish(job: Job, metrics: Metrics, display: Display) -> Result:
     """The model for everybody else, and the last line of the log."""
     if job.cfg.checkpoint.export:
-        checkpoint.write_model(job.model, job.data.tokenizer, job.run / "model")
+        checkpoint.write_model(job.model, job.data.tokenizer, job.run / "model", keep_code=job.trust_remote_code)
     sizes = measure.memory(job.model, job.optimizer)
     # Gradients are set free after every step; what they take while they live is what counts.
     sizes["gradients"] = gradient_bytes(job)[bool(together(job))]
