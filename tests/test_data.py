@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import math
 import os
 import random
@@ -487,6 +488,33 @@ def test_directories_globs_and_lists(tmp_path: Path) -> None:
     assert keys("**/*.txt") == ["a.txt"]
     corpus = open_corpus([str(tmp_path / "a.txt"), str(tmp_path / "deep")], Reading(), 20, tmp_path)
     assert corpus.documents == 3
+
+
+def test_what_is_left_out_is_counted_and_named(
+    tmp_path: Path, small: Callable[..., DataConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    lines = [json.dumps({"text": f"a line of text, number {i * i}"}) for i in range(40)]
+    (folder / "part.jsonl").write_text("\n".join([*lines, '{"text": "  "}']))
+    for name in ("one.json", "two.csv", "three.zst", "four.zst", ".hidden.txt"):
+        (folder / name).write_text("something")
+    (folder / "README.md").write_text("# A data card")
+    (elsewhere / "more.jsonl").write_text("\n".join(lines))
+    (folder / "more").symlink_to(elsewhere)
+    os.mkfifo(folder / "pipe.txt")
+    with caplog.at_level(logging.WARNING, "apollo_optim"):
+        data = open_data(small(source=str(folder), seq_len=16))
+    assert data.identity["documents"] == 40
+    assert sorted(data.left_out.values()) == [1, 1, 1, 1, 1, 4]
+    for words in ("(four.zst, one.json, three.zst, ...)", "(more)", "(README.md)", "(pipe.txt)", "part.jsonl:41"):
+        assert words in caplog.text
+    caplog.clear()
+    open_data(small(source=str(folder / "*.jsonl"), seq_len=16))
+    assert "README" not in caplog.text
+    with pytest.raises(InputError, match="not a regular file"):
+        open_data(small(source=str(folder / "pipe.txt")))
 
 
 def test_a_long_text_is_cut_at_line_ends_and_loses_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Data:
     """What this text is, as plain JSON: name, sha256, bytes, versions, ...; for a stream its split and revision."""
     open_validation: Callable[[], Batches]
     """Opens the evaluation text from its beginning."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """What of the source is not trained on: a reason, and how many files or documents. (Broken lines: `skipped`.)"""
 
     def validation(self, tokens: int | None = None) -> list[Batch]:
         """The first rows of the evaluation text, `tokens` positions of them or all: the same ones every time.
@@ -74,6 +76,7 @@ class _Text:
     open_validation: Callable[[], Documents]
     sample: Callable[[], Iterable[str]]
     """Training text in a fixed order, for a tokenizer to be trained on."""
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def open_data(cfg: DataConfig, *, trust_remote_code: bool = False) -> Data:
@@ -101,7 +104,7 @@ def open_data(cfg: DataConfig, *, trust_remote_code: bool = False) -> Data:
         return Batches(documents, tokenizer, cfg.seq_len, cfg.mode, about, seed)
 
     train = batches(text.train, str(cfg.seed))
-    return Data(tokenizer, train, identity, lambda: batches(text.open_validation(), "validation"))
+    return Data(tokenizer, train, identity, lambda: batches(text.open_validation(), "validation"), text.left_out)
 
 
 def _open_text(cfg: DataConfig, cache: Path) -> _Text:
@@ -127,6 +130,7 @@ def _open_local(cfg: DataConfig, sources: list[str], cache: Path) -> _Text:
         # One order for every seed, so that all runs are compared on the same rows.
         lambda: CorpusDocuments(corpus, corpus.validation, "validation", epochs=1),
         lambda: corpus.whole(corpus.train, "tokenizer"),
+        corpus.left_out,
     )
 
 

@@ -49,6 +49,7 @@ class Corpus:
     train: "array[int]" = field(default_factory=lambda: array("Q"))
     validation: "array[int]" = field(default_factory=lambda: array("Q"))
     skipped: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, index: int) -> Text:
@@ -118,6 +119,8 @@ def open_corpus(
         raise InputError(f"cannot copy the text to {cache_dir} ({error.strerror}); set data.cache_dir") from error
     if reading.skipped:
         log.warning("%s: skipped %d broken lines, the first: %s", name, reading.skipped, reading.first_skipped)
+    if reading.left_out:
+        log.warning("%s: left out: %s", name, reading.said())
     if corpus.documents == 1:
         raise InputError(f"{name}: a single document cannot be split into training and validation text; give more")
     for part, documents, bound in (
@@ -129,7 +132,7 @@ def open_corpus(
                 f"{name}: the {part} split is empty, with {corpus.documents} documents and {validation_percent:g} % of "
                 f"them for validation; set data.validation_percent to {bound}, or give more documents"
             )
-    corpus.skipped = reading.skipped
+    corpus.skipped, corpus.left_out = reading.skipped, reading.left_out
     corpus.identity = {
         "name": name,
         "sha256": total.hexdigest(),
@@ -150,6 +153,8 @@ def _worth_reading(source: str, reading: Reading) -> Iterator[Document]:
     empty = True
     for document in local_documents(source, reading):
         if not document.text.strip():
+            if source not in CODE:  # (what they are of is said in the documentation)
+                reading.leave_out("blank documents", document.key)
             continue
         if source in CODE:  # libraries hold copies of the same file; a user's own repetitions are theirs to judge
             digest = hashlib.sha256(document.text).digest()

@@ -13,7 +13,7 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -41,6 +41,23 @@ class Reading:
     on_bad_line: Literal["skip", "error"] = "skip"
     skipped: int = 0
     first_skipped: str | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Why, and how many files or documents."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first few of each."""
+
+    def leave_out(self, why: str, name: str) -> None:
+        """Count what is not read, though it lies in a source that was named."""
+        self.left_out[why] = self.left_out.get(why, 0) + 1
+        if self.left_out[why] <= 3:
+            self.examples.setdefault(why, []).append(name)
+
+    def said(self) -> str:
+        """What was left out, counted and named, in one line."""
+        return "; ".join(
+            f"{why}: {count} ({', '.join(self.examples[why])}{', ...' if count > 3 else ''})"
+            for why, count in self.left_out.items()
+        )
 
     def bad(self, where: str, why: object) -> None:
         if self.on_bad_line == "error":
@@ -170,6 +187,9 @@ READERS: dict[str, Reader] = {
 }
 
 
+RECORDS = (_jsonl, _jsonl_gz, _parquet)
+
+
 def reader(path: Path) -> Reader | None:
     name = path.name.lower()
     return next((read for suffix, read in READERS.items() if name.endswith(suffix)), None)
@@ -230,6 +250,42 @@ def _walk(root: Path, skip: Callable[[str], bool]) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
+def _text_files(root: Path, reading: Reading) -> list[Path]:
+    """The files of a directory that can be read; what else lies there is counted and named."""
+    found = []
+    for directory, folders, names in os.walk(root, onerror=_raise):
+        inner = set(folders)
+        folders[:] = [name for name in folders if not _hidden(name)]
+        for name in sorted([*inner, *names]):
+            path = Path(directory, name)
+            if _hidden(name):
+                why = "hidden files and caches"
+            elif name in inner and path.is_symlink():
+                why = "linked folders, which are not followed"
+            elif name in inner:
+                continue
+            elif not reader(path):
+                why = f"other types than {_types()}"
+            elif path.exists() and not path.is_file():  # a link to nothing is an error when it is read
+                why = "not regular files"
+            else:
+                found.append(path)
+                continue
+            reading.leave_out(why, path.relative_to(root).as_posix())
+    records = any(reader(path) in RECORDS for path in found)
+    kept = []
+    for path in sorted(found, key=lambda path: path.relative_to(root).as_posix()):
+        if records and path.name.lower() == "readme.md":  # a data set's card is about it, not of it
+            reading.leave_out("data cards", path.relative_to(root).as_posix())
+        else:
+            kept.append(path)
+    return kept
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
+
+
 def _raise(error: OSError) -> None:
     raise error
 
@@ -252,17 +308,23 @@ def _code(root: Path, prefix: str, reading: Reading) -> Iterator[Document]:
 def _files(source: str, reading: Reading) -> Iterator[Document]:
     root = Path(source).expanduser()
     if glob.has_magic(source) and not root.exists():
-        found = sorted(Path(name) for name in glob.glob(str(root), recursive=True) if os.path.isfile(name))
+        matches = sorted(map(Path, glob.glob(str(root), recursive=True)))
+        found = [path for path in matches if path.is_file()]
+        for path in matches:
+            # Of `**`, which matches folders on its way to the files in them, they are no surprise.
+            if not path.is_file() and "**" not in source:
+                reading.leave_out("not regular files", str(path))
         if not found:
             raise InputError(f"{source}: no file matches")
         root = Path(os.path.commonpath([path.parent for path in found]))
     elif root.is_dir():
-        found = _walk(root, lambda name: name.startswith(".") or name == "__pycache__")
-        found = [path for path in found if reader(path) and not path.name.startswith(".")]
+        found = _text_files(root, reading)
         if not found:
             raise InputError(f"{source}: no text in this directory; files of type {_types()} are read")
-    elif root.exists():
+    elif root.is_file():
         found, root = [root], root.parent
+    elif root.exists():
+        raise InputError(f"{source}: not a regular file")
     else:
         raise InputError(f"{source}: no such file or directory (a Hugging Face dataset is written hf:NAME)")
     unknown = [path for path in found if not reader(path)]

@@ -51,9 +51,11 @@ class StreamDocuments:
             except BadRecord as error:
                 self.reading.bad(f"{self.name}: row {self.rows}", error)
                 continue
-            if text.strip():
-                texts.append(Text(text))
-                size += len(text)
+            if not text.strip():
+                self.reading.skipped += 1
+                continue
+            texts.append(Text(text))
+            size += len(text)
         self._state = self.dataset.state_dict()
         return texts
 

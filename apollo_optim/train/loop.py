@@ -47,6 +47,7 @@ from apollo_optim.train.evaluate import IGNORED, evaluate, summed_loss, targets
 from apollo_optim.train.metrics import Metrics, check_trackers, cut_back, open_trackers
 from apollo_optim.train.models import DTYPES, build_model, low_bit, usable_vocabulary
 from apollo_optim.train.schedule import factor, set_lr
+from apollo_optim.train.skips import PATIENCE, Skips, total_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,6 +80,10 @@ class Result:
     """Spent training: without evaluations and checkpoints."""
     memory: dict[str, int]
     """Bytes of weights, gradients, optimizer state, and the peak of the whole process."""
+    skipped: int = 0
+    """Updates that were not made, one for each matrix and step whose gradient was not finite."""
+    left_out: int = 0
+    """Broken lines, and rows without text, of the training text that was read."""
 
 
 @dataclass
@@ -371,6 +376,7 @@ def introduce(job: Job, metrics: Metrics, display: Display, resumed_from: int | 
         params=parameters,
         memory=measure.memory(job.model, job.optimizer),
         baseline=job.baseline,
+        left_out=job.data.left_out,
         resumed_from=resumed_from,
     )
     display.note(f"{parameters:,} parameters in {job.cfg.model.dtype} on {job.device}; results in {job.run}")
@@ -387,7 +393,7 @@ def run_steps(job: Job, metrics: Metrics, display: Display, stop: Stop) -> None:
     cfg, last = job.cfg, job.cfg.train.steps
     rows = job.data.validation(cfg.eval.tokens)
     bytes_per_token = job.data.bytes_per_token(rows)
-    first, watch = job.step + 1, Watch(job)
+    first, watch, skips = job.step + 1, Watch(job), Skips(job.model, job.optimizer, job.step)
     for job.step in range(first, last + 1):
         set_lr(job.optimizer, factor(job.step, last, cfg.schedule))
         logged = due(job.step, cfg.log.every, last) or job.step == 1
@@ -407,7 +413,9 @@ def run_steps(job: Job, metrics: Metrics, display: Display, stop: Stop) -> None:
             continue
         watch.stop()
         if logged and norm is not None:
-            record_step(job, metrics, display, watch, loss, norm.get())
+            say_skipped(job, display, skips)
+            record_step(job, metrics, display, watch, loss, norm.get(), skips.total)
+            check_progress(job, skips, first)
         if evaluated:
             record_evaluation(job, metrics, display, rows, bytes_per_token)
         stopping = stop.requested  # read once: what is asked for from here on is done one step later
@@ -500,11 +508,11 @@ def step_inside_backward(
 
 
 def clip_gradients(job: Job, want_norm: bool) -> Reading | None:
-    """Clip them as configured. The total norm is the one before."""
+    """Clip them as configured. The total norm is the one before, of all gradients that are finite."""
     cfg, parameters = job.cfg.train, [p for p in job.model.parameters() if p.grad is not None]
     norm = None
     if want_norm or cfg.clip is not None:
-        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        total = total_norm([p.grad for p in parameters if p.grad is not None])
         norm = Reading(total)
         if cfg.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, cfg.clip, total)
@@ -588,7 +596,29 @@ class Watch:
         return tokens / seconds, seconds / steps * (job.cfg.train.steps - job.step)
 
 
-def record_step(job: Job, metrics: Metrics, display: Display, watch: Watch, loss: float, grad_norm: float) -> None:
+def say_skipped(job: Job, display: Display, skips: Skips) -> None:
+    """One line where a parameter's gradient is not finite for the first time."""
+    if new := skips.look(job.step):
+        more = f" and {len(new) - 3} more" if len(new) > 3 else ""
+        display.note(
+            f"by step {job.step}: the gradient of {', '.join(new[:3])}{more} was not finite; "
+            "such updates are skipped and counted"
+        )
+
+
+def check_progress(job: Job, skips: Skips, first: int) -> None:
+    """Stop a run that only looks like one: no gradient is finite, so no weight has changed for a while."""
+    if skips.streak >= min(PATIENCE, job.cfg.train.steps - first + 1):
+        raise TrainingFailed(
+            f"no gradient was finite in the last {skips.streak} steps, up to step {job.step}: every update was "
+            f"skipped, and no weight has changed. Look for what overflows (dtype, attention, learning rate); "
+            f"{last_good(job.run)}"
+        )
+
+
+def record_step(
+    job: Job, metrics: Metrics, display: Display, watch: Watch, loss: float, grad_norm: float, skipped: int
+) -> None:
     """One line of the log."""
     tokens_per_s, left = watch.pace()
     lr, lr_rest = learning_rates(job.optimizer)
@@ -602,6 +632,7 @@ def record_step(job: Job, metrics: Metrics, display: Display, watch: Watch, loss
         grad_norm=grad_norm,
         tokens_per_s=tokens_per_s,
         seconds=job.seconds,
+        skipped=skipped,
     )
     display.step(record | {"peak_gpu": measure.peak_gpu_memory(job.device)}, left)
 
@@ -656,9 +687,17 @@ def finish(job: Job, metrics: Metrics, display: Display) -> Result:
         tokens=job.tokens,
         seconds=job.seconds,
         memory=sizes,
+        skipped=Skips(job.model, job.optimizer, job.step).total,
+        left_out=job.data.train.skipped,
         **{key: job.evaluation[key] for key in ("loss", "perplexity", "perplexity_reference", "bits_per_byte")},
     )
     metrics.write("end", **{key: value for key, value in dataclasses.asdict(result).items() if key != "run"})
+    for count, what in (
+        (result.skipped, "updates were skipped: their gradients were not finite"),
+        (result.left_out, "broken lines or rows without text were left out"),
+    ):
+        if count:
+            display.note(f"{count:,} {what}")
     display.note(
         f"done: {result.tokens:,} tokens in {duration(result.seconds)}, "
         f"perplexity {result.perplexity:.2f}; {job.run / ('model' if job.cfg.checkpoint.export else 'checkpoints')}"
