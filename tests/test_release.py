@@ -406,7 +406,7 @@ def test_a_released_run_is_the_run_without(tmp_path, micro, clip):
 def test_a_nan_in_any_micro_batch_stops_before_a_weight_is_touched(tmp_path, monkeypatch, capsys):
     real, built, calls = loop.summed_loss, [], []
 
-    def build(*args, build=loop.build):
+    def build(*args, build=loop.build, **how):
         built.append(build(*args))
         return built[0]
 

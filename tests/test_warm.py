@@ -27,9 +27,9 @@ def test_a_run_compiles_nothing_once_it_has_weights(tmp_path, monkeypatch, optim
     after: list[int] = []
     real = loop.build_model
 
-    def building(*how):
+    def building(*how, **more):
         after.append(graphs())
-        return real(*how)
+        return real(*how, **more)
 
     monkeypatch.setattr(loop, "build_model", building)
     cfg = tiny(
@@ -46,7 +46,7 @@ def test_a_run_compiles_nothing_once_it_has_weights(tmp_path, monkeypatch, optim
         loss = pretrain(cfg).loss
     assert after[0] > before
     assert graphs() == after[0]
-    monkeypatch.setattr(loop, "compiled_beforehand", lambda *_: {})
+    monkeypatch.setattr(loop, "compiled_beforehand", lambda *_, **__: {})
     cfg.out = str(tmp_path / "again")
     assert pretrain(cfg).loss == loss
     assert graphs() > after[0], "without it they would be compiled while the run is on"

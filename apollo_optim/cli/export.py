@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .words import CONSENT, CONSENT_HELP, Parser
+from .words import CONSENT, CONSENT_HELP, Parser, home
 
 
 def run(argv: Sequence[str]) -> int:
@@ -19,5 +19,9 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     from ..train.checkpoint import export
 
-    print(export(args.run, step=args.step, out=args.out, trust_remote_code=args.trust_remote_code))
+    print(
+        export(
+            home(args.run), step=args.step, out=args.out and home(args.out), trust_remote_code=args.trust_remote_code
+        )
+    )
     return 0

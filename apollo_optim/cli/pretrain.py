@@ -2,9 +2,9 @@
 
 import argparse
 import dataclasses
+import os
 import typing
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core.errors import InputError
@@ -62,7 +62,7 @@ def parse(argv: Sequence[str]) -> Asked:
     given, words = flags_of(argv)
     files = given.config
     if given.resume and not files and given.out:
-        files = [str(Path(given.out) / "config.yaml")]  # the run directory knows what was run
+        files = [os.path.join(os.path.expanduser(given.out), "config.yaml")]  # the run directory knows what was run
     for path in reversed(files):
         load_config(path)  # says which key of the file is wrong, and what was meant
         words = ["--config", yaml.safe_dump(read_run_file(path)), *words]

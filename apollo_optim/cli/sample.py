@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
-from .words import CONSENT, CONSENT_HELP, Parser
+from .words import CONSENT, CONSENT_HELP, Parser, home
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     if args.temperature < 0:
         raise InputError(f"--temperature {args.temperature}: 0 or more")
     with tempfile.TemporaryDirectory() as scratch:
-        directory = model_directory(Path(args.dir), Path(scratch), trust_remote_code=trust)
+        directory = model_directory(home(args.dir), Path(scratch), trust_remote_code=trust)
         model, tokenizer = load(directory, trust_remote_code=trust)
         print(args.prompt, end="", flush=True)
         settings = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}

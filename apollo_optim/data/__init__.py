@@ -79,9 +79,10 @@ class _Text:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def open_data(cfg: DataConfig, *, trust_remote_code: bool = False) -> Data:
+def open_data(cfg: DataConfig, tokenizer: Any = None, *, trust_remote_code: bool = False) -> Data:
     """Open the text that `cfg` names, train or load its tokenizer, and stand at the beginning.
 
+    `tokenizer`: the one that `cfg` names, where it is at hand already.
     `trust_remote_code`: a tokenizer by name may run the Python code of its repository.
 
     >>> data = open_data(DataConfig(source="python"))
@@ -92,10 +93,12 @@ def open_data(cfg: DataConfig, *, trust_remote_code: bool = False) -> Data:
         raise InputError(f"data.seq_len is {cfg.seq_len}; a row needs at least 2 tokens")
     cache = _cache_dir(cfg)
     text = _open_text(cfg, cache)
-    if cfg.tokenizer == "bpe":
+    if tokenizer is not None:
+        pass
+    elif cfg.tokenizer == "bpe":
         tokenizer = trained_bpe(text.sample, cfg.vocab_size, json.dumps(text.key, sort_keys=True), cache)
     else:
-        tokenizer = load_tokenizer(cfg.tokenizer, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(os.path.expanduser(cfg.tokenizer), trust_remote_code=trust_remote_code)
     sha256 = fingerprint(tokenizer)
     identity = {**text.identity, "tokenizer": {"name": cfg.tokenizer, "entries": len(tokenizer), "sha256": sha256}}
     about = {**text.key, "tokenizer": sha256, "mode": cfg.mode, "seq_len": cfg.seq_len, "seed": cfg.seed}

@@ -108,7 +108,7 @@ def open_corpus(
     try:
         corpus = Corpus(tempfile.TemporaryFile(dir=cache_dir, prefix="corpus-"), longest)  # noqa: SIM115 (for the whole run)
         for source in sources:
-            for key, text in _worth_reading(source, reading):
+            for key, text in _worth_reading(source, reading, alone=len(sources) == 1):
                 position = share(key)
                 lowest, highest = min(lowest, position), max(highest, position)
                 total.update(_bytes(f"{key}\0{len(text)}\0"))
@@ -147,11 +147,11 @@ def open_corpus(
     return corpus
 
 
-def _worth_reading(source: str, reading: Reading) -> Iterator[Document]:
+def _worth_reading(source: str, reading: Reading, *, alone: bool) -> Iterator[Document]:
     """The documents that are not blank, and of a library each content once; none at all is an error."""
     seen: set[bytes] = set()
     empty = True
-    for document in local_documents(source, reading):
+    for document in local_documents(source, reading, alone=alone):
         if not document.text.strip():
             if source not in CODE:  # (what they are of is said in the documentation)
                 reading.leave_out("blank documents", document.key)

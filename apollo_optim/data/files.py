@@ -212,8 +212,11 @@ def is_local(source: str) -> bool:
     )
 
 
-def local_documents(source: str, reading: Reading) -> Iterator[Document]:
-    """The documents of one local source: `python`, `packages`, a file, a directory or a glob."""
+def local_documents(source: str, reading: Reading, *, alone: bool = False) -> Iterator[Document]:
+    """The documents of one local source: `python`, `packages`, a file, a directory or a glob.
+
+    `alone`: there is no other source, so that the name of a single file tells nothing apart: it may be another one.
+    """
     try:
         if source == "python":
             yield from _code(Path(sysconfig.get_path("stdlib")), "", reading)
@@ -221,7 +224,7 @@ def local_documents(source: str, reading: Reading) -> Iterator[Document]:
             for name in PACKAGES:
                 yield from _code(_package(name), name + "/", reading)
         else:
-            yield from _files(source, reading)
+            yield from _files(source, reading, alone)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or source}: {error.strerror}") from error
 
@@ -305,8 +308,8 @@ def _code(root: Path, prefix: str, reading: Reading) -> Iterator[Document]:
             yield Document(key, text)
 
 
-def _files(source: str, reading: Reading) -> Iterator[Document]:
-    root = Path(source).expanduser()
+def _files(source: str, reading: Reading, alone: bool) -> Iterator[Document]:
+    root, nameless = Path(source).expanduser(), False
     if glob.has_magic(source) and not root.exists():
         matches = sorted(map(Path, glob.glob(str(root), recursive=True)))
         found = [path for path in matches if path.is_file()]
@@ -322,7 +325,7 @@ def _files(source: str, reading: Reading) -> Iterator[Document]:
         if not found:
             raise InputError(f"{source}: no text in this directory; files of type {_types()} are read")
     elif root.is_file():
-        found, root = [root], root.parent
+        found, root, nameless = [root], root.parent, alone
     elif root.exists():
         raise InputError(f"{source}: not a regular file")
     else:
@@ -332,7 +335,8 @@ def _files(source: str, reading: Reading) -> Iterator[Document]:
         raise InputError(f"{unknown[0]}: unknown file type; {_types()} are read")
     for path in found:
         read: Any = reader(path)
-        yield from read(path, path.relative_to(root).as_posix(), reading)
+        key = "" if nameless else path.relative_to(root).as_posix()
+        yield from read(path, key, reading)
 
 
 def _types() -> str:

@@ -24,10 +24,10 @@ def trained_bpe(texts: Callable[[], Iterable[str]], vocab_size: int, key: str, c
     if vocab_size < 257:
         raise InputError(f"data.vocab_size is {vocab_size}; 256 bytes and the end of text need at least 257 entries")
     folder = cache_dir / "tokenizers" / f"bpe-{vocab_size}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not folder.exists():
-        log.info("training a tokenizer of %d entries, cached in %s", vocab_size, folder)
-        _save(_train(texts(), vocab_size), folder)
-    return load_tokenizer(str(folder))
+    if folder.exists():
+        return load_tokenizer(str(folder))
+    log.info("training a tokenizer of %d entries, cached in %s", vocab_size, folder)
+    return _cached(_train(texts(), vocab_size), folder)
 
 
 def _train(texts: Iterable[str], vocab_size: int) -> Any:
@@ -56,19 +56,24 @@ def _at_most(texts: Iterable[str], size: int) -> Iterator[str]:
             return
 
 
-def _save(tokenizer: Any, folder: Path) -> None:
-    """Appears whole or not at all; if another process was faster, its copy (the same) stays."""
+def _cached(tokenizer: Any, folder: Path) -> Any:
+    """The tokenizer as it is read back. The folder appears whole or not at all; one that another process made stays."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(dir=folder.parent, prefix=".new-")
         try:
             tokenizer.save_pretrained(temporary)
-            os.rename(temporary, folder)
+            read_back = load_tokenizer(temporary)
+            try:
+                os.rename(temporary, folder)
+            except OSError as error:
+                if not folder.exists():
+                    log.warning("%s: the tokenizer can't be kept (%s) and is trained each time", folder, error.strerror)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        if not folder.exists():
-            raise InputError(f"cannot write to {folder.parent} ({error.strerror}); set data.cache_dir") from error
+        raise InputError(f"cannot write to {folder.parent} ({error.strerror}); set data.cache_dir") from error
+    return read_back
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:

@@ -2,14 +2,15 @@
 
     RUN/checkpoints/step-00000100/          one checkpoint
         manifest.json                       format, version, and size and CRC-32 of every other file
-        config.json                         the transformers config
+        config.json                         the transformers config (and generation_config.json)
         weights-00001-of-00001.safetensors  the weights in their native form; of a low-bit one its NAME.codes,
                                             NAME.scales (quant/format.py) and NAME.shape
         state-00001-of-00001.safetensors    every tensor of the training state ...
         state.json                          ... and everything else in it, with references to the tensors
     RUN/checkpoints/latest                  a link to the newest one, for people and tools
 
-It is written to a hidden directory, flushed to the disk, and renamed: a directory called step-* is complete. The newest
+It is written to a hidden directory, flushed to the disk, and renamed: a directory called step-* is complete, unless it
+holds a file .unfinished (disk.py: not every file system renames directories). The newest
 step-* is the one that `--resume` takes. Nothing in here is pickled: a checkpoint cannot run code.
 """
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import zlib
@@ -30,9 +30,10 @@ import torch
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import parts, writes_itself
 from apollo_optim.data.foreign import drop_code, reason
+from apollo_optim.train import disk
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = "apollo-optim checkpoint"
 VERSION = 2  # 2: low-bit weights
@@ -51,7 +52,7 @@ def checkpoints(run: Path) -> dict[int, Path]:
     """Step -> directory, in order. Only complete ones have this name."""
     found = {}
     for path in (run / "checkpoints").glob("step-*"):
-        if match := re.fullmatch(r"step-(\d+)", path.name):
+        if (match := re.fullmatch(r"step-(\d+)", path.name)) and disk.is_finished(path):
             found[int(match[1])] = path
     return dict(sorted(found.items()))
 
@@ -80,18 +81,21 @@ def save(run: Path, step: int, model: PreTrainedModel, state: dict[str, Any], ke
         _write_shards(temporary, "state", tensors)
         (temporary / "state.json").write_text(json.dumps(plain), encoding="utf-8")
         model.config.save_pretrained(temporary)
+        if model.can_generate():
+            model.generation_config.save_pretrained(temporary)
         files = {path.name: {"bytes": path.stat().st_size, "crc32": _crc(path)} for path in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
-        temporary.rename(final)
-        _flush(root)
-        link = root / ".tmp-latest"
-        link.symlink_to(final.name)
-        link.replace(root / "latest")
+            disk.flush(path)
+        disk.put_in_place(temporary, final)
+        disk.flush(root)
+    disk.link(root / "latest", final.name)
     for old in list(checkpoints(run).values())[:-keep]:
-        _remove(old)
+        try:
+            disk.remove(old)
+        except OSError as error:
+            disk.go_without(f"{old} could not be removed", error)
     return final
 
 
@@ -99,13 +103,9 @@ def sweep(run: Path) -> None:
     """Remove what a killed process left half-written or half-deleted."""
     for path in (run / "checkpoints").glob(".tmp-*"):
         path.unlink() if path.is_symlink() else shutil.rmtree(path)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Rename first: a directory that is called step-* is complete, even while it goes."""
-    going = checkpoint.with_name(f".tmp-old-{checkpoint.name}")
-    checkpoint.rename(going)
-    shutil.rmtree(going)
+    for path in (run / "checkpoints").glob("step-*"):
+        if not disk.is_finished(path):
+            shutil.rmtree(path)
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -158,14 +158,6 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def _failing_cleanly(temporary: Path, what: str) -> Iterator[None]:
     """Whatever happens, the half-written directory goes; a failure to write becomes one line."""
@@ -205,6 +197,26 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
             seen.add(name)
     if missing := into.keys() - seen:
         raise InputError(f"{checkpoint} belongs to another model: it has no {min(missing)}")
+
+
+def saved_config(checkpoint: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The transformers config of a checkpoint."""
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{checkpoint}: its model can't be opened: {reason(error)}") from error
+    return config
+
+
+def restore_generation(checkpoint: Path, model: PreTrainedModel) -> None:
+    """How the model is to generate, which is no part of its config. (Older checkpoints do not say.)"""
+    from transformers import GenerationConfig
+
+    path = checkpoint / "generation_config.json"
+    if path.exists():
+        model.generation_config = GenerationConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
@@ -334,8 +346,6 @@ def export(
 
     >>> model = AutoModelForCausalLM.from_pretrained(export("out/first"))
     """
-    from transformers import AutoConfig
-
     from apollo_optim.data.tokenizer import load_tokenizer
     from apollo_optim.train.config import load_config
     from apollo_optim.train.models import low_bit, with_new_weights
@@ -352,13 +362,11 @@ def export(
         raise InputError(f"{target} is there already; choose another directory")
     verify(checkpoint)
     cfg = load_config(run / "config.yaml")
-    try:
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{checkpoint}: its model can't be opened: {reason(error)}") from error
+    config = saved_config(checkpoint, trust_remote_code=trust_remote_code)
     with torch.random.fork_rng(devices=[]):  # drawing weights that are overwritten next must not disturb anybody
         model = with_new_weights(cfg.model, config, low_bit(cfg), trust_remote_code=trust_remote_code)
     load_weights(checkpoint, model)
+    restore_generation(checkpoint, model)
     words = run / "tokenizer"
     tokenizer = load_tokenizer(str(words), trust_remote_code=trust_remote_code) if words.is_dir() else None
     write_model(model, tokenizer, target, keep_code=trust_remote_code)
@@ -390,7 +398,7 @@ def write_model(
                 drop_code(temporary)
             if target.exists():
                 shutil.rmtree(target)
-            temporary.rename(target)
+            disk.put_in_place(temporary, target)
     finally:
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]

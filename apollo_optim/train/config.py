@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -226,6 +227,21 @@ MAY_CHANGE = (
     "train.release",
     "train.steps",
     "data.cache_dir",
+    "data.source",  # judged by the hash of the text, where it has one
+)
+
+# What computes the same in another order: a continued run may change it (after an out-of-memory, on another device),
+# but is not equal to the bit any more, and says so.
+ONLY_ROUNDS = (
+    "model.attention",
+    "model.compile",
+    "model.gradient_checkpointing",
+    "optim.compile",
+    "train.deterministic",
+    "train.device",
+    "train.loss",
+    "train.matmul_precision",
+    "train.micro_batch",
 )
 
 
@@ -281,7 +297,7 @@ def read_run_file(path: Path | str) -> dict[str, Any]:
     import yaml
 
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.safe_load(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the run file {path}: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -309,6 +325,11 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 def may_change(key: str) -> bool:
     """Whether a continued run may have another value here."""
     return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
+
+
+def only_rounds(key: str) -> bool:
+    """Whether another value here computes the same, but for the rounding."""
+    return key in ONLY_ROUNDS
 
 
 def check(cfg: RunConfig) -> None:

@@ -27,11 +27,12 @@ from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import is_finite
 from apollo_optim.data.foreign import drop_code
+from apollo_optim.data.tokenizer import fingerprint, load_tokenizer
 from apollo_optim.optim.base import MatrixOptimizer
 from apollo_optim.optim.fast import Graphs
 from apollo_optim.optim.warm import warm_up
 from apollo_optim.quant import tallied
-from apollo_optim.train import checkpoint, measure
+from apollo_optim.train import checkpoint, disk, measure
 from apollo_optim.train.config import (
     OptimConfig,
     RunConfig,
@@ -39,6 +40,7 @@ from apollo_optim.train.config import (
     differences,
     load_config,
     may_change,
+    only_rounds,
     save_config,
     to_dict,
 )
@@ -50,7 +52,7 @@ from apollo_optim.train.schedule import factor, set_lr
 from apollo_optim.train.skips import PATIENCE, Skips, total_norm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from apollo_optim.data import Batch, Data
 
@@ -102,6 +104,10 @@ class Job:
     """Bytes resident before there was a model: after the imports, and with the text open."""
     trust_remote_code: bool = False
     """Said by the call: models and tokenizers may run code of their own."""
+    own_tokenizer: bool = False
+    """It was read from the run directory."""
+    changed: list[str] = field(default_factory=list)
+    """Keys that round otherwise than before the run was resumed, in words."""
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -124,13 +130,13 @@ def pretrain(cfg: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
     """
     check(cfg)
     check_trackers(list(cfg.log.to))
-    run = Path(cfg.out or default_run(cfg))
+    run = Path(os.path.expanduser(cfg.out or default_run(cfg)))
     with claim(run, resume):
-        earlier = check_continuation(run, cfg) if resume else None
-        job = build(cfg, run, trust_remote_code=trust_remote_code)
-        if earlier is not None:
-            restore(job, earlier)
-        prepare(run, cfg, job)
+        earlier = check_continuation(run, cfg) if resume else Earlier()
+        job = build(cfg, run, earlier, trust_remote_code=trust_remote_code)
+        if earlier.state is not None:
+            restore(job, earlier.state)
+        prepare(run, cfg, job, resume)
         return train(job, resumed_from=job.step if resume else None)
 
 
@@ -147,42 +153,49 @@ def claim(run: Path, resume: bool) -> Iterator[None]:
     """Refuse a directory that holds another run, or (to resume) none, or one in which a process is at work."""
     if run.exists() and not run.is_dir():
         raise InputError(f"out={run}: that is a file, not a run directory")
-    holds = (run / "config.yaml").exists() or (run / "metrics.jsonl").exists() or bool(checkpoint.checkpoints(run))
-    if holds and not resume:
-        there = max(checkpoint.checkpoints(run), default=0)
+    there = max(checkpoint.checkpoints(run), default=None)
+    if there is not None and not resume:
         raise InputError(
             f"{run} already holds a run (step {there} is saved): add --resume to go on with it, or choose another --out"
         )
+    started = (run / "config.yaml").exists() or (run / "metrics.jsonl").exists()
     if resume and not (run / "config.yaml").exists():
         raise InputError(f"{run} holds no run to resume: leave --resume out to start one")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"cannot write to the run directory {run}: {error.strerror}") from None
-    with lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
-        except ImportError:
-            pass  # not Unix
-        except OSError:
-            raise InputError(f"another process is training in {run}") from None
+    with disk.locked(run) as alone:
+        if started and not resume and not alone:  # a start that saved nothing may be made again, if it is over
+            raise InputError(
+                f"{run} holds a run that has saved nothing, and it can't be known whether it is still going on: add "
+                "--resume to start it again, or choose another --out"
+            )
         yield
 
 
-def check_continuation(run: Path, cfg: RunConfig) -> dict[str, Any] | None:
-    """The state to go on from (None: there is no checkpoint yet), if the config is the one it was made with."""
+@dataclass
+class Earlier:
+    """What a run goes on from."""
+
+    state: dict[str, Any] | None = None
+    """None: there is no checkpoint."""
+    changed: list[str] = field(default_factory=list)
+    """What rounds otherwise from here on, in words."""
+
+
+def check_continuation(run: Path, cfg: RunConfig) -> Earlier:
+    """What to go on from, if the config is the one it was made with. Before the first checkpoint it may be any."""
     old = load_config(run / "config.yaml")
-    was, now = to_dict(old), to_dict(cfg)
-    changed = [key for key in differences(was, now) if not may_change(key)]
-    if changed:
-        listed = ", ".join(f"{key} (was {_at(was, key)}, is {_at(now, key)})" for key in changed)
-        raise InputError(f"{run} was started with another config: {listed}; put it back, or choose another --out")
     newest = checkpoint.newest(run)
     if newest is None:
-        return None
+        return Earlier()
+    was, now = to_dict(old), to_dict(cfg)
+
+    def told(keys: list[str]) -> list[str]:
+        return [f"{key} (was {_at(was, key)}, is {_at(now, key)})" for key in keys]
+
+    different = [key for key in differences(was, now) if not may_change(key)]
+    if refused := told([key for key in different if not only_rounds(key)]):
+        raise InputError(
+            f"{run} was started with another config: {', '.join(refused)}; put it back, or choose another --out"
+        )
     state = checkpoint.load_state(newest)
     state["checkpoint"] = newest
     done = state["step"]
@@ -194,7 +207,7 @@ def check_continuation(run: Path, cfg: RunConfig) -> dict[str, Any] | None:
                 f"train.steps cannot go from {old.train.steps} to {cfg.train.steps}: with schedule {cfg.schedule.kind} "
                 "the steps already made would have had other learning rates (constant can, and wsd before its decay)"
             )
-    return state
+    return Earlier(state, told(different))
 
 
 def _at(plain: dict[str, Any], key: str) -> Any:
@@ -204,17 +217,21 @@ def _at(plain: dict[str, Any], key: str) -> Any:
     return value
 
 
-def prepare(run: Path, cfg: RunConfig, job: Job) -> None:
+def prepare(run: Path, cfg: RunConfig, job: Job, resume: bool) -> None:
     """What lies beside the results. Written when everything is built: a typing error leaves no run behind."""
     try:
         checkpoint.sweep(run)
-        cut_back(run / "metrics.jsonl", job.step)
+        if resume:
+            cut_back(run / "metrics.jsonl", job.step)
+        else:
+            (run / "metrics.jsonl").unlink(missing_ok=True)  # of a start that saved nothing
         temporary = run / ".tmp-config.yaml"
         save_config(dataclasses.replace(cfg, out=str(run)), temporary)
-        temporary.replace(run / "config.yaml")
-        job.data.tokenizer.save_pretrained(run / "tokenizer")
-        if not job.trust_remote_code:
-            drop_code(run / "tokenizer")
+        disk.replace(temporary, run / "config.yaml")
+        if not job.own_tokenizer:
+            job.data.tokenizer.save_pretrained(run / "tokenizer")
+            if not job.trust_remote_code:
+                drop_code(run / "tokenizer")
     except OSError as error:
         raise InputError(f"cannot write to the run directory {run}: {error.strerror}") from None
 
@@ -222,19 +239,29 @@ def prepare(run: Path, cfg: RunConfig, job: Job) -> None:
 # --- building ---
 
 
-def build(cfg: RunConfig, run: Path, *, trust_remote_code: bool = False) -> Job:
-    """Data, model and optimizer at step 0."""
+def build(cfg: RunConfig, run: Path, earlier: Earlier | None = None, *, trust_remote_code: bool = False) -> Job:
+    """Data, model and optimizer at step 0.
+
+    What goes on has all that it needs in its own directory: `earlier` brings the config of the model and the tokenizer,
+    and weights to start from are not read again.
+    """
     from apollo_optim.data import open_data
+
+    earlier = earlier or Earlier()
+    config = tokenizer = None
+    if earlier.state is not None:
+        config = checkpoint.saved_config(earlier.state["checkpoint"], trust_remote_code=trust_remote_code)
+        tokenizer = own_tokenizer(run, earlier.state, trust_remote_code)
 
     device = choose_device(cfg)
     if cfg.train.release and device.type == "cpu":
         measure.give_back_memory()
     importlib.import_module("transformers.modeling_utils")  # what the model would import, to be counted without it
     baseline = {"imports": measure.resident_memory()}
-    data = open_data(cfg.data, trust_remote_code=trust_remote_code)
+    data = open_data(cfg.data, tokenizer, trust_remote_code=trust_remote_code)
     baseline["data"] = measure.resident_memory()
     vocabulary = usable_vocabulary(data.tokenizer)
-    graphs = compiled_beforehand(cfg, device, vocabulary, trust_remote_code=trust_remote_code)
+    graphs = compiled_beforehand(cfg, device, vocabulary, config, trust_remote_code=trust_remote_code)
     torch.manual_seed(cfg.train.seed)
     random.seed(cfg.train.seed)
     model = build_model(
@@ -243,6 +270,7 @@ def build(cfg: RunConfig, run: Path, *, trust_remote_code: bool = False) -> Job:
         cfg.data.seq_len,
         data.tokenizer,
         low_bit(cfg),
+        config,
         trust_remote_code=trust_remote_code,
     )
     torch.nn.Module.to(model, device)
@@ -252,18 +280,46 @@ def build(cfg: RunConfig, run: Path, *, trust_remote_code: bool = False) -> Job:
         model.base_model.compile()
     optimizer = make_optimizer(cfg.optim, model, graphs)
     released = release(model, optimizer, clip=cfg.train.clip_tensor) if cfg.train.release else None
-    return Job(cfg, run, device, model, optimizer, data, released, baseline, trust_remote_code)
+    return Job(
+        cfg,
+        run,
+        device,
+        model,
+        optimizer,
+        data,
+        released,
+        baseline,
+        trust_remote_code,
+        own_tokenizer=tokenizer is not None,
+        changed=earlier.changed,
+    )
+
+
+def own_tokenizer(run: Path, state: dict[str, Any], trust_remote_code: bool) -> Any:
+    """The run's copy of its tokenizer; None where it is not there or not the same any more: then the original."""
+    if not (run / "tokenizer").is_dir():
+        return None
+    try:
+        tokenizer = load_tokenizer(str(run / "tokenizer"), trust_remote_code=trust_remote_code)
+    except InputError:
+        return None
+    return tokenizer if fingerprint(tokenizer) == state["identity"]["tokenizer"]["sha256"] else None
 
 
 def compiled_beforehand(
-    cfg: RunConfig, device: torch.device, vocabulary: int | None = None, *, trust_remote_code: bool = False
+    cfg: RunConfig,
+    device: torch.device,
+    vocabulary: int | None = None,
+    config: PretrainedConfig | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Graphs:
     """The compiled steps of the run's optimizer, while nothing else is in memory. (A GPU's weights are elsewhere.)"""
     from apollo_optim.train.plan import model_of
 
     if device.type != "cpu" or cfg.optim.compile is False:
         return {}
-    model = model_of(cfg, vocabulary, trust_remote_code=trust_remote_code)
+    model = model_of(cfg, vocabulary, config, trust_remote_code=trust_remote_code)
     return warm_up(make_optimizer(cfg.optim, model), device)
 
 
@@ -316,12 +372,13 @@ def snapshot(job: Job) -> dict[str, Any]:
 
 def restore(job: Job, state: dict[str, Any]) -> None:
     """Go back to a snapshot."""
-    if changed := differences(state["identity"], job.data.identity):
-        listed = ", ".join(
-            f"{key} (was {_at(state['identity'], key)}, is {_at(job.data.identity, key)})" for key in changed
-        )
+    was, now = state["identity"], job.data.identity
+    hashed = was.get("sha256") is not None  # then its name says nothing: it may lie elsewhere now
+    if changed := [key for key in differences(was, now) if not (hashed and key == "name")]:
+        listed = ", ".join(f"{key} (was {_at(was, key)}, is {_at(now, key)})" for key in changed)
         raise InputError(f"the text is not the one that {job.run} was trained on: {listed}")
     checkpoint.load_weights(state["checkpoint"], job.model)
+    checkpoint.restore_generation(state["checkpoint"], job.model)
     checkpoint.restore_optimizer(job.optimizer, state["optimizer"])
     job.data.train.load_state_dict(state["data"])
     job.step, job.tokens, job.seconds, job.evaluation = (
@@ -350,7 +407,8 @@ def train(job: Job, resumed_from: int | None) -> Result:
             run_steps(job, metrics, display, stop)
             return finish(job, metrics, display)
     except TrainingFailed as error:
-        metrics.write("failed", step=job.step, reason=str(error))
+        with contextlib.suppress(OSError):  # what failed first is what is told
+            metrics.write("failed", step=job.step, reason=str(error))
         raise
     except checkpoint.SaveFailed as error:
         raise TrainingFailed(f"step {job.step}: {error}; {last_good(job.run)}") from error
@@ -378,6 +436,7 @@ def introduce(job: Job, metrics: Metrics, display: Display, resumed_from: int | 
         baseline=job.baseline,
         left_out=job.data.left_out,
         resumed_from=resumed_from,
+        **({"changed": job.changed} if job.changed else {}),
     )
     display.note(f"{parameters:,} parameters in {job.cfg.model.dtype} on {job.device}; results in {job.run}")
     if isinstance(job.optimizer, MatrixOptimizer):
@@ -386,6 +445,8 @@ def introduce(job: Job, metrics: Metrics, display: Display, resumed_from: int | 
         display.note(cost_of_release(job))
     if resumed_from is not None:
         display.note(f"resumed after step {resumed_from}" + ("" if resumed_from else ": no checkpoint was saved yet"))
+    if job.changed:
+        display.note(f"not equal to the bit to the run so far, for it rounds otherwise: {', '.join(job.changed)}")
 
 
 def run_steps(job: Job, metrics: Metrics, display: Display, stop: Stop) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ def build_model(
     seq_len: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     quant: QuantConfig | None = None,
+    config: PretrainedConfig | None = None,
     *,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -69,12 +71,15 @@ def build_model(
     from the tokenizer. A sequence longer than the model's context is refused here, before anything is computed.
 
     With `quant.bits`, weights are quantised as they are drawn or read, one by one: the float model never exists.
+    `config`: that of a checkpoint, whose weights will replace these: nothing is looked up elsewhere, nothing is read.
     `trust_remote_code`: a model that is not transformers' own may run the Python code of its repository.
     """
-    config = model_config(cfg, vocab_size, tokenizer, trust_remote_code=trust_remote_code)
+    read = cfg.pretrained and config is None
+    if config is None:
+        config = model_config(cfg, vocab_size, tokenizer, trust_remote_code=trust_remote_code)
     check_context(cfg, config, seq_len)
     quant = quant or QuantConfig()
-    if cfg.pretrained:
+    if read:
         model = load_pretrained(cfg, config, quant, trust_remote_code=trust_remote_code)
     else:
         model = with_new_weights(cfg, config, quant, to_train=True, trust_remote_code=trust_remote_code)
@@ -163,7 +168,7 @@ def load_pretrained(
         arrival = quantized_on_arrival({name for names in chosen.values() for name in names.values()}, quant)
     with _explained(cfg), arrival:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            cfg.name,
+            os.path.expanduser(cfg.name),
             config=config,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -254,6 +259,7 @@ def model_config(
     """The transformers config that `cfg` means."""
     from transformers import AutoConfig, LlamaConfig
 
+    name = os.path.expanduser(cfg.name)
     if "/" in (cfg.attention or "") and not trust_remote_code:
         raise InputError(
             f"model.attention={cfg.attention}: a kernel from the hub is code from elsewhere; if you trust it, say "
@@ -277,10 +283,10 @@ def model_config(
         }
         _check_fields(LlamaConfig(), cfg.config)
         return LlamaConfig(**fields | cfg.config)
-    if not Path(cfg.name).exists() and cfg.name.startswith("llama-"):
+    if not Path(name).exists() and name.startswith("llama-"):
         raise InputError(f"model.name={cfg.name}: no such size; there are {', '.join(SIZES)}")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(cfg.name, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         sizes = ", ".join(SIZES)
         raise InputError(

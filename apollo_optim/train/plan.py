@@ -13,7 +13,7 @@ from apollo_optim.train.loop import make_optimizer
 from apollo_optim.train.models import check_context, low_bit, model_config, recompute, skeleton
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def planned(cfg: RunConfig, *, vocab_size: int | None = None, trust_remote_code: bool = False) -> Plan:
@@ -52,9 +52,18 @@ def micro_batch(cfg: RunConfig) -> int:
     return min(cfg.train.micro_batch or cfg.train.batch_size, cfg.train.batch_size)
 
 
-def model_of(cfg: RunConfig, vocab_size: int | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The run's model on the meta device, its weights in the form in which they will be trained."""
-    config = model_config(cfg.model, vocab_size, trust_remote_code=trust_remote_code)
+def model_of(
+    cfg: RunConfig,
+    vocab_size: int | None = None,
+    config: PretrainedConfig | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The run's model on the meta device, its weights in the form in which they will be trained.
+
+    `config`: of a model that is there already, as in a checkpoint.
+    """
+    config = config or model_config(cfg.model, vocab_size, trust_remote_code=trust_remote_code)
     check_context(cfg.model, config, cfg.data.seq_len)
     model, quant = skeleton(cfg.model, config, trust_remote_code=trust_remote_code), low_bit(cfg)
     if quant.bits is not None:
