@@ -136,26 +136,27 @@ def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_a_failed_run_exits_1_and_an_interrupted_one_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from apollo_optim.train import loop
+    from apollo_optim.train import failures as ended
+    from apollo_optim.train import pretrain as story
 
-    failures = {loop.TrainingFailed("step 7: NaN"): 1, loop.Interrupted("go on with"): 130, OSError(28, "full"): 1}
+    failures = {ended.TrainingFailed("step 7: NaN"): 1, ended.Interrupted("go on with"): 130, OSError(28, "full"): 1}
     for error, code in failures.items():
 
         def fail(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(loop, "pretrain", fail)
+        monkeypatch.setattr(story, "pretrain", fail)
         assert main(["pretrain"]) == code
         assert str(error.args[-1]) in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    from apollo_optim.train import loop
+    from apollo_optim.train import pretrain as story
 
     def bug(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(loop, "pretrain", bug)
+    monkeypatch.setattr(story, "pretrain", bug)
     with pytest.raises(RuntimeError, match="shapes"):
         main(["pretrain"])
 

@@ -6,8 +6,8 @@ import pytest
 
 from apollo_optim import build_optimizer
 from apollo_optim.cli import pretrain
-from apollo_optim.train.loop import make_optimizer
 from apollo_optim.train.models import SIZES, skeleton
+from apollo_optim.train.optimizer import make_optimizer
 
 RUNS = Path(__file__).resolve().parent.parent / "runs"
 FILES = sorted(RUNS.glob("*.yaml"))

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from apollo_optim.core.errors import InputError
 from apollo_optim.data import IGNORED, Batch, Batches, Data, DataConfig, check_vocabulary, open_data
 from apollo_optim.data.corpus import CorpusDocuments, open_corpus, pieces
-from apollo_optim.data.files import SECTION, Reading, local_documents
+from apollo_optim.data.files import local_documents
+from apollo_optim.data.readers import SECTION, Reading
 from apollo_optim.data.tokenizer import END, encode, token_bytes, trained_bpe
 
 WORDS = ["def", "return", "self", "if", "else", "for", "in", "None", "True", "print", "class", "import", "the", "of"]
@@ -110,7 +111,8 @@ def test_python_corpus_holds_no_tests_and_no_copies() -> None:
 def test_packages_are_found_without_importing_them() -> None:
     code = """
 import sys
-from apollo_optim.data.files import Reading, local_documents, versions
+from apollo_optim.data.files import local_documents, versions
+from apollo_optim.data.readers import Reading
 keys = [key for key, _ in local_documents("packages", Reading())]
 assert "torch/nn/functional.py" in keys and "transformers/trainer.py" in keys and "torch/version.py" not in keys
 assert sorted(versions("packages")) == ["torch", "transformers"] and "+" not in str(versions("packages"))

@@ -19,7 +19,8 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.train import disk
 from apollo_optim.train.checkpoint import checkpoints, load_state, newest
 from apollo_optim.train.config import load_config
-from apollo_optim.train.loop import TrainingFailed, pretrain
+from apollo_optim.train.failures import TrainingFailed
+from apollo_optim.train.pretrain import pretrain
 
 
 def fails(code: int):

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "apollo_optim"
-FLOORS = {"core": 0, "optim": 1, "quant": 1, "data": 2, "plan": 2, "train": 3, "bench": 3, "cli": 4}
+FLOORS = {"core": 0, "optim": 1, "quant": 1, "data": 2, "plan": 2, "parallel": 2, "train": 3, "bench": 3, "cli": 4}
 # `import apollo_optim` is the library: these rooms, and nothing that they would have to drag in.
 LIBRARY = {"core", "optim", "quant"}
 

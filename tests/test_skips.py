@@ -8,8 +8,9 @@ import pytest
 import torch
 from train_tiny import records, tiny
 
-from apollo_optim.train import loop
-from apollo_optim.train.loop import TrainingFailed, pretrain
+from apollo_optim.train import build
+from apollo_optim.train.failures import TrainingFailed
+from apollo_optim.train.pretrain import pretrain
 from apollo_optim.train.skips import total_norm
 
 BAD = "model.layers.0.mlp.up_proj.weight"
@@ -19,10 +20,10 @@ BAD = "model.layers.0.mlp.up_proj.weight"
 def spoil(monkeypatch):
     """Make the gradient of parameters whose name holds a word NaN, in backward passes that `when` picks."""
 
-    real = loop.build_model
+    real = build.build_model
 
     def patch(word: str, when=lambda call: True) -> None:
-        def build(*args, **how):
+        def spoilt(*args, **how):
             model = real(*args, **how)
             for name, p in model.named_parameters():
                 if word in name:
@@ -30,7 +31,7 @@ def spoil(monkeypatch):
                     p.register_hook(lambda grad, calls=calls: grad * math.nan if when(next(calls)) else grad)
             return model
 
-        monkeypatch.setattr(loop, "build_model", build)
+        monkeypatch.setattr(build, "build_model", spoilt)
 
     return patch
 

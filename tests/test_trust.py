@@ -18,9 +18,9 @@ from apollo_optim.data import open_data
 from apollo_optim.data.foreign import drop_code
 from apollo_optim.train.checkpoint import export, newest
 from apollo_optim.train.config import ModelConfig, RunConfig, from_dict, load_config, to_dict
-from apollo_optim.train.loop import pretrain
 from apollo_optim.train.models import build_model, skeleton
 from apollo_optim.train.plan import planned
+from apollo_optim.train.pretrain import pretrain
 
 PACKAGE = Path(__file__).resolve().parent.parent / "apollo_optim"
 CODE = """

@@ -35,7 +35,8 @@ FLAGS = ("--config", "--resume", CONSENT, "--help", "--print_config")
 
 def run(argv: Sequence[str]) -> int:
     asked = parse(argv)
-    from ..train.loop import TrainingFailed, pretrain
+    from ..train.failures import TrainingFailed
+    from ..train.pretrain import pretrain
 
     try:
         pretrain(asked.cfg, resume=asked.resume, trust_remote_code=asked.trust_remote_code)

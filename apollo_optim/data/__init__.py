@@ -18,7 +18,8 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.data.batches import IGNORED, Batch, Batches, Documents, check_vocabulary
 from apollo_optim.data.config import DataConfig
 from apollo_optim.data.corpus import CorpusDocuments, open_corpus
-from apollo_optim.data.files import Reading, is_local
+from apollo_optim.data.files import is_local
+from apollo_optim.data.readers import Reading
 from apollo_optim.data.stream import StreamDocuments, open_builder
 from apollo_optim.data.tokenizer import fingerprint, load_tokenizer, token_bytes, trained_bpe
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.data.files import Document, Reading, local_documents, versions
+from apollo_optim.data.files import local_documents, versions
+from apollo_optim.data.readers import Document, Reading
 
 BLOCK = 1 << 22  # characters of text whose rows are shuffled together
 CODE = ("python", "packages")

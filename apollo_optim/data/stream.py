@@ -8,7 +8,7 @@ from typing import Any
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.corpus import BLOCK, Text
-from apollo_optim.data.files import BadRecord, Reading, missing_key, text_of
+from apollo_optim.data.readers import BadRecord, Reading, missing_key, text_of
 
 
 def open_builder(name: str, subset: str | None) -> Any:

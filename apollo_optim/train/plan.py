@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from apollo_optim.plan import Budget, Parallel, Plan, Trace, trace_step
 from apollo_optim.quant import quantize_weights
 from apollo_optim.train.config import RunConfig
-from apollo_optim.train.evaluate import summed_loss
-from apollo_optim.train.loop import make_optimizer
+from apollo_optim.train.loss import summed_loss
 from apollo_optim.train.models import check_context, low_bit, model_config, recompute, skeleton
+from apollo_optim.train.optimizer import make_optimizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
