@@ -109,7 +109,7 @@ def test_words_change_the_run_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("optim: {name: apollo, lr: 1e-3, betas: [0.9, 0.95]}\nmodel: {config: {rope_theta: 5.0}}\n")
     words = ["--config", str(path), "--optim.lr", "3e-4", "--optim.targets", "[attn]", "--optim.scale", "auto"]
-    cfg, resume = pretrain.parse([*words, "--model.config.rms_norm_eps", "1e-5", "--eval.every", "null"])
+    cfg, resume, _ = pretrain.parse([*words, "--model.config.rms_norm_eps", "1e-5", "--eval.every", "null"])
     assert (cfg.optim.name, cfg.optim.lr, cfg.optim.betas) == ("apollo", 3e-4, (0.9, 0.95))
     assert (cfg.optim.targets, cfg.optim.scale, cfg.eval.every, resume) == (["attn"], "auto", None, False)
     assert cfg.model.config == {"rope_theta": 5.0, "rms_norm_eps": 1e-5}
@@ -136,26 +136,27 @@ def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_a_failed_run_exits_1_and_an_interrupted_one_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from apollo_optim.train import loop
+    from apollo_optim.train import failures as ended
+    from apollo_optim.train import pretrain as story
 
-    failures = {loop.TrainingFailed("step 7: NaN"): 1, loop.Interrupted("go on with"): 130, OSError(28, "full"): 1}
+    failures = {ended.TrainingFailed("step 7: NaN"): 1, ended.Interrupted("go on with"): 130, OSError(28, "full"): 1}
     for error, code in failures.items():
 
         def fail(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(loop, "pretrain", fail)
+        monkeypatch.setattr(story, "pretrain", fail)
         assert main(["pretrain"]) == code
         assert str(error.args[-1]) in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    from apollo_optim.train import loop
+    from apollo_optim.train import pretrain as story
 
     def bug(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(loop, "pretrain", bug)
+    monkeypatch.setattr(story, "pretrain", bug)
     with pytest.raises(RuntimeError, match="shapes"):
         main(["pretrain"])
 

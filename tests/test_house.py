@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "apollo_optim"
-FLOORS = {"core": 0, "rules": 1, "quant": 1, "optim": 2, "data": 3, "plan": 3, "train": 4, "bench": 4, "cli": 6}
+FLOORS = {"core": 0, "rules": 1, "quant": 1, "optim": 2, "data": 3, "plan": 3, "parallel": 3, "train": 4, "bench": 4}
+FLOORS |= {"cli": 6}
 # `import apollo_optim` is the library: these rooms, and nothing that they would have to drag in.
 LIBRARY = {"core", "rules", "optim", "quant"}
 MOST_LINES = 300
@@ -23,12 +24,7 @@ TOO_LONG = {  # rooms that are still to be cleared
     "bench/memory.py",
     "bench/report.py",
     "bench/step.py",
-    "quant/weight.py",
-    "train/checkpoint.py",
-    "train/config.py",
-    "train/loop.py",
 }
-CIRCLES = {("apollo_optim.train.loop", "apollo_optim.train.plan")}  # likewise
 
 
 def imported_modules(source: str, module: str) -> Iterator[tuple[int, str]]:
@@ -186,19 +182,19 @@ def runtime_imports(source: str, module: str) -> set[str]:
 
 def test_no_circles() -> None:
     sources = {module: path.read_text() for path, module in modules() if not module.endswith("__init__")}
-    assert circles(sources) <= CIRCLES
+    assert not circles(sources)
 
 
 def test_a_circle_is_seen() -> None:
     a, b, c = "apollo_optim.core.a", "apollo_optim.core.b", "apollo_optim.core.c"
-    around = {a: "from .b import x", b: "def f():\n    from apollo_optim.core import c", c: "import apollo_optim.core.a"}
+    around = {a: "from .b import x", b: "def f():\n    from apollo_optim.core import c", c: f"import {a}"}
     assert circles(around) == {(a, b, c)}
     around[c] = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import apollo_optim.core.a"
     assert not circles(around)
 
 
 def private_names(source: str, module: str) -> list[str]:
-    """What a module takes of others that begins with an underscore: by import, or as an attribute of a module of ours."""
+    """What a module takes of others that begins with an underscore: by import, or as an attribute of a module."""
     tree, ours, found = ast.parse(source), set(), []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("apollo_optim")):
@@ -220,7 +216,8 @@ def test_nobody_takes_private_names_of_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["from .b import _x", "from apollo_optim.core import b\nb._x()", "from . import b\ndef f():\n    b._x = 1"]
+    "source",
+    ["from .b import _x", "from apollo_optim.core import b\nb._x()", "from . import b\ndef f():\n    b._x = 1"],
 )
 def test_a_private_name_is_seen(source: str) -> None:
     assert private_names(source, "apollo_optim.core.a")

@@ -23,7 +23,7 @@ from apollo_optim.plan.trace import most_alive
 from apollo_optim.quant import products
 from apollo_optim.train import chunked, measure
 from apollo_optim.train.config import DataConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, TrainConfig
-from apollo_optim.train.evaluate import summed_loss
+from apollo_optim.train.loss import summed_loss
 from apollo_optim.train.models import build_model, low_bit, skeleton
 from apollo_optim.train.plan import model_of, planned, trace_of
 

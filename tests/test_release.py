@@ -19,8 +19,10 @@ from train_tiny import figures, records, tiny
 
 from apollo_optim import AdamW, Apollo, InputError, RuleOptimizer, build_optimizer, release
 from apollo_optim.bench import kill
-from apollo_optim.train import loop
-from apollo_optim.train.loop import TrainingFailed, pretrain
+from apollo_optim.train import pretrain as story
+from apollo_optim.train import step as steps_of
+from apollo_optim.train.failures import TrainingFailed
+from apollo_optim.train.pretrain import pretrain
 
 WIDTH, WORDS = 12, 11
 
@@ -403,9 +405,9 @@ def test_a_released_run_is_the_run_without(tmp_path, micro, clip):
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_nan_in_any_micro_batch_stops_before_a_weight_is_touched(tmp_path, monkeypatch, capsys):
-    real, built, calls = loop.summed_loss, [], []
+    real, built, calls = steps_of.summed_loss, [], []
 
-    def build(*args, build=loop.build):
+    def build(*args, build=story.build, **how):
         built.append(build(*args))
         return built[0]
 
@@ -413,8 +415,8 @@ def test_a_nan_in_any_micro_batch_stops_before_a_weight_is_touched(tmp_path, mon
         calls.append(snapshot(model))
         return real(model, *args) * (math.nan if len(calls) == 3 else 1.0)  # the first of step 2
 
-    monkeypatch.setattr(loop, "build", build)
-    monkeypatch.setattr(loop, "summed_loss", poisoned)
+    monkeypatch.setattr(story, "build", build)
+    monkeypatch.setattr(steps_of, "summed_loss", poisoned)
     with pytest.raises(TrainingFailed, match="loss is nan at step 2: stopped before its update"):
         pretrain(tiny(tmp_path, train={"micro_batch": 2, "release": True}, log={"display": "plain"}))
     assert not torch.equal(calls[0]["lm_head.weight"], calls[2]["lm_head.weight"])

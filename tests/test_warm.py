@@ -7,8 +7,8 @@ import torch
 from train_tiny import MODEL, tiny
 
 from apollo_optim import Apollo
-from apollo_optim.train import loop
-from apollo_optim.train.loop import pretrain
+from apollo_optim.train import build
+from apollo_optim.train.pretrain import pretrain
 
 
 def graphs() -> int:
@@ -25,13 +25,13 @@ def graphs() -> int:
 )
 def test_a_run_compiles_nothing_once_it_has_weights(tmp_path, monkeypatch, optim, quant) -> None:
     after: list[int] = []
-    real = loop.build_model
+    real = build.build_model
 
-    def building(*how):
+    def building(*how, **more):
         after.append(graphs())
-        return real(*how)
+        return real(*how, **more)
 
-    monkeypatch.setattr(loop, "build_model", building)
+    monkeypatch.setattr(build, "build_model", building)
     cfg = tiny(
         tmp_path,
         optim={**optim, "compile": True, "update_proj_gap": 200},
@@ -46,7 +46,7 @@ def test_a_run_compiles_nothing_once_it_has_weights(tmp_path, monkeypatch, optim
         loss = pretrain(cfg).loss
     assert after[0] > before
     assert graphs() == after[0]
-    monkeypatch.setattr(loop, "compiled_beforehand", lambda *_: {})
+    monkeypatch.setattr(build, "compiled_beforehand", lambda *_, **__: {})
     cfg.out = str(tmp_path / "again")
     assert pretrain(cfg).loss == loss
     assert graphs() > after[0], "without it they would be compiled while the run is on"

@@ -59,6 +59,11 @@ class Static:
     maximize: bool
     phase: Hashable = None
 
+    @property
+    def full_state(self) -> bool:
+        """Is there state of the weight's size?"""
+        return any(stored.slot.shape == self.seen.shape for _, stored in self.slots)
+
 
 class Inputs(NamedTuple):
     """What changes: Python numbers in an eager step, 0-D tensors in a compiled one.
@@ -101,7 +106,7 @@ def apply_update(static: Static, weight: Tensor, grad: Tensor, tensors: Tensors,
     for at in _cuts(static, weight, seen.matrix):
         step = _update(static, seen, tensors, inputs, at)
         if writes_itself(weight):
-            weight._write_update_(*step, lr, weight_decay, key)  # type: ignore[attr-defined]
+            weight._write_rows_(at, *step, lr, weight_decay, key)  # type: ignore[attr-defined]
         elif at:
             noise = None if key is None else static.place.noise(seen.matrix, key, at)
             write_block(part(weight, at), *step, lr, weight_decay, noise)
@@ -165,11 +170,11 @@ def _grad_norm(static: Static, view: Tensor) -> Tensor:
 
 def _cuts(static: Static, weight: Tensor, matrix: Tensor) -> list[Block]:
     """The blocks of the matrix that are stepped one after the other, so that temporaries stay small."""
-    rule = static.rule
-    if not rule.blockwise or writes_itself(weight):
+    own = writes_itself(weight)  # it goes through blocks of its own, unless state must come along
+    if not static.rule.blockwise or (own and not static.full_state):
         return [()]
-    rows = rule.view != "any" or weight.ndim != matrix.ndim or any(stored.coding for _, stored in static.slots)
-    return blocks(tuple(matrix.shape), whole=int(rows))
+    rows = own or static.rule.view != "any" or weight.ndim != matrix.ndim
+    return blocks(tuple(matrix.shape), whole=int(rows or any(stored.coding for _, stored in static.slots)))
 
 
 def _as_seen(static: Static, at: Block, ndim: int) -> Block:

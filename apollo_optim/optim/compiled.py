@@ -34,7 +34,7 @@ def prepare_compiled(
     of a rule whose state is as large as the weight: its step goes from block to block.
     """
     own = writes_itself(weight)
-    if own and any(stored.slot.shape == static.seen.shape for _, stored in static.slots):
+    if own and static.full_state:
         return partial(apply_update, static, weight, grad, tensors, inputs)
     given = [*([] if own else [weight]), grad, *tensors.values(), *as_tensors(inputs, grad.device)]
     key = (grad.device, torch.get_num_threads(), static, *((t.shape, t.stride(), t.dtype) for t in given))

@@ -148,8 +148,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         take = self._take
-        if torch.compiler.is_compiling():  # `torch.compile(optimizer.step)`: steps are compiled one by one, or not at all
-            take = torch.compiler.disable(take)
+        if torch.compiler.is_compiling():  # `torch.compile(optimizer.step)`: parameters have graphs of their own
+            take = torch.compiler.disable(take)  # type: ignore[no-untyped-call]
         take([(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups])
         return loss
 

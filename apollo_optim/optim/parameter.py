@@ -81,7 +81,7 @@ def static_of(p: Tensor, group: Group, rule: Rule) -> Static:
             )
         t = seen.zeros(slot.shape, slot.split, torch.float32, torch.device("meta"))
         slots.append((name, Stored(slot, codec, Place.of(t))))
-    rounds = writes_itself(p) or (p.dtype is torch.bfloat16 and group["stochastic_rounding"])
+    rounds = group["stochastic_rounding"] and (p.dtype is torch.bfloat16 or writes_itself(p))
     return Static(rule.static, conv, wide, place, seen, tuple(slots), rounds, group["maximize"])
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apollo_optim.core.blocks import Block
 from apollo_optim.core.compile import COMPILED_FROM, can_compile, compiled, compiled_in_place
-from apollo_optim.core.moments import Number
+from apollo_optim.core.matrix import Number
 from apollo_optim.core.random import Key
 from apollo_optim.quant import format
 from apollo_optim.quant.tally import Tally, measured
@@ -130,6 +130,6 @@ def _position(row: tuple[int, ...], shape: tuple[int, ...]) -> int:
 
 def _per_matrix(t: Number, like: Tensor) -> Tensor:
     """A number or a tensor that broadcasts to (.., m, n) as (stack, m or 1, n or 1)."""
-    t = torch.as_tensor(t, device=like.device)
+    t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float32, device=like.device)
     t = t.view((1,) * (like.ndim - t.ndim) + t.shape)
     return t.expand(*like.shape[:-2], *t.shape[-2:]).flatten().view(-1, *t.shape[-2:])  # strides as if new

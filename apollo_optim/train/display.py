@@ -146,6 +146,7 @@ def step_figures(record: dict[str, Any], eta: float) -> list[tuple[str, str]]:
         if record["lr"] == record["lr_rest"]
         else f"{record['lr']:.3g} (rest {record['lr_rest']:.3g})"
     )
+    skipped = [("skipped", f"{record['skipped']:,}")] if record.get("skipped") else []
     return [
         ("loss", f"{record['loss']:.4f}"),
         ("lr", rates),
@@ -153,6 +154,7 @@ def step_figures(record: dict[str, Any], eta: float) -> list[tuple[str, str]]:
         ("tokens/s", f"{record['tokens_per_s']:,.0f}"),
         ("ETA", duration(eta)),
         ("peak", in_bytes(record.get("peak_gpu") or peak_memory())),
+        *skipped,
     ]
 
 

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from apollo_optim.core.errors import InputError
 from apollo_optim.data.config import DataConfig
 
 Sink = Literal["tensorboard", "wandb", "trackio"]
@@ -38,8 +32,6 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """torch.compile the model."""
-    trust_remote_code: bool = False
-    """Let a hub model run Python code of its own. Only for authors you trust."""
 
 
 @dataclass
@@ -212,164 +204,3 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     out: str | None = None
     """The run directory; None: out/<model>-<optimizer>."""
-
-
-# What may differ between a run and its continuation: where it lies, what is measured, kept and shown, the number of
-# threads, and whether it steps inside the backward pass (which changes no bit). The number of steps is judged by the
-# schedule instead (loop.py): it may change as long as no step that was made would have had another rate.
-MAY_CHANGE = (
-    "out",
-    "quant.tally",
-    "eval",
-    "checkpoint",
-    "log",
-    "train.threads",
-    "train.release",
-    "train.steps",
-    "data.cache_dir",
-)
-
-
-def to_dict(cfg: RunConfig) -> dict[str, Any]:
-    """The config as plain data: what YAML and JSON can hold."""
-    plain: dict[str, Any] = dataclasses.asdict(cfg)
-    if cfg.optim.betas is not None:
-        plain["optim"]["betas"] = list(cfg.optim.betas)
-    return plain
-
-
-def from_dict(data: dict[str, Any]) -> RunConfig:
-    """The inverse of `to_dict`; missing keys take their defaults, unknown ones are refused."""
-    return typing.cast(RunConfig, _section(RunConfig, data, ""))
-
-
-def save_config(cfg: RunConfig, path: Path) -> None:
-    """Write the resolved config as YAML."""
-    import yaml
-
-    path.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def load_config(path: Path | str) -> RunConfig:
-    """Read a run file."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the run file {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} is not a YAML run file: {' '.join(str(error).split())}") from None
-    if data is not None and not isinstance(data, dict):
-        raise InputError(f"{path} is not a run file: expected sections such as `model:` and `train:`")
-    try:
-        return from_dict(data or {})
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys in which two plain configs differ."""
-    found: list[str] = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(prefix + key)
-    return found
-
-
-def may_change(key: str) -> bool:
-    """Whether a continued run may have another value here."""
-    return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
-
-
-def check(cfg: RunConfig) -> None:
-    """Refuse numbers that make no sense, each in one line. (The optimizer and the data check their own keys.)"""
-    positive: dict[str, int | float | None] = {
-        "train.steps": cfg.train.steps,
-        "train.batch_size": cfg.train.batch_size,
-        "train.micro_batch": cfg.train.micro_batch,
-        "train.clip": cfg.train.clip,
-        "train.clip_tensor": cfg.train.clip_tensor,
-        "train.threads": cfg.train.threads,
-        "eval.every": cfg.eval.every,
-        "eval.tokens": cfg.eval.tokens,
-        "eval.batch_size": cfg.eval.batch_size,
-        "checkpoint.every": cfg.checkpoint.every,
-        "checkpoint.keep": cfg.checkpoint.keep,
-        "log.every": cfg.log.every,
-        "quant.tally": cfg.quant.tally,
-        "model.vocab_size": cfg.model.vocab_size,
-    }
-    for key, value in positive.items():
-        if value is not None and not value > 0:
-            raise InputError(f"{key}={value}: must be greater than 0")
-    for key, fraction in {"schedule.min_lr": cfg.schedule.min_lr, "schedule.decay": cfg.schedule.decay}.items():
-        if not 0 <= fraction <= 1:
-            raise InputError(f"{key}={fraction}: a fraction between 0 and 1")
-    if not cfg.schedule.warmup >= 0:
-        raise InputError(
-            f"schedule.warmup={cfg.schedule.warmup}: a fraction below 1 or a number of steps, not negative"
-        )
-    if cfg.schedule.warmup > cfg.train.steps:
-        raise InputError(
-            f"schedule.warmup={cfg.schedule.warmup} is longer than the run (train.steps={cfg.train.steps})"
-        )
-    if cfg.train.clip is not None and cfg.train.release:
-        raise InputError(
-            f"train.clip={cfg.train.clip}: train.release steps the first weight before the total norm of all gradients "
-            "is known; use train.clip_tensor, each gradient's own norm (the norm-growth limiter of APOLLO bounds the "
-            "matrices' steps without either)"
-        )
-    if cfg.train.clip is not None and cfg.train.clip_tensor is not None:
-        raise InputError("train.clip and train.clip_tensor: choose one of them")
-    for key, choice, choices in (
-        ("schedule.kind", cfg.schedule.kind, ("cosine", "linear", "constant", "wsd")),
-        ("model.dtype", cfg.model.dtype, ("float32", "bfloat16")),
-        ("train.loss", cfg.train.loss, ("auto", "full", "chunked")),
-        ("train.matmul_precision", cfg.train.matmul_precision, ("highest", "high", "medium")),
-        ("log.display", cfg.log.display, ("auto", "rich", "plain", "none")),
-        *(("log.to", sink, typing.get_args(Sink)) for sink in cfg.log.to),
-    ):
-        if choice not in choices:
-            raise InputError(f"{key}={choice}: choose from {', '.join(choices)}")
-
-
-def _section(kind: type, data: Any, prefix: str) -> Any:
-    if not isinstance(data, dict):
-        raise InputError(f"{prefix.rstrip('.')}: expected keys and values, not {data!r}")
-    hints = typing.get_type_hints(kind)
-    for key in data:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            raise InputError(f"unknown key {prefix}{key}" + (f" (did you mean {prefix}{near[0]}?)" if near else ""))
-    return kind(**{key: _value(hints[key], value, prefix + key) for key, value in data.items()})
-
-
-def _value(hint: Any, value: Any, key: str) -> Any:
-    """Fit one value to its type; the command line (jsonargparse) is stricter than this."""
-    if dataclasses.is_dataclass(hint):
-        return _section(typing.cast(type, hint), {} if value is None else value, key + ".")
-    options = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
-    if value is None:
-        if type(None) not in options:
-            raise InputError(f"{key}: a value is missing")
-        return None
-    if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in options):
-        return tuple(value)
-    if float in options and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-3 as text
-        except ValueError:
-            if str not in options:
-                raise InputError(f"{key}={value}: expected a number") from None
-    for wanted in (int, bool):
-        if wanted in options and float not in options and str not in options and type(value) is not wanted:
-            raise InputError(f"{key}={value}: expected {'true or false' if wanted is bool else 'a whole number'}")
-    return value
