@@ -34,6 +34,9 @@ def param_groups(
     rest: str = "adamw",
     rest_rank: int | None = None,
     rest_lr: float | None = None,
+    embedding_lr: float | None = None,
+    head_lr: float | None = None,
+    norm_lr: float | None = None,
     **knobs: Any,
 ) -> list[Group]:
     """Named groups for an optimizer of this library: ``matrices`` follow the rule, the rest AdamW (or ``rest``).
@@ -56,11 +59,13 @@ def param_groups(
             embedding's columns, other matrices' rows (2506.16659); "apollo", the optimizer's own rule.
         rest_rank: With ``rest="apollo"``, their rank; None: the matrices'.
         rest_lr: Learning rate of all groups but ``matrices``.
+        embedding_lr, head_lr, norm_lr: Learning rates of ``embedding``, ``head`` and ``norms`` apart; each falls back
+            to ``rest_lr``, and that to the optimizer's ``lr``.
         **knobs: Go into every group that they mean something to: ``lr``, ``weight_decay``, ... into all, the rule's own
             (``scale``, ``proj``, ...) into ``matrices``.
 
     Raises InputError for a target, an exclusion that matches nothing, listing what exists, for a ``rest`` that is none
-    of these, and for ``rest="apollo"`` without a rank.
+    of these, for ``rest="apollo"`` without a rank, and for the rate of a group that this model does not have.
     """
     if rest not in RESTS:
         raise InputError(f"rest={rest!r}, but it must be one of {', '.join(map(repr, RESTS))}")
@@ -81,6 +86,8 @@ def param_groups(
         conv = shaped and any(isinstance(module, nn.modules.conv._ConvNd) for _, module in owners[p])
         members.setdefault((kind, decays, conv), []).append((name, p))
     _check_cover(targets, exclude, used, model)
+    apart = {"embedding": embedding_lr, "head": head_lr, "norms": norm_lr}
+    rates = _rates(rest_lr, apart, {kind for kind, _, _ in members})
 
     rule = None if rank is None else {"rank": _quarter(members) if rank == "auto" else rank}
     shared = {key: knobs.pop(key) for key in [*knobs] if key in _EVERYWHERE}
@@ -103,13 +110,26 @@ def param_groups(
                 group |= SCALE_RULES[kind]
             elif rest == "apollo":
                 group |= knobs | (rule or {}) | ({} if rest_rank is None else {"rank": rest_rank})
-        if kind != "matrices" and rest_lr is not None:
-            group["lr"] = rest_lr
+        if (lr := rates.get(kind)) is not None:
+            group["lr"] = lr
         groups.append(group)
     return groups
 
 
 _EVERYWHERE = {"lr", "betas", "eps", "weight_decay", "state_dtype", "stochastic_rounding", "seed", "maximize"}
+_INSTEAD = {
+    "embedding": "No nn.Embedding has weights here: leave the key out",
+    "head": "A head tied to the embedding follows embedding_lr, one that is a target follows lr: leave the key out",
+    "norms": "No parameter of it is 0-D or 1-D: leave the key out",
+}
+
+
+def _rates(rest_lr: float | None, apart: dict[str, float | None], kinds: set[str]) -> dict[str, float | None]:
+    """Of every kind but ``matrices``, its own learning rate or the rest's; None: the optimizer's."""
+    for kind, lr in apart.items():
+        if lr is not None and kind not in kinds:
+            raise InputError(f"{kind.removesuffix('s')}_lr={lr}: this model has no such group. {_INSTEAD[kind]}")
+    return {kind: rest_lr if lr is None else lr for kind, lr in apart.items()} | {"others": rest_lr}
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module]]]:

@@ -87,6 +87,9 @@ def build_optimizer(
     *,
     lr: float | None = None,
     rest_lr: float | None = None,
+    embedding_lr: float | None = None,
+    head_lr: float | None = None,
+    norm_lr: float | None = None,
     rest: str = "adamw",
     rest_rank: int | None = None,
     rank: int | str | None = None,
@@ -101,12 +104,14 @@ def build_optimizer(
     Args:
         name: One of ``list_optimizers()``.
         lr: Of the matrices, and of everything else unless ``rest_lr`` says otherwise.
+        embedding_lr, head_lr, norm_lr: Of these apart; each falls back to ``rest_lr``, and that to ``lr``.
         rest, rest_rank: What embedding, head and other matrices follow; see ``param_groups``.
         rank: A whole number, or "auto" (a quarter of the most common small side).
         **knobs: Any group key of the optimizer; see its docstring.
 
     Raises InputError for an unknown name or knob (naming the nearest), a target that matches nothing, a rank at which
-    no matrix would follow the rule, and for a float model where the optimizer is one for low-bit weights.
+    no matrix would follow the rule, the rate of a group that the model does not have, and for a float model where the
+    optimizer is one for low-bit weights.
     """
     info = find_optimizer(name)
     if info.bits is not None and not any(writes_itself(p) for p in model.parameters()):
@@ -133,6 +138,9 @@ def build_optimizer(
         rest=rest,
         rest_rank=rest_rank,
         rest_lr=rest_lr,
+        embedding_lr=embedding_lr,
+        head_lr=head_lr,
+        norm_lr=norm_lr,
         **settings,
     )
     optimizer = info.cls(groups, compile=compile)
