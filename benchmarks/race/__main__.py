@@ -59,7 +59,7 @@ def work_on(args: argparse.Namespace) -> int:
     try:
         return work(Store(args.results, args.work), args.only, args.limit_minutes, args.max_trials)
     except Interrupted as error:
-        print(f"stopped ({error}); the same command goes on", flush=True)
+        print(f"{str(error).partition(';')[0]}; the same command goes on", flush=True)
         return 130
 
 
