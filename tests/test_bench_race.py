@@ -13,6 +13,7 @@ import pytest
 from train_tiny import MODEL, corpus
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.train.config import load_config
 from apollo_optim.train.loop import Interrupted, make_optimizer
 from apollo_optim.train.models import skeleton
 from benchmarks.race import __main__ as command
@@ -61,7 +62,9 @@ def stand_in(trial: Trial, methods: dict = TWO) -> dict:
         "state_total": 3_000_000 if trial.method == "mini" else 12_000_000,
         "seconds": 100.0,
         "wall": 110.0,
+        "step_cpu": 0.9,
         "step_optimizer": 0.02,
+        "batch_tokens": SETTINGS[trial.setting].tokens,
         "corpus": "a" * 64,
         "hardware": {"capability": "AVX2"},
     }
@@ -437,3 +440,19 @@ def test_an_unknown_method_is_refused(tmp_path, capsys):
     assert command.main(["run", "--only", "adam", "--results", str(tmp_path)]) == 2
     assert "--only adam: no such method; there are adamw" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_the_run_file_of_a_line_is_what_it_was_run_with(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Store.__init__, "__defaults__", (TWO,))
+    monkeypatch.setattr(config_of, "__defaults__", (TWO,))
+    store = Store(tmp_path / "r", tmp_path / "w", TWO)
+    work(store, runner=runner, max_trials=2)
+    trial = next(iter(store.board().rows))
+    name = trial.name
+    words = ["--results", str(tmp_path / "r"), "--work", str(tmp_path / "w")]
+    capsys.readouterr()
+    assert command.main(["config", name, *words]) == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "run.yaml") == config_of(trial, f"out/{name}")
+    assert command.main(["config", name[:-1], *words]) == 2
+    assert f"did you mean {name}?" in capsys.readouterr().err

@@ -1,15 +1,17 @@
 """`python -m benchmarks.race`: run the race, see where it stands, make its table and pictures."""
 
 import argparse
+import difflib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from apollo_optim.core.errors import InputError
 from benchmarks.race.methods import METHODS
-from benchmarks.race.protocol import SETTINGS, STAGES
+from benchmarks.race.protocol import SETTINGS, STAGES, Trial, config_of
 
+ACTIONS = ("run", "status", "table", "picture", "config")
 HELP = f"""The race: every optimizer trains the same small LLaMA on the same text, and each has as many search runs
 for its learning rates (matrices, embedding, head) and one knob of its own.
 
@@ -20,6 +22,7 @@ for its learning rates (matrices, embedding, head) and one knob of its own.
   table    the table of a setting, from the lines there are
   picture  everything that a reader wants: RESULTS/report.md with its table, pareto.png (loss against bytes of state)
            and curves.png
+  config   the run file of the line called TRIAL, for `apollo-optim pretrain --config`: how to reproduce one row
 
 settings: {", ".join(f"{s.name} ({s.model}, {s.tokens:,} tokens a step, {s.steps} steps)" for s in SETTINGS.values())}
 methods:  {", ".join(METHODS)}
@@ -30,6 +33,7 @@ A method comes in with its search and one full run, so that the picture is there
   python -m benchmarks.race run --results results/race2
   python -m benchmarks.race run --results results/race2 --only adamw apollo --limit-minutes 60
   python -m benchmarks.race picture --results results/race2
+  python -m benchmarks.race config 4k-adamw-lr0.002-emb0.08-head0.02-knob1.152e+06-seed0-steps140 > run.yaml
 
 docs/race.md says what is compared, what would falsify a claim, and how to reproduce one row.
 """
@@ -40,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "python -m benchmarks.race", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("action", choices=("run", "status", "table", "picture"), metavar="run|status|table|picture")
+    made.add_argument("action", choices=list(ACTIONS), metavar="ACTION", help=", ".join(ACTIONS))
+    made.add_argument("trial", nargs="?", metavar="TRIAL", help="of config: the name of a line, as `run` prints it")
     made.add_argument("--results", type=Path, default=Path("results/race2"), help="where the lines are (%(default)s)")
     made.add_argument("--work", type=Path, help="where unfinished runs live (out/race/ and the name of the results)")
     made.add_argument("--only", nargs="+", metavar="METHOD", help="run these methods alone")
@@ -63,6 +68,19 @@ def work_on(args: argparse.Namespace) -> int:
         return 130
 
 
+def run_file(trials: Iterable[Trial], name: str | None) -> str:
+    """The run file of a line, as YAML. Raises InputError where there is no such line."""
+    import yaml
+
+    from apollo_optim.train.config import to_dict
+
+    found = {trial.name: trial for trial in trials}
+    if name not in found:
+        near = difflib.get_close_matches(name or "", found, n=1)
+        raise InputError(f"no line is called {name}" + (f" (did you mean {near[0]}?)" if near else ""))
+    return str(yaml.safe_dump(to_dict(config_of(found[name], f"out/{name}")), sort_keys=False))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for wrong input; 130 when a run was interrupted and saved."""
     args = parser().parse_args(argv)
@@ -82,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(report.status(store.board(), store.running()))
         elif args.action == "table":
             print(report.table(store.board(), SETTINGS[args.setting]))
+        elif args.action == "config":
+            print(run_file(store.board().rows, args.trial), end="")
         else:
             for path in report.write(store.board(), args.results):
                 print(f"{path} ({time.time() - started:.1f} s)")

@@ -1,15 +1,13 @@
 """The table, the pictures, the page: from the lines alone."""
 
-import json
 import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from apollo_optim.core.errors import InputError
 from benchmarks.race.agenda import Board, Row
-from benchmarks.race.protocol import SETTINGS, STAGES, Setting, Trial
+from benchmarks.race.protocol import LEADERS, SEARCH_SHARE, SETTINGS, STAGES, Setting, Trial
 from benchmarks.race.trial import events
 
 
@@ -153,8 +151,8 @@ def status(board: Board, running: list[str]) -> str:
         "",
         f"{len(board.rows)} lines; running: {', '.join(running) or 'nothing'}",
         f"next: {', '.join(trial.name for trial in wanted[:3]) or 'nothing'}",
-        f"spent: {hours(sum(row['wall'] for row in rows))} of one core, {sum(row['tokens'] for row in rows):,} tokens",
-        f"ahead: about {hours(ahead(board))}, if every search takes its whole budget and the leaders stay",
+        f"spent: {hours(sum(row['wall'] for row in rows))} by the clock, {sum(row['tokens'] for row in rows):,} tokens",
+        f"ahead: about {hours(ahead(board))} of one core, if searches take their whole budget and no method falls behind",
     ]
     return "\n".join(lines)
 
@@ -165,22 +163,26 @@ def hours(seconds: float) -> str:
 
 
 def ahead(board: Board) -> float:
-    """Seconds of one core that the queue will take: tokens still to train, at the pace of the lines there are."""
-    rows = [row for row in board.rows.values() if row["tokens"] and row["model"] == "llama-4m"]
-    pace = sum(row["wall"] for row in rows) / sum(row["tokens"] for row in rows) if rows else 0.7 / 4096
-    total = 0.0
-    counted: set[tuple[str, str]] = set()
+    """Processor seconds that the queue may take: tokens still to train, at the pace of the lines there are.
+
+    A method that has no full run yet counts as one that will be close to the best.
+    """
+    rows = [row for row in board.rows.values() if row["step_cpu"] and row["model"] == "llama-4m"]
+    pace = statistics.median(row["step_cpu"] / row["batch_tokens"] for row in rows) if rows else 1 / 4096
+    ranked = board.ranking()
+    unknown = [name for name in board.methods if name not in ranked]
+    total, counted = 0.0, set()
     for stage in STAGES:
         setting = SETTINGS[stage.setting]
-        slower = 2.5 if setting.model == "llama-9m" else 1.0  # its parameters, 8.4 M against 3.3
-        for name in board.chosen(stage):
+        run = pace * setting.tokens * setting.steps * (2.5 if setting.model == "llama-9m" else 1.0)  # by its parameters
+        most = {"leaders": LEADERS + 1, "winner": 2}.get(stage.who, len(board.methods))
+        for name in [*dict.fromkeys([*board.chosen(stage), *unknown])][:most]:
             searched = board.searched(setting, name)
-            if (setting.name, name) not in counted:
+            if not searched.finished and (setting.name, name) not in counted:
                 counted.add((setting.name, name))
-                runs = 0 if searched.finished else setting.budget - len(searched.tried)
-                total += runs * pace * slower * setting.tokens * (setting.steps // 5)
+                total += (setting.budget - len(searched.tried)) * run / SEARCH_SHARE
             seeds = {trial.seed for trial in board.finals(setting, name)}
-            total += len(set(stage.seeds) - seeds) * pace * slower * setting.tokens * setting.steps
+            total += len(set(stage.seeds) - seeds) * run
     return total
 
 
@@ -198,7 +200,7 @@ def write(board: Board, results: Path) -> list[Path]:
     for setting in settings:
         page += [f"## {describe(setting)}", "", table(board, setting), ""]
     spent = sum(row["wall"] for row in board.rows.values())
-    page.append(f"{len(board.rows)} runs, {hours(spent)} of one core.")
+    page.append(f"{len(board.rows)} runs, {hours(spent)} by the clock, one core each.")
     (results / "report.md").write_text("\n".join(page) + "\n", encoding="utf-8")
     return [results / "report.md", *written]
 
@@ -267,16 +269,3 @@ def curves(board: Board, setting: Setting, results: Path) -> Path:
     axes.grid(alpha=0.3, which="both")
     figure.savefig(results / "curves.png", dpi=150)
     return results / "curves.png"
-
-
-def as_json(board: Board, setting: Setting) -> str:
-    """The figures of the table, for other programs."""
-    found: dict[str, Any] = {}
-    for name in board.methods:
-        if trials := board.finals(setting, name):
-            found[name] = {
-                "losses": {trial.seed: board.loss(trial) for trial in trials},
-                "state": board.rows[trials[0]]["state"],
-                "rates": board.searched(setting, name).rates,
-            }
-    return json.dumps(found, indent=2)
