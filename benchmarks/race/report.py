@@ -152,7 +152,7 @@ def status(board: Board, running: list[str]) -> str:
         f"{len(board.rows)} lines; running: {', '.join(running) or 'nothing'}",
         f"next: {', '.join(trial.name for trial in wanted[:3]) or 'nothing'}",
         f"spent: {hours(sum(row['wall'] for row in rows))} by the clock, {sum(row['tokens'] for row in rows):,} tokens",
-        f"ahead: about {hours(ahead(board))} of one core, if searches take their whole budget and no method falls behind",
+        f"ahead: about {hours(ahead(board))} of one core, with whole budgets and no method falling behind",
     ]
     return "\n".join(lines)
 
