@@ -94,6 +94,44 @@ def test_knobs_go_where_they_mean_something():
     assert all(g["betas"] == (0.9, 0.95) for g in groups.values())
 
 
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ({}, (1e-2, 1e-2, 1e-2)),
+        ({"rest_lr": 2e-3}, (2e-3, 2e-3, 2e-3)),
+        ({"embedding_lr": 3e-2}, (3e-2, 1e-2, 1e-2)),
+        ({"rest_lr": 2e-3, "head_lr": 5e-3}, (2e-3, 5e-3, 2e-3)),
+        ({"embedding_lr": 3e-2, "head_lr": 5e-3, "norm_lr": 0.0}, (3e-2, 5e-3, 0.0)),
+    ],
+)
+@pytest.mark.parametrize("name", ["adamw", "apollo-mini"])
+def test_embedding_head_and_norms_have_rates_of_their_own(name, rates, expected):
+    """Each falls back to rest_lr, and that to lr; the matrices have lr whatever the others say."""
+    groups = build_optimizer(name, llama(), lr=1e-2, exclude="v_proj", **rates).param_groups
+    found = {group["name"]: group["lr"] for group in groups}
+    assert (found["embedding"], found["head"], found["norms"]) == expected
+    assert found["matrices"] == 1e-2
+    assert found["others"] == rates.get("rest_lr", 1e-2)
+
+
+def test_both_groups_of_what_decays_and_what_does_not_have_the_rate():
+    named = {g["name"]: g for g in param_groups(llama(), rank=2, lr=1e-2, norm_lr=5e-3, no_decay="layernorm")}
+    assert named["norms"]["lr"] == named["norms_no_decay"]["lr"] == 5e-3
+
+
+def test_the_rate_of_a_group_that_is_not_there_is_an_error_that_says_what_to_name_instead():
+    bare = nn.Sequential(nn.Linear(8, 8, bias=False))
+    tied = llama(tie_word_embeddings=True)
+    for model, kwargs, message in [
+        (tied, {"head_lr": 1e-2}, "head_lr=0.01: .*tied to the embedding follows embedding_lr"),
+        (llama(), {"head_lr": 1e-2, "targets": ["lm_head", "mlp"]}, "one that is a target follows lr"),
+        (bare, {"embedding_lr": 1e-2, "targets": "0"}, "embedding_lr=0.01: this model has no such group"),
+        (bare, {"norm_lr": 1e-2, "targets": "0"}, "norm_lr=0.01: this model has no such group"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            param_groups(model, rank=2, **kwargs)
+
+
 def test_biases_do_not_decay_and_no_decay_can_be_told():
     gpt2 = transformers.AutoModelForCausalLM.from_config(
         transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, n_positions=32)

@@ -59,6 +59,18 @@ def done(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+# --- the optimizer ---
+
+
+def test_a_run_file_gives_embedding_head_and_norms_their_own_rates(tmp_path):
+    cfg = tiny(tmp_path, optim={"rest_lr": 2e-2, "embedding_lr": "4e-2", "norm_lr": 5e-3})
+    save_config(from_dict(to_dict(cfg)), tmp_path / "run.yaml")
+    cfg = load_config(tmp_path / "run.yaml")
+    optimizer = loop.make_optimizer(cfg.optim, skeleton(ModelConfig("llama-1m", config=MODEL)))
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {"matrices": 1e-2, "embedding": 4e-2, "head": 2e-2, "norms": 5e-3}
+
+
 # --- models ---
 
 

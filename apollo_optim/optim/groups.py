@@ -33,6 +33,9 @@ def param_groups(
     rest: str = "adamw",
     rest_rank: int | None = None,
     rest_lr: float | None = None,
+    embedding_lr: float | None = None,
+    head_lr: float | None = None,
+    norm_lr: float | None = None,
     embedding: str | None = None,
     head: str | None = None,
     others: str | None = None,
@@ -60,12 +63,14 @@ def param_groups(
             optimizer's own rule, if it has a rank.
         rest_rank: With `rest="apollo"`, their rank; None: the matrices'.
         rest_lr: Learning rate of all groups but `matrices`.
+        embedding_lr, head_lr, norm_lr: Learning rates of `embedding`, `head` and `norms` apart; each falls back to
+            `rest_lr`, and that to the optimizer's `lr`.
         embedding, head, others: As `rest`, for one of them.
         **knobs: Go into every group that they mean something to: `lr`, `weight_decay`, ... into all, the rule's own
             (`scale`, `proj`, ...) into `matrices`.
 
     Raises InputError for a target, an exclusion that matches nothing, listing what exists, for a `rest` that is no
-    rule, and for `rest="apollo"` without a rank.
+    rule, for `rest="apollo"` without a rank, and for the rate of a group that this model does not have.
     """
     choices = {"embedding": embedding or rest, "head": head or rest, "others": others or rest, "norms": "adamw"}
     for choice in choices.values():
@@ -88,6 +93,8 @@ def param_groups(
         members.setdefault((kind, decays, conv), []).append((name, p))
     _check_cover(targets, exclude, used, model)
 
+    apart = {"embedding": embedding_lr, "head": head_lr, "norms": norm_lr}
+    rates = _rates(rest_lr, apart, {kind for kind, _, _ in members})
     ranked: Group = {} if rank is None else {"rank": _quarter(members) if rank == "auto" else rank}
     own = knobs | ranked | ({} if rule is None else rule_and_codec(rule))
     groups = []
@@ -109,9 +116,24 @@ def param_groups(
             group |= SCALE_RULES[kind] if chosen["rule"] == "scale" else {}
         group |= {"view": "conv"} if conv else {}
         group |= {} if decays else {"weight_decay": 0.0}
-        group |= {"lr": rest_lr} if kind != "matrices" and rest_lr is not None else {}
+        group |= {} if rates.get(kind) is None else {"lr": rates[kind]}
         groups.append(group)
     return groups
+
+
+_INSTEAD = {
+    "embedding": "No nn.Embedding has weights here: leave the key out",
+    "head": "A head tied to the embedding follows embedding_lr, one that is a target follows lr: leave the key out",
+    "norms": "No parameter of it is 0-D or 1-D: leave the key out",
+}
+
+
+def _rates(rest_lr: float | None, apart: dict[str, float | None], kinds: set[str]) -> dict[str, float | None]:
+    """Of every kind but `matrices`, its own learning rate or the rest's; None: the optimizer's."""
+    for kind, lr in apart.items():
+        if lr is not None and kind not in kinds:
+            raise InputError(f"{kind.removesuffix('s')}_lr={lr}: this model has no such group. {_INSTEAD[kind]}")
+    return {kind: rest_lr if lr is None else lr for kind, lr in apart.items()} | {"others": rest_lr}
 
 
 def rule_and_codec(choice: str) -> Group:

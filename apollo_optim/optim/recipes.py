@@ -89,6 +89,9 @@ def build_optimizer(
     *,
     lr: float | None = None,
     rest_lr: float | None = None,
+    embedding_lr: float | None = None,
+    head_lr: float | None = None,
+    norm_lr: float | None = None,
     rest: str | None = None,
     rest_rank: int | None = None,
     embedding: str | None = None,
@@ -105,12 +108,14 @@ def build_optimizer(
     Args:
         name: One of `list_optimizers()`.
         lr: Of the matrices, and of everything else unless `rest_lr` says otherwise.
+        embedding_lr, head_lr, norm_lr: Of these apart; each falls back to `rest_lr`, and that to `lr`.
         rest, embedding, head, rest_rank: What embedding, head and other matrices follow; see `param_groups`.
         rank: A whole number, or "auto" (a quarter of the most common small side).
         **knobs: Any group key of the optimizer; see its docstring.
 
     Raises InputError for an unknown name or knob (naming the nearest), a target that matches nothing, a rank at which
-    no matrix would follow the rule, and for a float model where the optimizer is one for low-bit weights.
+    no matrix would follow the rule, the rate of a group that the model does not have, and for a float model where the
+    optimizer is one for low-bit weights.
     """
     recipe = find_optimizer(name)
     if recipe.bits is not None and not any(writes_itself(p) for p in model.parameters()):
@@ -127,7 +132,10 @@ def build_optimizer(
         raise InputError(f"optimizer {name!r} has no rank: leave the key out")
     if not ranked and rest == "apollo":
         raise InputError(f"optimizer {name!r} has no rank, so rest='apollo' has no rule to follow. Choose another rest")
-    asked = {"rest": rest, "embedding": embedding, "head": head, "rest_rank": rest_rank, "rest_lr": rest_lr}
+    asked = {
+        "rest": rest, "embedding": embedding, "head": head, "rest_rank": rest_rank, "rest_lr": rest_lr,
+        "embedding_lr": embedding_lr, "head_lr": head_lr, "norm_lr": norm_lr,
+    }  # fmt: skip
     groups = param_groups(
         model,
         rank=(recipe.defaults["rank"] if rank is None else rank) if ranked else None,

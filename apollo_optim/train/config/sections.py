@@ -61,6 +61,12 @@ class OptimConfig:
     """Peak learning rate of the matrices that follow the rule."""
     rest_lr: float | None = None
     """Peak learning rate of embedding, head and norms; None: the same `lr`."""
+    embedding_lr: float | None = None
+    """Peak learning rate of the embedding (and of a head tied to it) apart; None: `rest_lr`."""
+    head_lr: float | None = None
+    """Peak learning rate of the head apart; None: `rest_lr`. A tied head has none."""
+    norm_lr: float | None = None
+    """Peak learning rate of norms, biases and all else that is 1-D apart; None: `rest_lr`."""
     rest: Literal["adamw", "adamw8bit", "adafactor", "scale", "apollo"] | None = None
     """What embedding and head follow (norms: always AdamW); None: adamw. scale normalises the gradient (the head's
     with a momentum), apollo is the rule of an optimizer with a rank, for them too."""

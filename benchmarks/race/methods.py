@@ -1,0 +1,68 @@
+"""What is raced, as data: a run file's keys, what is searched, and where the search starts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+AXES = ("lr", "embedding_lr", "head_lr", "knob")
+"""What can be searched: three rates and one knob of the method's own."""
+
+
+@dataclass(frozen=True)
+class Knob:
+    """The one number of its own that a method searches."""
+
+    key: str
+    """Of the run file. `optim.betas.1` is the second of the pair."""
+    centre: float
+    """Where the search starts."""
+    factor: float = 4.0
+    """The coarse step of the search."""
+    kind: Literal["value", "half-life"] = "value"
+    """half-life: `centre` counts tokens, and the key is the decay a step that halves an average in so many."""
+
+
+HALF_LIFE = Knob("optim.betas.1", 1.152e6, kind="half-life")
+"""Of Adam's second moment. 1.152 M tokens are a beta2 of 0.9975 at 4,096 tokens a step, and of 0.980 at 32,768."""
+DECAY = Knob("optim.weight_decay", 0.1)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the race."""
+
+    keys: Mapping[str, Any]
+    """Of the run file (`section.key`); rates, seed and what all methods share come from the protocol."""
+    centre: Mapping[str, float] = field(default_factory=dict)
+    """Rates that the search starts from; one that is missing is taken from `start`."""
+    start: str | None = None
+    """The method whose best point the search starts from, where `centre` says nothing."""
+    axes: tuple[str, ...] = AXES
+    """What is searched, in this order."""
+    knob: Knob = HALF_LIFE
+
+    def __post_init__(self) -> None:
+        if missing := {"lr", "embedding_lr", "head_lr"} - set(self.centre):
+            assert self.start, f"a method without `start` names every rate; {sorted(missing)} are missing"
+        assert set(self.axes) <= set(AXES)
+
+
+def apollo(start: str = "apollo", **keys: Any) -> Method:
+    """APOLLO at rank d/4 with something changed."""
+    return Method({"optim.name": "apollo"} | {f"optim.{key}": value for key, value in keys.items()}, start=start)
+
+
+METHODS: dict[str, Method] = {
+    "adamw": Method({"optim.name": "adamw"}, {"lr": 2e-3, "embedding_lr": 0.08, "head_lr": 0.02}),
+    # Embedding, head and norms follow AdamW in these two: their search starts at AdamW's best rates for them.
+    "apollo-mini": Method({"optim.name": "apollo-mini"}, {"lr": 1.25e-3}, start="adamw"),
+    "apollo": Method({"optim.name": "apollo"}, {"lr": 5e-3}, start="adamw"),
+    "apollo-rest-adamw8bit": apollo(rest="adamw8bit"),
+    "apollo-rest-adafactor": apollo(rest="adafactor"),
+    "apollo-rest-scale": Method(
+        {"optim.name": "apollo", "optim.rest": "scale"}, {"embedding_lr": 5e-3, "head_lr": 5e-3}, start="apollo"
+    ),
+    "apollo-mini-rest-adafactor": Method({"optim.name": "apollo-mini", "optim.rest": "adafactor"}, start="apollo-mini"),
+}
+"""In the order of the queue; the first is what the others are compared to."""
+BASELINE = next(iter(METHODS))

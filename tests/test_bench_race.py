@@ -1,0 +1,458 @@
+"""The race: its search, its queue, its lines, its table. Runs are a stand-in, but for the tiny ones of one section."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from train_tiny import MODEL, corpus
+
+from apollo_optim.core.errors import InputError
+from apollo_optim.train.config import load_config
+from apollo_optim.train.loop import Interrupted, make_optimizer
+from apollo_optim.train.models import skeleton
+from benchmarks.race import __main__ as command
+from benchmarks.race import report
+from benchmarks.race import trial as runs
+from benchmarks.race.agenda import Board
+from benchmarks.race.methods import DECAY, HALF_LIFE, METHODS, Method
+from benchmarks.race.protocol import (
+    SETTINGS,
+    STAGES,
+    Setting,
+    Trial,
+    config_of,
+    fingerprint,
+    knob_keys,
+    search_steps,
+)
+from benchmarks.race.search import Found, Needs, find
+from benchmarks.race.store import Store
+from benchmarks.race.worker import work
+
+FIRST = SETTINGS["4k"]
+TWO = {
+    "adamw": Method({"optim.name": "adamw"}, {"lr": 1e-3, "embedding_lr": 1e-2, "head_lr": 1e-2}),
+    "mini": Method({"optim.name": "apollo-mini"}, {"lr": 1e-3}, start="adamw"),
+}
+BEST = {"lr": 2e-3, "embedding_lr": 4e-2, "head_lr": 1e-2}
+"""Where the stand-in's loss has its minimum."""
+
+
+def stand_in(trial: Trial, methods: dict = TWO) -> dict:
+    """The line of a run whose loss is a bowl over the rates, a little lower for "mini", with noise of the seed."""
+    loss = 3.0 + sum(math.log2(getattr(trial, axis) / best) ** 2 for axis, best in BEST.items()) / 50
+    loss += math.sin(trial.seed) / 100 - 0.05 * (trial.method == "mini") + trial.search
+    return {
+        **dataclasses.asdict(trial),
+        "fingerprint": fingerprint(trial, methods),
+        "model": SETTINGS[trial.setting].model,
+        "ended": "finished",
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": loss / 3,
+        "half_loss": loss + 1,
+        "tokens": trial.steps * 4096,
+        "state": {"matrices": 5, "norms": 1},
+        "state_total": 3_000_000 if trial.method == "mini" else 12_000_000,
+        "seconds": 100.0,
+        "wall": 110.0,
+        "step_cpu": 0.9,
+        "step_optimizer": 0.02,
+        "batch_tokens": SETTINGS[trial.setting].tokens,
+        "corpus": "a" * 64,
+        "hardware": {"capability": "AVX2"},
+    }
+
+
+def runner(trial: Trial, work: Path, **_) -> dict:
+    return stand_in(trial)
+
+
+def bowl(*centre: float):
+    return lambda point: sum((a - b) ** 2 for a, b in zip(point, centre, strict=True))
+
+
+def drive(loss, axes: int, budget: int, extra: int = 0) -> tuple[Found, list]:
+    """A whole search, and the points in the order in which they were asked for."""
+    losses: dict = {}
+    while True:
+        try:
+            return find(losses, axes, budget, extra), list(losses)
+        except Needs as needs:
+            wanted = needs.points
+        assert not set(wanted) & set(losses), "asked for what it has"
+        losses |= {point: loss(point) for point in wanted}
+
+
+# --- the search ---
+
+
+@pytest.mark.parametrize("centre", [(0, 0, 0), (2, -2, 4), (-4, 0, 2), (1, 0, -1)])
+def test_the_search_finds_the_bottom_of_a_bowl(centre):
+    found, asked = drive(bowl(*centre), 3, 24)
+    assert found.best == centre
+    assert set(asked) == set(found.tried)
+    assert not found.open_axes
+
+
+def test_factors_of_two_come_first_and_their_roots_last():
+    _, asked = drive(bowl(1, 0), 2, 24)
+    odd = [any(k % 2 for k in point) for point in asked]
+    assert odd == sorted(odd)
+    assert any(odd)
+
+
+def test_a_search_stops_at_its_budget():
+    for budget in (1, 3, 7, 12):
+        found, asked = drive(bowl(30, 30, 30), 3, budget)
+        assert len(asked) == len(found.tried) == budget
+
+
+def test_the_edge_is_moved_on_where_the_best_lies_on_it():
+    without, _ = drive(bowl(14), 1, 5)
+    assert without.best == (8,)
+    assert without.open_axes == (0,)
+    found, asked = drive(bowl(14), 1, 5, extra=6)
+    assert found.best == (14,)
+    assert not found.open_axes
+    assert len(asked) == 9, "and no run beyond what it takes to have it bracketed"
+
+
+def test_a_run_that_diverged_is_worse_than_any_other():
+    found, _ = drive(lambda point: math.inf if point[0] > 2 else -point[0], 1, 8)
+    assert found.best == (2,)
+
+
+# --- the queue ---
+
+
+def finish(lines: list, steps: int = 10_000) -> list[Trial]:
+    """Run the queue on the stand-in; the trials in their order."""
+    order = []
+    while (trial := next(Board.of(lines, TWO).wanted(), None)) and len(order) < steps:
+        order.append(trial)
+        lines.append(stand_in(trial))
+    return order
+
+
+def test_every_method_has_the_same_budget_and_a_point_early():
+    order = finish([])
+    assert len(set(order)) == len(order), "nothing twice"
+    for setting in SETTINGS.values():
+        for name in TWO:
+            searches = [t for t in order if t.search and (t.setting, t.method) == (setting.name, name)]
+            assert len(searches) <= setting.budget + setting.extra
+            assert all(t.steps == setting.steps // 5 and t.seed == 0 for t in searches)
+    first = [t for t in order if t.setting == "4k"]
+    finals = [(t.method, t.seed) for t in first if not t.search]
+    assert finals[:6] == [("adamw", 0), ("mini", 0), ("adamw", 1), ("adamw", 2), ("mini", 1), ("mini", 2)]
+    assert [t.method for t in first if t.search] == sorted(t.method for t in first if t.search), "one after the other"
+    best = next(t for t in order if not t.search)
+    assert {axis: getattr(best, axis) for axis in BEST} == BEST
+    for stage in STAGES:
+        done = {(t.setting, t.seed) for t in order if not t.search}
+        assert {(stage.setting, seed) for seed in stage.seeds} <= done
+
+
+def test_a_method_starts_at_the_best_of_another_and_names_what_is_its_own():
+    lines: list = []
+    order = finish(lines)
+    first = next(t for t in order if t.method == "mini")
+    assert (first.lr, first.embedding_lr, first.head_lr) == (1e-3, BEST["embedding_lr"], BEST["head_lr"])
+
+
+def test_only_what_is_close_gets_more_seeds():
+    far = {**TWO, "far": Method({"optim.name": "apollo"}, {"lr": 1e-3, "embedding_lr": 1e-2, "head_lr": 1e-2})}
+    lines: list = []
+    while trial := next(Board.of(lines, far).wanted(), None):
+        line = stand_in(trial, far)
+        line["loss"] += 0.2 * (trial.method == "far")
+        lines.append(line)
+    finals = [line for line in lines if line["method"] == "far" and not line["search"]]
+    assert [(line["setting"], line["seed"]) for line in finals] == [("4k", 0)]
+
+
+def test_a_line_of_another_definition_is_refused():
+    lines: list = []
+    finish(lines, steps=2)
+    changed = {**TWO, "adamw": dataclasses.replace(TWO["adamw"], knob=DECAY)}
+    with pytest.raises(InputError, match="another definition of adamw"):
+        Board.of(lines, changed)
+
+
+def test_every_method_is_a_run_that_can_be_built():
+    for name, method in METHODS.items():
+        trial = Trial("4k", name, 1e-3, 2e-3, 3e-3, 4e-3, method.knob.centre, 5, 140, True)
+        cfg = config_of(trial, "out")
+        optimizer = make_optimizer(cfg.optim, skeleton(cfg.model))
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert rates == {"matrices": 1e-3, "embedding": 2e-3, "head": 3e-3, "norms": 4e-3}
+        assert (cfg.optim.seed, cfg.data.seed, cfg.train.seed) == (5, 5, 5)
+        assert cfg.optim.weight_decay == 0.0
+        assert cfg.train.matmul_precision == "highest"
+        assert set(method.axes) == {"lr", "embedding_lr", "head_lr", "knob"}, "the same budget is spent on as many axes"
+
+
+def test_a_half_life_in_tokens_is_the_same_average_at_every_batch():
+    small, large = (knob_keys(HALF_LIFE, 1e6, tokens)["optim.betas"][1] for tokens in (4096, 32768))
+    assert small**8 == pytest.approx(large, rel=1e-4)
+    assert small ** (1e6 / 4096) == pytest.approx(0.5, rel=1e-3)
+    assert knob_keys(DECAY, 0.2, 4096) == {"optim.weight_decay": 0.2}
+
+
+# --- workers ---
+
+
+def test_a_worker_goes_on_where_another_was_killed(tmp_path):
+    whole = Store(tmp_path / "whole", tmp_path / "w1", TWO)
+    work(whole, runner=runner)
+    pieces = Store(tmp_path / "pieces", tmp_path / "w2", TWO)
+    while True:
+        before = len(pieces.lines())
+        work(pieces, runner=runner, max_trials=5)
+        with pieces.path.open("a") as file:
+            file.write('{"setting": "4k", "meth')  # killed while it wrote
+        if len(pieces.lines()) == before:
+            break
+    assert pieces.lines() == whole.lines()
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_bench_race import TWO, stand_in
+from benchmarks.race.store import Store
+from benchmarks.race.worker import work
+
+def slow(trial, folder, **_):
+    with (Path({folder!r}) / "started").open("a") as file:
+        file.write(trial.name + "\\n")
+    time.sleep(0.02)
+    return stand_in(trial)
+
+work(Store(Path({folder!r}) / "results", Path({folder!r}) / "work", TWO), ["adamw"], runner=slow)
+"""
+
+
+def test_two_workers_never_compute_one_trial_twice(tmp_path, monkeypatch):
+    code = WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    code = code.replace("work(Store", "import benchmarks.race.worker as w; w.PAUSE = 0.01\nwork(Store")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(["", *sys.path])}
+    workers = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(2)]
+    assert [worker.wait(120) for worker in workers] == [0, 0]
+    started = (tmp_path / "started").read_text().splitlines()
+    lines = Store(tmp_path / "results", tmp_path / "work", TWO).lines()
+    assert len(started) == len(set(started)) == len(lines) > 20
+
+
+def test_a_claim_goes_with_its_process(tmp_path):
+    store = Store(tmp_path / "results", tmp_path / "work", TWO)
+    trial, busy = store.claim()
+    assert trial is not None
+    assert not busy
+    other = Store(tmp_path / "results", tmp_path / "work", TWO)
+    assert other.claim(["adamw"]) == (None, True)
+    assert other.running() == [trial.name]
+    store.release(trial)
+    assert other.claim()[0] == trial
+
+
+def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
+    store = Store(tmp_path, tmp_path / "work", TWO)
+    store.path.write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
+    with pytest.raises(InputError, match=r"trials.jsonl:2 is not JSON"):
+        store.lines()
+
+
+# --- one run, for real ---
+
+
+@pytest.fixture
+def tiny_trial(tmp_path, monkeypatch):
+    """A setting whose model and text are tiny; a search run of 20 steps."""
+    text = corpus(tmp_path)
+    setting = Setting("4k", model="llama-1m", source=str(text), batch=2, steps=100, budget=4)
+    monkeypatch.setitem(SETTINGS, "4k", setting)
+    keys = {
+        "optim.name": "apollo",
+        "optim.rank": 8,
+        "model.config": MODEL,
+        "data.vocab_size": 300,
+        "data.seq_len": 32,
+        "data.cache_dir": str(tmp_path),
+        "data.validation_percent": 5,
+        "eval.tokens": 512,
+    }
+    methods = {"adamw": Method(keys, {"lr": 1e-2, "embedding_lr": 1e-2, "head_lr": 1e-2})}
+    trial = Trial("4k", "adamw", 1e-2, 1e-2, 1e-2, 1e-2, HALF_LIFE.centre, 0, search_steps(setting), True)
+    return trial, methods
+
+
+def test_a_line_says_what_its_figure_depends_on(tiny_trial, tmp_path):
+    trial, methods = tiny_trial
+    row = runs.run(trial, tmp_path / "work", rows={}, methods=methods)
+    assert json.loads(json.dumps(row)) == row
+    assert row["ended"] == "finished"
+    assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+    assert set(row["state"]) == {"matrices", "embedding", "head", "norms"}
+    assert sum(row["state"].values()) == row["state_total"], "all state is in some group"
+    assert min(row["state"].values()) > 0
+    assert row["tokens"] == 20 * 2 * 32
+    assert min(row["step_wall"], row["step_cpu"], row["step_optimizer"], row["wall"]) > 0
+    assert row["step_optimizer"] < row["step_wall"]
+    assert len(row["corpus"]) == 64
+    assert row["hardware"]["capability"]
+    assert row["hardware"]["threads"] == 1
+    assert row["versions"]["torch"]
+    assert math.isfinite(row["half_loss"])
+
+
+def test_a_run_killed_in_the_middle_goes_on_and_ends_the_same(tiny_trial, tmp_path):
+    trial, methods = tiny_trial
+    whole = runs.run(trial, tmp_path / "whole", rows={}, methods=methods)
+    pieces, stops = tmp_path / "pieces", 0
+    while True:
+        try:  # a deadline that is over already: one step, then it is saved and left
+            row = runs.run(trial, pieces, rows={}, deadline=time.monotonic(), methods=methods)
+            break
+        except Interrupted:
+            stops += 1
+    assert stops == 19
+    for key in ("loss", "perplexity", "half_loss", "tokens", "state", "state_total"):
+        assert row[key] == whole[key], key
+    assert row["resumed"]
+    assert not whole["resumed"]
+
+
+def test_what_a_kill_left_before_the_first_checkpoint_is_started_again(tiny_trial, tmp_path):
+    trial, methods = tiny_trial
+    left = tmp_path / "work" / trial.name
+    left.mkdir(parents=True)
+    (left / "metrics.jsonl").write_text('{"event": "start"')
+    assert runs.run(trial, tmp_path / "work", rows={}, methods=methods)["ended"] == "finished"
+
+
+def test_a_hopeless_search_run_is_stopped_half_way(tiny_trial, tmp_path):
+    trial, methods = tiny_trial
+    good = runs.run(trial, tmp_path / "work", rows={}, methods=methods)
+    other = dataclasses.replace(trial, lr=0.02)
+    near = runs.run(other, tmp_path / "work", rows={trial: good}, methods=methods)
+    assert near["ended"] == "finished"
+    bad = runs.run(
+        dataclasses.replace(trial, lr=0.04),
+        tmp_path / "work",
+        rows={trial: good | {"half_loss": good["half_loss"] - 5}},
+        methods=methods,
+    )
+    assert bad["ended"].startswith("stopped: training loss")
+    assert bad["loss"] is None
+    assert bad["tokens"] < good["tokens"]
+
+
+def test_a_run_that_diverges_is_a_line_too(tiny_trial, tmp_path):
+    trial, methods = tiny_trial
+    row = runs.run(dataclasses.replace(trial, lr=1e30), tmp_path / "work", rows={}, methods=methods)
+    assert row["ended"].startswith("failed: ")
+    assert row["loss"] is None
+
+
+def test_another_text_is_refused_at_the_first_step(tiny_trial, tmp_path):
+    trial, methods = tiny_trial
+    other = dataclasses.replace(trial, seed=1)
+    with pytest.raises(InputError, match="the text that was read here"):
+        runs.run(trial, tmp_path / "work", rows={other: {**stand_in(other), "half_loss": 1.0}}, methods=methods)
+
+
+# --- the table and the pictures ---
+
+
+@pytest.fixture(scope="module")
+def lines() -> list:
+    done: list = []
+    finish(done)
+    return done
+
+
+def test_the_table_has_the_seeds_their_pairs_and_all_state(lines):
+    board = Board.of(lines, TWO)
+    head, _, *rows = report.table(board, FIRST).splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == ["mini", "adamw"], "best first"
+    cells = dict(zip((c.strip() for c in head.split("|")), (c.strip() for c in rows[0].split("|")), strict=True))
+    assert cells["against adamw, paired"] == "-4.9% +- 0.0% (5 seeds)"
+    assert cells["state, MB"] == "3.00"
+    assert len(cells["perplexity, each seed"].split(",")) == 5
+    assert cells["off by 2x"].startswith("lr +2/+2 %")
+    assert report.table(board, SETTINGS["32k"]) != report.table(board, FIRST)
+
+
+def test_the_table_refuses_lines_of_two_corpora(lines):
+    mixed = [line | {"corpus": "b" * 64} if line["seed"] == 2 else line for line in lines]
+    with pytest.raises(InputError, match=r"2 corpora: aaaaaaaaaaaa\.\.\. \(adamw, seed 0\); bbbbbbbbbbbb"):
+        report.table(Board.of(mixed, TWO), FIRST)
+
+
+def test_a_pair_on_two_kinds_of_processor_is_told(lines):
+    mixed = [line | {"hardware": {"capability": "AVX512"}} if line["seed"] == 2 else line for line in lines]
+    assert "on several processors" in report.table(Board.of(mixed, TWO), FIRST)
+
+
+def test_the_front_is_what_nothing_beats():
+    assert report.front([(3, 5.0), (1, 9.0), (2, 5.0), (4, 6.0), (5, 4.0)]) == [(1, 9.0), (2, 5.0), (5, 4.0)]
+
+
+def test_the_pictures_and_the_page_are_written(lines, tmp_path):
+    (tmp_path / "logs").mkdir()
+    board = Board.of(lines, TWO)
+    for trial in board.finals(FIRST, "adamw"):
+        steps = [{"event": "step", "step": k, "tokens": 4096 * k, "loss": 9.0 - k} for k in (1, 2, 3)]
+        (tmp_path / "logs" / f"{trial.name}.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert report.write(board, tmp_path) == [tmp_path / name for name in ("report.md", "pareto.png", "curves.png")]
+    for name in ("pareto.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.md").read_text()
+    assert page.count("| mini |") == len([s for s in SETTINGS if Board.of(lines, TWO).finals(SETTINGS[s], "mini")])
+
+
+def test_nothing_run_yet_is_a_page_that_says_so(tmp_path):
+    report.write(Board.of([], TWO), tmp_path)
+    assert "0 runs" in (tmp_path / "report.md").read_text()
+    assert report.table(Board.of([], TWO), FIRST) == "No full run of 4k yet."
+
+
+# --- the command ---
+
+
+def test_the_command_says_where_the_race_stands(tmp_path, capsys):
+    assert command.main(["status", "--results", str(tmp_path / "r"), "--work", str(tmp_path / "w")]) == 0
+    told = capsys.readouterr().out
+    assert "next: 4k-adamw-lr0.002" in told
+    assert "ahead: about" in told
+
+
+def test_an_unknown_method_is_refused(tmp_path, capsys):
+    assert command.main(["run", "--only", "adam", "--results", str(tmp_path)]) == 2
+    assert "--only adam: no such method; there are adamw" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_run_file_of_a_line_is_what_it_was_run_with(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Store.__init__, "__defaults__", (TWO,))
+    monkeypatch.setattr(config_of, "__defaults__", (TWO,))
+    store = Store(tmp_path / "r", tmp_path / "w", TWO)
+    work(store, runner=runner, max_trials=2)
+    trial = next(iter(store.board().rows))
+    name = trial.name
+    words = ["--results", str(tmp_path / "r"), "--work", str(tmp_path / "w")]
+    capsys.readouterr()
+    assert command.main(["config", name, *words]) == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "run.yaml") == config_of(trial, f"out/{name}")
+    assert command.main(["config", name[:-1], *words]) == 2
+    assert f"did you mean {name}?" in capsys.readouterr().err
