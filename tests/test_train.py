@@ -36,6 +36,7 @@ from apollo_optim.train.failures import TrainingFailed
 from apollo_optim.train.loss import summed_loss, targets
 from apollo_optim.train.metrics import Metrics, cut_back
 from apollo_optim.train.models import SIZES, build_model, model_config, skeleton, usable_vocabulary
+from apollo_optim.train.optimizer import make_optimizer
 from apollo_optim.train.pretrain import pretrain
 from apollo_optim.train.run_dir import claim
 from apollo_optim.train.schedule import factor, set_lr, warmup_steps
@@ -66,7 +67,7 @@ def test_a_run_file_gives_embedding_head_and_norms_their_own_rates(tmp_path):
     cfg = tiny(tmp_path, optim={"rest_lr": 2e-2, "embedding_lr": "4e-2", "norm_lr": 5e-3})
     save_config(from_dict(to_dict(cfg)), tmp_path / "run.yaml")
     cfg = load_config(tmp_path / "run.yaml")
-    optimizer = loop.make_optimizer(cfg.optim, skeleton(ModelConfig("llama-1m", config=MODEL)))
+    optimizer = make_optimizer(cfg.optim, skeleton(ModelConfig("llama-1m", config=MODEL)))
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates == {"matrices": 1e-2, "embedding": 4e-2, "head": 2e-2, "norms": 5e-3}
 
