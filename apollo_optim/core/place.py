@@ -182,6 +182,12 @@ class Place:
 
         return self._redistributed(own, self.shape, list(self.placements), [Replicate()] * len(self.placements))
 
+    def part_of(self, t: Tensor, own: Tensor) -> Tensor:
+        """This rank's part, of `own`'s shape, of a tensor that is whole on every rank."""
+        if self.mesh is None:
+            return t
+        return t[tuple(slice(start, start + size) for start, size in zip(self.offsets, own.shape, strict=True))]
+
     def _redistributed(self, own: Tensor, shape: tuple[int, ...], before: list[Any], after: list[Any]) -> Tensor:
         spread = _assembled(lambda _: own, shape, self.mesh, before).redistribute(placements=after)
         result: Tensor = spread.to_local()
