@@ -109,6 +109,28 @@ def test_adamw_is_torchs(shape):
     assert measure(ours.detach(), theirs.detach(), start) <= 1e-6
 
 
+@pytest.mark.parametrize("size", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_muon_is_torchs_within_its_own_noise(shape, size):
+    """Nearer to torch's than torch's bf16 products are to those of fp32."""
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(4)) * 0.02
+    ends = {}
+    for name in ("torch", "bfloat16", "float32"):
+        p = nn.Parameter(start.clone())
+        if name == "torch":
+            optimizer = torch.optim.Muon([p], lr=1e-2, weight_decay=0.1, adjust_lr_fn=size)
+        else:
+            knobs = {"size": size, "precision": name, "compile": False}
+            optimizer = RuleOptimizer([p], "muon", lr=1e-2, weight_decay=0.1, **knobs)
+        draw = torch.Generator().manual_seed(5)
+        for _ in range(10):
+            p.grad = torch.randn(shape, generator=draw)
+            optimizer.step()
+        ends[name] = p.detach()
+    noise = measure(ends["float32"], ends["torch"], start)
+    assert measure(ends["bfloat16"], ends["torch"], start) < 0.5 * noise < 0.01
+
+
 def test_defaults_of_adamw_are_torchs():
     ref, opt = torch.optim.AdamW([nn.Parameter(torch.ones(2))]), AdamW([nn.Parameter(torch.ones(2))])
     for key in ("lr", "betas", "eps", "weight_decay"):

@@ -5,6 +5,7 @@ from apollo_optim.rules.adafactor import Adafactor
 from apollo_optim.rules.adamw import AdamW
 from apollo_optim.rules.apollo import Apollo, ApolloMini, ApolloSvd
 from apollo_optim.rules.base import Rule
+from apollo_optim.rules.muon import Muon
 from apollo_optim.rules.scale import Scale
 
 RULES: dict[str, type[Rule]] = {
@@ -16,6 +17,7 @@ RULES: dict[str, type[Rule]] = {
         AdamW,
         Adafactor,
         Scale,
+        Muon,
     )
 }
 
@@ -32,4 +34,4 @@ def register(rule: type[Rule]) -> type[Rule]:
     return rule
 
 
-__all__ = ["RULES", "Adafactor", "AdamW", "Apollo", "ApolloMini", "ApolloSvd", "Rule", "Scale", "register"]
+__all__ = ["RULES", "Adafactor", "AdamW", "Apollo", "ApolloMini", "ApolloSvd", "Muon", "Rule", "Scale", "register"]
