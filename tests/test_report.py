@@ -8,16 +8,10 @@ from typing import Any
 
 import pytest
 
-from apollo_optim.bench.report import (
-    draw,
-    labels,
-    markdown_table,
-    read_run,
-    running_mean,
-    table_rows,
-    write_report,
-)
 from apollo_optim.core.errors import InputError
+from apollo_optim.report import markdown_table, read_run, table_rows, write_report
+from apollo_optim.report.picture import draw, running_mean
+from apollo_optim.report.read import labels
 
 Event = dict[str, Any]
 
