@@ -6,6 +6,7 @@ the same corpus (by its hash) and the same tokenizer.
 """
 
 from apollo_optim.report.page import Report, write_report
+from apollo_optim.report.picture import draw
 from apollo_optim.report.read import Run, check_comparable, read_events, read_run
 from apollo_optim.report.table import NOTE, markdown_table, rich_table, table_rows
 
@@ -14,6 +15,7 @@ __all__ = [
     "Report",
     "Run",
     "check_comparable",
+    "draw",
     "markdown_table",
     "read_events",
     "read_run",

@@ -13,7 +13,8 @@ from pathlib import Path
 from apollo_optim.core.errors import InputError
 from apollo_optim.report.picture import draw, headline
 from apollo_optim.report.read import Run, check_comparable, labels
-from apollo_optim.report.table import NOTE, markdown_table, table_rows
+from apollo_optim.report.table import NOTE, markdown_table, plain_markdown, table_rows
+from apollo_optim.report.units import printable
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -49,13 +50,16 @@ def html_page(runs: Sequence[Run], image: bytes) -> str:
         facts = {key: run.start.get(key) for key in ("config", "corpus", "versions", "hardware")}
         text = html.escape(json.dumps(facts, indent=2, default=str))
         resumed = f", resumed {run.resumes} times" if run.resumes else ""
-        summary = html.escape(f"{name}: {run.path.resolve().name}{resumed}")
+        summary = html.escape(printable(f"{name}: {run.path.resolve().name}{resumed}"))
         provenance.append(f"<details><summary>{summary}</summary><pre>{text}</pre></details>")
     return PAGE.format(
         title=html.escape(headline(runs)),
         image=base64.b64encode(image).decode(),
-        head=cells("th", titles),
-        body="\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows),
+        # Upright: a run is a column, so that no figure is cut off where there is room for a few runs.
+        head=cells("th", ["", *(row[0] for row in rows)]),
+        body="\n".join(
+            f"<tr>{cells('td', [title, *(row[i] for row in rows)])}</tr>" for i, title in enumerate(titles[1:], start=1)
+        ),
         note=html.escape(NOTE),
         provenance="\n".join(provenance),
     )
@@ -88,5 +92,5 @@ def write_report(runs: Sequence[Run], out: str | Path) -> Report:
     report = Report(out / "report.png", out / "report.html", out / "report.md")
     report.picture.write_bytes(buffer.getvalue())
     report.page.write_text(html_page(runs, buffer.getvalue()), encoding="utf-8")
-    report.table.write_text(f"# {headline(runs)}\n\n{markdown_table(runs)}", encoding="utf-8")
+    report.table.write_text(f"# {plain_markdown(headline(runs))}\n\n{markdown_table(runs)}", encoding="utf-8")
     return report

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from apollo_optim.report.read import PARTS, Event, Run, labels
-from apollo_optim.report.units import byte_scale, unit_of
+from apollo_optim.report.units import byte_scale, printable, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     """Loss against tokens and against time, the memory that stays, and the peak of the process."""
     from matplotlib.figure import Figure
 
-    names, looks = labels(runs), [look(i) for i in range(len(runs))]
+    names, looks = [literal(printable(name)) for name in labels(runs)], [look(i) for i in range(len(runs))]
     height = 0.32 * len(runs) + 1.1
     figure = Figure(figsize=(11, 4.2 + height), layout="constrained", dpi=140)
     (by_tokens, by_time), (resident, peak) = figure.subplots(2, 2, gridspec_kw={"height_ratios": [4, height]})
@@ -35,7 +35,9 @@ def draw(runs: Sequence[Run]) -> Figure:
     token_unit, token_name = unit_of(most, counts)
 
     for run, name, (colour, style) in zip(runs, names, looks, strict=True):
-        plot_loss(by_tokens, run, lambda event: event["tokens"] / token_unit, colour=colour, style=style, label=name)
+        plot_loss(
+            by_tokens, run, lambda event: event["tokens"] / token_unit, colour=colour, style=style, label=f" {name}"
+        )  # `_x` would be left out
         plot_loss(by_time, run, lambda event: event["seconds"] / time_unit, colour=colour, style=style)
     by_tokens.set(xlabel=token_name, ylabel="loss (nats per token)", title="Loss against tokens")
     by_time.set(xlabel=time_name, ylabel="loss (nats per token)", title="Loss against time")
@@ -54,8 +56,10 @@ def draw(runs: Sequence[Run]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6, axis="both" if axes in (by_tokens, by_time) else "x")
         axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=min(len(runs), 4), frameon=False)
-    figure.suptitle(headline(runs), fontsize=11)
+    legend = figure.legend(loc="outside lower center", ncols=min(len(runs), 4), frameon=False)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)
+    figure.suptitle(literal(headline(runs)), fontsize=11)
     return figure
 
 
@@ -67,7 +71,12 @@ def look(i: int) -> tuple[str, str]:
 def headline(runs: Sequence[Run]) -> str:
     models = sorted({str(run.setting("model", "name")) for run in runs})
     corpus = (runs[0].start.get("corpus") or {}).get("name", "unknown text")
-    return f"{', '.join(models)} on {corpus}"
+    return printable(f"{', '.join(models)} on {corpus}")
+
+
+def literal(text: str) -> str:
+    """A name as it is: matplotlib reads mathematics between dollars."""
+    return text.replace("$", r"\$")
 
 
 def plot_loss(
@@ -75,8 +84,7 @@ def plot_loss(
 ) -> None:
     """The training loss as a thin running mean, the validation loss as the line with markers that one reads off."""
     if run.steps:
-        smooth = running_mean([event["loss"] for event in run.steps], max(1, len(run.steps) // SMOOTHING))
-        axes.plot([x_of(event) for event in run.steps], smooth, color=colour, alpha=0.35, linewidth=1.0)
+        axes.plot([x_of(event) for event in run.steps], smoothed(run), color=colour, alpha=0.35, linewidth=1.0)
     if run.evals:
         xs, ys = [x_of(event) for event in run.evals], [event["loss"] for event in run.evals]
         axes.plot(xs, ys, color=colour, linestyle=style, linewidth=2, marker="o", markersize=3.5, label=label)
@@ -86,10 +94,24 @@ def plot_loss(
 
 def zoom(axes: Axes, runs: Sequence[Run]) -> None:
     """Look at the part that tells runs apart, not at the fall from the first step or at a run that diverged."""
-    losses = [[event["loss"] for event in (run.evals or run.steps)] for run in runs if run.evals or run.steps]
+    losses = [drawn(run) for run in runs if run.evals or run.steps]
     low, high = min(map(min, losses)), sorted(map(max, losses))[len(losses) // 2]
     if high > low:
         axes.set_ylim(low - 0.08 * (high - low), high + 0.12 * (high - low))
+
+
+def drawn(run: Run) -> list[float]:
+    """What is to be inside: every evaluation, and the smoothed training loss from the first of them on."""
+    if not run.evals:
+        return [event["loss"] for event in run.steps]
+    smooth = smoothed(run)
+    late = [loss for event, loss in zip(run.steps, smooth, strict=True) if event["tokens"] >= run.evals[0]["tokens"]]
+    return [event["loss"] for event in run.evals] + late
+
+
+def smoothed(run: Run) -> list[float]:
+    """The training loss as it is drawn."""
+    return running_mean([event["loss"] for event in run.steps], max(1, len(run.steps) // SMOOTHING))
 
 
 def plot_resident(axes: Axes, runs: Sequence[Run], names: list[str], looks: list[tuple[str, str]]) -> None:

@@ -34,7 +34,10 @@ class Run:
         return (self.start["config"].get(section) or {}).get(key)
 
     def peak(self, rate: str) -> float | None:
-        """The highest learning rate that was logged."""
+        """The configured learning rate (`lr`, `lr_rest`); of older logs, which do not say, the highest one logged."""
+        configured = self.start.get("peak_lr") or {}
+        if rate in configured:
+            return float(configured[rate])
         return max((event[rate] for event in self.steps if event.get(rate) is not None), default=None)
 
     @property

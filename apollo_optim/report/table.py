@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apollo_optim.report.read import Run, labels
-from apollo_optim.report.units import human_bytes, human_seconds
+from apollo_optim.report.units import human_bytes, human_seconds, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,25 +57,34 @@ def table_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     columns = [(title, [cell(run) for run in runs]) for title, cell in COLUMNS]
     columns = [(title, cells) for title, cells in columns if set(cells) != {"-"}]
     names = [name + ("" if run.end else " (not ended)") for name, run in zip(labels(runs), runs, strict=True)]
-    rows = [[name, *(cells[i] for _, cells in columns)] for i, name in enumerate(names)]
+    rows = [[printable(cell) for cell in (name, *(cells[i] for _, cells in columns))] for i, name in enumerate(names)]
     return ["run", *(title for title, _ in columns)], rows
 
 
 def rich_table(runs: Sequence[Run]) -> Table:
     """The table for a terminal, turned on its side: fifteen figures a run fit no terminal next to each other."""
     from rich.table import Table
+    from rich.text import Text
 
     titles, rows = table_rows(runs)
     table = Table(header_style="bold")
     table.add_column("")
     for row in rows:
-        table.add_column(row[0], justify="right")
+        table.add_column(Text(row[0]), justify="right")
     for i, title in enumerate(titles[1:], start=1):
-        table.add_row(title, *(row[i] for row in rows))
+        table.add_row(title, *(Text(row[i]) for row in rows))
     return table
 
 
 def markdown_table(runs: Sequence[Run]) -> str:
     titles, rows = table_rows(runs)
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{NOTE}\n"
+    told = [[plain_markdown(cell) for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in told) + f"\n{NOTE}\n"
+
+
+def plain_markdown(text: str) -> str:
+    """A name as it is: neither markup nor another cell nor HTML."""
+    if not set(text) - set("-:"):
+        return text  # the line below the titles
+    return html.escape(re.sub(r"([\\`*_{}\[\]|#])", r"\\\1", text), quote=False)

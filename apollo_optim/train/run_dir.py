@@ -14,7 +14,7 @@ from apollo_optim.data.foreign import drop_code
 from apollo_optim.data.tokenizer import fingerprint, load_tokenizer
 from apollo_optim.train import checkpoint, disk
 from apollo_optim.train.config import RunConfig, differences, load_config, may_change, only_rounds, save_config, to_dict
-from apollo_optim.train.metrics import cut_back
+from apollo_optim.train.metrics import cut_back, last_event
 from apollo_optim.train.schedule import factor
 from apollo_optim.train.state import TrainState
 
@@ -54,6 +54,8 @@ class Earlier:
     """None: there is no checkpoint."""
     changed: list[str] = field(default_factory=list)
     """What rounds otherwise from here on, in words."""
+    memory: dict[str, int] | None = None
+    """What a run that has ended took."""
 
 
 def check_continuation(run: Path, cfg: RunConfig) -> Earlier:
@@ -83,7 +85,9 @@ def check_continuation(run: Path, cfg: RunConfig) -> Earlier:
                 f"train.steps cannot go from {old.train.steps} to {cfg.train.steps}: with schedule {cfg.schedule.kind} "
                 "the steps already made would have had other learning rates (constant can, and wsd before its decay)"
             )
-    return Earlier(state, told(different))
+    ended = last_event(run / "metrics.jsonl")
+    memory = ended["memory"] if ended.get("event") == "end" and done == cfg.train.steps else None
+    return Earlier(state, told(different), memory)
 
 
 def _at(plain: dict[str, Any], key: str) -> Any:
