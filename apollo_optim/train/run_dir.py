@@ -60,10 +60,10 @@ class Earlier:
 
 def check_continuation(run: Path, cfg: RunConfig) -> Earlier:
     """What to go on from, if the config is the one it was made with. Before the first checkpoint it may be any."""
-    old = load_config(run / "config.yaml")
     newest = checkpoint.newest(run)
     if newest is None:
         return Earlier()
+    old = load_config(run / "config.yaml")
     was, now = to_dict(old), to_dict(cfg)
 
     def told(keys: list[str]) -> list[str]:
@@ -86,7 +86,7 @@ def check_continuation(run: Path, cfg: RunConfig) -> Earlier:
                 "the steps already made would have had other learning rates (constant can, and wsd before its decay)"
             )
     ended = last_event(run / "metrics.jsonl")
-    memory = ended["memory"] if ended.get("event") == "end" and done == cfg.train.steps else None
+    memory = ended.get("memory") if ended.get("event") == "end" and done == cfg.train.steps else None
     return Earlier(state, told(different), memory)
 
 
@@ -130,10 +130,11 @@ def prepare(run: Path, cfg: RunConfig, step: int, tokenizer: Any, *, resume: boo
     """
     try:
         checkpoint.sweep(run)
+        log = run / "metrics.jsonl"
         if resume:
-            cut_back(run / "metrics.jsonl", step)
-        else:
-            (run / "metrics.jsonl").unlink(missing_ok=True)  # of a start that saved nothing
+            cut_back(log, step)
+        elif log.exists():  # of a start that saved nothing
+            disk.replace(log, run / "metrics-before.jsonl")
         temporary = run / ".tmp-config.yaml"
         save_config(dataclasses.replace(cfg, out=str(run)), temporary)
         disk.replace(temporary, run / "config.yaml")
