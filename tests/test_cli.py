@@ -43,6 +43,11 @@ def test_help_answers_at_once_without_torch() -> None:
     assert all(any(line.strip().startswith(name) for line in text) for name in COMMANDS)
 
 
+def test_the_package_is_the_command_too() -> None:
+    words = [sys.executable, "-m", "apollo_optim", "--version"]
+    assert subprocess.run(words, check=True, capture_output=True, text=True).stdout.startswith("apollo-optim 0.")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("apollo-optim 0.")
@@ -71,7 +76,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("pretrain --config nowhere.yaml", "cannot read the run file nowhere.yaml"),
         ("pretrain --config", "argument --config: expected one argument"),
         ("pretrain llama-60m", "llama-60m"),
-        ("pretrain --out nowhere --resume", "nowhere"),
+        ("pretrain --out nowhere --resume", "--out nowhere: holds no run to resume"),
+        ("pretrain --lr 3", "unknown key --lr (did you mean --optim.lr?)"),
+        ("pretrain --batch_size 3", "(did you mean --train.batch_size or --eval.batch_size?)"),
     ],
 )
 def test_wrong_words_get_one_line_and_exit_2(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +96,7 @@ def test_wrong_words_get_one_line_and_exit_2(words: str, message: str, capsys: p
         ("optm: {lr: 3}", "unknown key optm (did you mean optim?)"),
         ("optim: {lr: much}", "optim.lr=much: expected a number"),
         ("log: {display: loud}", "log.display=loud: expected Literal"),
-        ("train: {steps: [", "is not a YAML run file"),
+        ("model: {}\ntrain: {steps: [", "run.yaml, line 2, is not a YAML run file"),
         ("- a\n- b", "is not a run file"),
         ("model: !!python/object/apply:os.getcwd []", "is not a YAML run file"),
     ],

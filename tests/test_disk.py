@@ -185,6 +185,7 @@ def test_a_start_that_saved_nothing_can_be_corrected_in_place(tmp_path, monkeypa
         pretrain(right, resume=resume)
         assert len(records(right.out, "start")) == 1 + resume
         assert load_config(Path(right.out, "config.yaml")).model.vocab_size is None
+        assert Path(right.out, "metrics-before.jsonl").exists() is not resume  # nothing is thrown away
         shutil.rmtree(right.out)
 
 

@@ -115,12 +115,14 @@ def test_a_run_without_a_checkpoint_yet_starts_anew(tmp_path, monkeypatch):
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
 
 
-def test_a_finished_run_may_be_finished_again(tmp_path):
+def test_a_finished_run_may_be_finished_again(tmp_path, capsys):
     first = pretrain(tiny(tmp_path))
     before = figures(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
-    again = pretrain(tiny(tmp_path), resume=True)
+    again = pretrain(tiny(tmp_path, log={"display": "plain"}), resume=True)
     assert (again.loss, again.step, again.seconds) == (first.loss, first.step, first.seconds)
+    assert again.memory == first.memory  # not that of a process which has trained nothing
+    assert "the run has ended at step 8: nothing is left to train" in capsys.readouterr().err
     assert figures(tmp_path / "run") == before
     assert (tmp_path / "run" / "model" / "config.json").exists()
 

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from apollo_optim.bench.contenders import BASELINE
-from apollo_optim.bench.report import read_events
 from apollo_optim.bench.step_table import read_log, spread, write_log
+from apollo_optim.report import read_events
 from apollo_optim.train.build import build
 from apollo_optim.train.config import RunConfig
 from apollo_optim.train.loss import summed_loss, targets

@@ -321,7 +321,7 @@ def of_run(log: Path, peak: int | None = None, baseline: int | None = None) -> s
 
     `peak`, `baseline`: bytes of those that the log lacks (the run was stopped; it is older than the figure).
     """
-    from apollo_optim.bench.report import read_run
+    from apollo_optim.report import read_run
     from apollo_optim.train.plan import planned
 
     run = read_run(log)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,8 @@ def run(argv: Sequence[str]) -> int:
     parallel = Parallel(args.parallel, args.gpus, not args.copy_buckets) if args.gpus > 1 else None
     models, plans, largest = Models(args.trust_remote_code), [], []
     for name in names_of(args):
+        if limit is not None:  # this takes a while
+            print(f"{name}: looking for the largest micro-batch within {args.memory} ...", file=sys.stderr, flush=True)
         one = with_optimizer(cfg, name, args.rank)
         model, traces = models.of(one)
         budget = budget_of(one, model, parallel=parallel, batch=batch)

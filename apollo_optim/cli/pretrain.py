@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..core.errors import InputError
 from ..train.config import RunConfig, from_dict, load_config, read_run_file
-from .words import CONSENT, CONSENT_HELP, Parser, complain, nearest
+from .words import CONSENT, CONSENT_HELP, Parser, complain, home, nearest
 
 PROG = "apollo-optim pretrain"
 USAGE = f"{PROG} [--config RUN.yaml] [--out DIR] [--resume] [--section.key VALUE ...]"
@@ -63,7 +63,9 @@ def parse(argv: Sequence[str]) -> Asked:
     given, words = flags_of(argv)
     files = given.config
     if given.resume and not files and given.out:
-        files = [os.path.join(os.path.expanduser(given.out), "config.yaml")]  # the run directory knows what was run
+        files = [str(home(given.out) / "config.yaml")]  # the run directory knows what was run
+        if not os.path.exists(files[0]):
+            raise InputError(f"--out {given.out}: holds no run to resume; leave --resume out to start one")
     for path in reversed(files):
         load_config(path)  # says which key of the file is wrong, and what was meant
         words = ["--config", yaml.safe_dump(read_run_file(path)), *words]
@@ -125,7 +127,9 @@ def check_words(words: list[str]) -> None:
     for word in words:
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag.rstrip("+") not in valid and not flag.startswith(free):
-            raise InputError(f"unknown key {flag}{nearest(flag, valid)}; see {PROG} --help")
+            same = [key for key in valid if key.rpartition(".")[2] == flag[2:]]  # the section was left out
+            near = f" (did you mean {' or '.join(same)}?)" if same else nearest(flag, valid)
+            raise InputError(f"unknown key {flag}{near}; see {PROG} --help")
 
 
 def keys(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -20,7 +20,7 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     from rich.console import Console
 
-    from ..bench import report
+    from .. import report
 
     runs = [report.read_run(home(path)) for path in args.run]
     alone = len(runs) == 1 and runs[0].path.is_dir()

@@ -94,11 +94,9 @@ def open_data(cfg: DataConfig, tokenizer: Any = None, *, trust_remote_code: bool
         raise InputError(f"data.seq_len is {cfg.seq_len}; a row needs at least 2 tokens")
     cache = _cache_dir(cfg)
     text = _open_text(cfg, cache)
-    if tokenizer is not None:
-        pass
-    elif cfg.tokenizer == "bpe":
+    if tokenizer is None and cfg.tokenizer == "bpe":
         tokenizer = trained_bpe(text.sample, cfg.vocab_size, json.dumps(text.key, sort_keys=True), cache)
-    else:
+    elif tokenizer is None:
         tokenizer = load_tokenizer(os.path.expanduser(cfg.tokenizer), trust_remote_code=trust_remote_code)
     sha256 = fingerprint(tokenizer)
     identity = {**text.identity, "tokenizer": {"name": cfg.tokenizer, "entries": len(tokenizer), "sha256": sha256}}

@@ -51,6 +51,8 @@ class Job:
     """The tokenizer was read from the run directory."""
     changed: list[str] = field(default_factory=list)
     """Keys that round otherwise than before the run was resumed, in words."""
+    ended: dict[str, int] | None = None
+    """What it took of memory, if it has ended already: this process trains nothing."""
     world: World = ALONE
 
     @property
@@ -120,6 +122,7 @@ def build(cfg: RunConfig, run: Path, earlier: Earlier | None = None, *, trust_re
         trust_remote_code=trust_remote_code,
         own_tokenizer=tokenizer is not None,
         changed=earlier.changed,
+        ended=earlier.memory,
     )
 
 

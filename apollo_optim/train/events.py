@@ -109,6 +109,7 @@ class Log(Event):
         self._skips = Skips(self.state.model, self.state.optimizer, self.state.step)
         self._patience = min(PATIENCE, self.last - self.state.step)
         self._mark = self._progress()
+        self._dead = False
 
     def due(self, step: int) -> bool:
         return due(step, self.every, self.last) or step == 1
@@ -132,6 +133,12 @@ class Log(Event):
         )
         self.record.display.step(record | {"peak_gpu": measure.peak_gpu_memory(state.device)}, left)
         self._check_progress()
+        if record["grad_norm"] == 0 and not self._dead:
+            self._dead = True
+            self.record.display.note(
+                f"at step {state.step} every gradient is 0: the model is dead, and goes on in vain. A learning rate "
+                "that is far too large does that"
+            )
 
     def _progress(self) -> tuple[float, float, float]:
         return self.state.step, self.state.tokens, self.state.seconds

@@ -78,6 +78,18 @@ def cut_back(path: Path, step: int) -> None:
     disk.replace(temporary, path)
 
 
+def last_event(path: Path) -> dict[str, Any]:
+    """The last line of a log, if there is one and it is whole."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - (1 << 16)))
+            lines = file.read().splitlines()
+        found = json.loads(lines[-1]) if lines else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _finite(value: Any) -> Any:
     """JSON knows neither NaN nor infinity: null."""
     if isinstance(value, float) and not math.isfinite(value):

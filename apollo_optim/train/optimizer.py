@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -24,8 +25,18 @@ def make_optimizer(cfg: OptimConfig, model: torch.nn.Module, graphs: Graphs | No
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
-    """Of the matrices, and of the rest (the same where all parameters are in one group)."""
+    """Of the matrices, and of the rest (the same where all parameters are in one group), as they are now."""
+    matrices, rest = _two_groups(optimizer)
+    return float(matrices["lr"]), float(rest["lr"])
+
+
+def peak_rates(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """The same two before the schedule: what is configured."""
+    matrices, rest = _two_groups(optimizer)
+    return float(matrices.get("initial_lr", matrices["lr"])), float(rest.get("initial_lr", rest["lr"]))
+
+
+def _two_groups(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     groups = optimizer.param_groups
     matrices = next((g for g in groups if g.get("name") == "matrices"), groups[0])
-    rest = next((g for g in groups if g is not matrices), matrices)
-    return float(matrices["lr"]), float(rest["lr"])
+    return matrices, next((g for g in groups if g is not matrices), matrices)

@@ -21,6 +21,7 @@ from apollo_optim.train.events import Evaluate, Event, Log, Memory, Save, Tally
 from apollo_optim.train.failures import Interrupted
 from apollo_optim.train.loop import run_steps
 from apollo_optim.train.metrics import check_trackers
+from apollo_optim.train.optimizer import peak_rates
 from apollo_optim.train.record import Record, recording
 from apollo_optim.train.run_dir import Earlier, check_continuation, claim, default_run, prepare, restore
 from apollo_optim.train.schedule import factor
@@ -133,6 +134,7 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
         params=parameters,
         memory=measure.memory(job.model, job.optimizer),
         baseline=job.baseline,
+        peak_lr=dict(zip(("lr", "lr_rest"), peak_rates(job.optimizer), strict=True)),
         left_out=job.data.left_out,
         resumed_from=resumed_from,
         **({"changed": job.changed} if job.changed else {}),
@@ -144,6 +146,10 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
         display.note(job.gradients.cost_of_release())
     if resumed_from is not None:
         display.note(f"resumed after step {resumed_from}" + ("" if resumed_from else ": no checkpoint was saved yet"))
+    if job.ended is not None:
+        display.note(
+            f"the run has ended at step {resumed_from}: nothing is left to train, and only its model is written"
+        )
     if job.changed:
         display.note(f"not equal to the bit to the run so far, for it rounds otherwise: {', '.join(job.changed)}")
 
@@ -160,6 +166,8 @@ def finish(job: Job, record: Record) -> Result:
     gpu = measure.peak_gpu_memory(state.device)
     if gpu is not None:
         sizes["peak_gpu"] = gpu
+    if job.ended is not None:  # this process is not the one that trained
+        sizes = job.ended
     result = Result(
         run=job.run,
         step=state.step,
@@ -181,4 +189,5 @@ def finish(job: Job, record: Record) -> Result:
         f"done: {result.tokens:,} tokens in {duration(result.seconds)}, "
         f"perplexity {result.perplexity:.2f}; {job.run / ('model' if job.cfg.checkpoint.export else 'checkpoints')}"
     )
+    display.note(f"next: apollo-optim sample {job.run} --prompt ..., or apollo-optim report {job.run}")
     return result

@@ -14,7 +14,7 @@ from apollo_optim.data.foreign import drop_code
 from apollo_optim.data.tokenizer import fingerprint, load_tokenizer
 from apollo_optim.train import checkpoint, disk
 from apollo_optim.train.config import RunConfig, differences, load_config, may_change, only_rounds, save_config, to_dict
-from apollo_optim.train.metrics import cut_back
+from apollo_optim.train.metrics import cut_back, last_event
 from apollo_optim.train.schedule import factor
 from apollo_optim.train.state import TrainState
 
@@ -54,14 +54,16 @@ class Earlier:
     """None: there is no checkpoint."""
     changed: list[str] = field(default_factory=list)
     """What rounds otherwise from here on, in words."""
+    memory: dict[str, int] | None = None
+    """What a run that has ended took."""
 
 
 def check_continuation(run: Path, cfg: RunConfig) -> Earlier:
     """What to go on from, if the config is the one it was made with. Before the first checkpoint it may be any."""
-    old = load_config(run / "config.yaml")
     newest = checkpoint.newest(run)
     if newest is None:
         return Earlier()
+    old = load_config(run / "config.yaml")
     was, now = to_dict(old), to_dict(cfg)
 
     def told(keys: list[str]) -> list[str]:
@@ -83,7 +85,9 @@ def check_continuation(run: Path, cfg: RunConfig) -> Earlier:
                 f"train.steps cannot go from {old.train.steps} to {cfg.train.steps}: with schedule {cfg.schedule.kind} "
                 "the steps already made would have had other learning rates (constant can, and wsd before its decay)"
             )
-    return Earlier(state, told(different))
+    ended = last_event(run / "metrics.jsonl")
+    memory = ended.get("memory") if ended.get("event") == "end" and done == cfg.train.steps else None
+    return Earlier(state, told(different), memory)
 
 
 def _at(plain: dict[str, Any], key: str) -> Any:
@@ -126,10 +130,11 @@ def prepare(run: Path, cfg: RunConfig, step: int, tokenizer: Any, *, resume: boo
     """
     try:
         checkpoint.sweep(run)
+        log = run / "metrics.jsonl"
         if resume:
-            cut_back(run / "metrics.jsonl", step)
-        else:
-            (run / "metrics.jsonl").unlink(missing_ok=True)  # of a start that saved nothing
+            cut_back(log, step)
+        elif log.exists():  # of a start that saved nothing
+            disk.replace(log, run / "metrics-before.jsonl")
         temporary = run / ".tmp-config.yaml"
         save_config(dataclasses.replace(cfg, out=str(run)), temporary)
         disk.replace(temporary, run / "config.yaml")

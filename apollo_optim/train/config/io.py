@@ -71,6 +71,10 @@ def read_run_file(path: Path | str) -> dict[str, Any]:
         data = yaml.safe_load(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the run file {path}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        at = error.problem_mark or error.context_mark
+        line = f", line {at.line + 1}," if at else ""
+        raise InputError(f"{path}{line} is not a YAML run file: {error.problem or error.context}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path} is not a YAML run file: {' '.join(str(error).split())}") from None
     if data is not None and not isinstance(data, dict):
