@@ -178,6 +178,7 @@ def run(
     start = events(log, "start")[-1]
     memory = events(log, "memory")
     steps = events(log, "step")
+    seconds = steps[-1]["seconds"] if steps else 0.0  # of training, earlier processes' included
     quality = ("loss", "perplexity", "perplexity_reference", "bits_per_byte")
     return {
         **asdict(trial),
@@ -191,9 +192,9 @@ def run(
         "tokens": steps[-1]["tokens"] if steps else 0,
         "state": watch.state,
         "state_total": memory[-1]["optimizer"] if memory else None,
-        "seconds": steps[-1]["seconds"] if steps else 0.0,
-        "wall": time.time() - began,
-        "tokens_per_s": steps[-1]["tokens"] / steps[-1]["seconds"] if steps else None,
+        "seconds": seconds,
+        "wall": max(time.time() - began, seconds),
+        "tokens_per_s": steps[-1]["tokens"] / seconds if steps else None,
         **watch.timing(),
         "resumed": resume,
         "corpus": start["corpus"]["sha256"],
@@ -224,8 +225,8 @@ def corpus_of(trial: Trial, rows: Mapping[Trial, Row]) -> str | None:
 
 
 def commit() -> str:
-    """Of this checkout, with a + where files differ from it; "unknown" without git."""
-    return git("describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*")
+    """Of this checkout, "-dirty" where files differ from it; "unknown" without git."""
+    return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
 
 
 def tree() -> str:
