@@ -9,6 +9,7 @@ flat positions. Everything on the device is int32 arithmetic modulo 2^32, which 
 """
 
 import functools
+import hashlib
 import math
 import zlib
 
@@ -35,6 +36,11 @@ def _mix64(z: int) -> int:
 def mix_seed(*words: int) -> int:
     """One 63-bit seed out of several integers, order mattering: (group seed, position) -> a parameter's seed."""
     return functools.reduce(_mixed_in, words, 0) >> 1
+
+
+def name_word(name: str) -> int:
+    """64 bits of a name, for `mix_seed`."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def _mixed_in(state: int, word: int) -> int:

@@ -16,13 +16,13 @@ from apollo_optim.optim.parameter import codec_of, init_state, rule_of, static_o
 def describe(optimizer: RuleOptimizer) -> str:
     """The table of what follows what: tensors, parameters and bytes of optimizer state, per group and shape.
 
-    The bytes are counted on the state that the optimizer itself makes, on the meta device.
+    The bytes are counted on the state that the optimizer itself makes, on the meta device; what is frozen has none.
     """
     rows: list[tuple[str, ...]] = [("group", "follows", "tensors", "shape", "parameters", "state bytes", "lr")]
     totals = [0, 0, 0]
     for number, group in enumerate(optimizer.param_groups):
         kinds: dict[tuple[tuple[int, ...], str], list[Tensor]] = {}
-        for p in group["params"]:
+        for p in (p for p in group["params"] if p.requires_grad):
             kinds.setdefault((tuple(p.shape), what_follows(p, group)), []).append(p)
         for (shape, follows), params in kinds.items():
             size = sum(state_bytes(p, group) for p in params)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.matrix import matrix_shape
-from apollo_optim.core.names import as_tuple, matches, summary, with_matrices
+from apollo_optim.core.names import as_tuple, is_pattern, is_router, is_vector, matches, summary, with_matrices
 from apollo_optim.optim.knobs import GENERAL, Group, check_parameter, find_rule
 
 ALL_LINEAR = "all-linear"
@@ -53,9 +53,11 @@ def param_groups(
         rule: Of `matrices`; None: that of the optimizer that they are for.
         targets: Which modules' matrices follow the rule. Each is matched against the module's full name: a plain word
             as a substring, one with `* ? [` as a glob over the whole name, `re:...` as a regular expression that
-            may match anywhere; `"all-linear"` is every `nn.Linear` and convolution but the head.
+            may match anywhere; `"all-linear"` is every matrix that activations are multiplied by - linear layers,
+            convolutions, recurrent and attention weights, stacks of experts - but the head. A mixture's router is left
+            to `others` unless a glob or a regular expression names it.
         exclude: Patterns of the same kind, over parameter names; what they match goes to `others`.
-        no_decay: Patterns over parameter names; what they match has `weight_decay=0`.
+        no_decay: Patterns over parameter names; what they match has `weight_decay=0`; so has all that is 0-D or 1-D.
         rest: What `embedding`, `head` and `others` follow (norms and all that is 1-D always follow AdamW): the name of
             a rule ("adamw"; "adafactor", second moments factored into rows and columns and no first; "scale", the
             gradient normalised - the head's rows after a momentum of 0.9, the embedding's columns, other matrices'
@@ -86,8 +88,8 @@ def param_groups(
     members: dict[tuple[str, bool, bool], list[tuple[str, Tensor]]] = {}
     for name, p in model.named_parameters():
         check_parameter(p, f"parameter {name!r}")  # before a flat one makes every target look like a typo
-        kind = _kind(name, p, owners[p], output, targets, exclude, used)
-        decays = not any(matches(pattern, name) for pattern in no_decay)
+        kind = _kind(name, p, owners[p], output, model, targets, exclude, used)
+        decays = kind != "norms" and not any(matches(pattern, name) for pattern in no_decay)
         shaped = kind == "matrices" or (kind == "others" and choices["others"] != "adamw")
         conv = shaped and any(isinstance(module, nn.modules.conv._ConvNd) for _, module in owners[p])
         members.setdefault((kind, decays, conv), []).append((name, p))
@@ -104,6 +106,7 @@ def param_groups(
         group: Group = {
             "name": kind + ("" if alone else ("_conv" if conv else "") + ("" if decays else "_no_decay")),
             "params": [p for _, p in named],
+            "param_names": [name for name, _ in named],
         }
         if kind == "matrices":
             group |= own
@@ -167,26 +170,41 @@ def _kind(
     p: Tensor,
     owners: list[tuple[str, nn.Module]],
     head: nn.Module | None,
+    model: nn.Module,
     targets: tuple[str, ...],
     exclude: tuple[str, ...],
     used: Counter[str],
 ) -> str:
     excluded = [pattern for pattern in exclude if matches(pattern, name)]
     used.update(excluded)
-    if p.ndim < 2:
+    if is_vector(name, p):
         return "norms"
     if any(isinstance(module, nn.Embedding) for _, module in owners):
         return "embedding"
     for module_name, module in owners:
         is_head = module is head
+        linear, router = not is_head and _is_linear(module, module_name, p), is_router(module, module_name, model)
         for target in targets:
-            linear = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and not is_head
+            if router and not is_pattern(target):
+                continue
             if (linear if target == ALL_LINEAR else matches(target, module_name)) and not excluded:
                 used[target] += 1
                 return "matrices"
         if is_head:
             return "head"
     return "others"
+
+
+def _is_linear(module: nn.Module, name: str, p: Tensor) -> bool:
+    """Is the matrix `p` of this module one that activations are multiplied by? By what it is, not what it is called.
+
+    `nn.Linear`, convolutions, transformers' Conv1D, recurrent and attention layers with weights of their own, what a
+    parametrization keeps in the place of such a weight, and fused stacks of experts.
+    """
+    types = nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention
+    parametrized = ".parametrizations." in f".{name}." and min(p.shape) > 1
+    experts = p.ndim == 3 and "expert" in f"{type(module).__name__} {name}".lower()
+    return isinstance(module, types) or type(module).__name__ == "Conv1D" or parametrized or experts
 
 
 def _check_cover(targets: tuple[str, ...], exclude: tuple[str, ...], used: Counter[str], model: nn.Module) -> None:
@@ -199,10 +217,12 @@ def _check_cover(targets: tuple[str, ...], exclude: tuple[str, ...], used: Count
 
 
 def _quarter(members: dict[tuple[str, bool, bool], list[tuple[str, Tensor]]]) -> int:
+    trained = any(p.requires_grad for (kind, _, _), named in members.items() if kind == "matrices" for _, p in named)
     sides = Counter(
         min(matrix_shape(tuple(p.shape), "conv" if conv else None)[-2:])
         for (kind, _, conv), named in members.items()
         if kind == "matrices"
         for _, p in named
+        if p.requires_grad or not trained
     )
     return max(1, sides.most_common(1)[0][0] // 4)

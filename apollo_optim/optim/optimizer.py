@@ -12,7 +12,8 @@ from torch import Tensor
 
 from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.random import mix_seed
+from apollo_optim.core.names import unwrapped
+from apollo_optim.core.random import mix_seed, name_word
 from apollo_optim.optim.apply import apply_update
 from apollo_optim.optim.compiled import Graphs, is_compiled, prepare_compiled
 from apollo_optim.optim.knobs import GENERAL, PASSED, Group, check_group, find_rule, known_keys
@@ -38,7 +39,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             stochastically, or 0.999 v rounds back to v), "8bit" or "4bit", for all slots or in a dict by slot. A tensor
             that is too small or too odd for a format with codes stays in fp32.
         stochastic_rounding: Of bf16 weights and bf16 state at their one write per step. fp32 is not affected.
-        seed: Every parameter draws its own from this and its position, at its first step, and keeps it in its state.
+        seed: Every parameter draws its own from this and its name (where there are none, its position) at its first
+            step, and keeps it in its state.
         maximize: Step up the gradient, as in torch.optim.
         compile: Step a parameter by one compiled function, made once for each shape; None: on a CPU, those of 262,144
             entries and more, which take a quarter to a tenth of the time then.
@@ -104,10 +106,23 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not isinstance(params, set):
             check_group(param_group, self.name)
         self._forget()
+        self._name(param_group)
         known = known_keys([find_rule(param_group[key]) for key in ("rule", "otherwise")]).keys() | PASSED
         super().add_param_group(param_group)
         for key in self.defaults.keys() - known:  # torch fills in what another rule knows
             param_group.pop(key)
+
+    def _name(self, group: Group) -> None:
+        """torch wants names in all groups or in none: what is added later goes along."""
+        if not self.param_groups:
+            return
+        named = any(isinstance(entry, tuple) for entry in group["params"]) or "param_names" in group
+        if "param_names" in self.param_groups[0] and not named:
+            first = sum(len(other["params"]) for other in self.param_groups)
+            group["param_names"] = [f"unnamed.{first + i}" for i in range(len(group["params"]))]
+        elif "param_names" not in self.param_groups[0] and named:
+            group.pop("param_names", None)
+            group["params"] = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
 
     def _complete(self, group: Group) -> None:
         """Give it its rule and the rule's knobs: those of the constructor, then the rule's own defaults."""
@@ -208,7 +223,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         raise KeyError(p)
 
     def _seed(self, p: Tensor, group: Group) -> int:
-        return mix_seed(group["seed"], self.locate(p)[1])
+        """Of a parameter's random numbers: from its name where there are names, otherwise from its position."""
+        _, position = self.locate(p)
+        if "param_names" not in group:
+            return mix_seed(group["seed"], position)
+        index = next(i for i, q in enumerate(group["params"]) if q is p)
+        return mix_seed(group["seed"], name_word(unwrapped(group["param_names"][index])))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps the dtype it was saved in, and a foreign state is refused.

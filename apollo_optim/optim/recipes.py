@@ -5,18 +5,19 @@ Every rule is one: matrices follow it, the rest AdamW. A recipe says more: other
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.optim.classes import AdamW, Apollo, ApolloMini, ApolloSvd
 from apollo_optim.optim.groups import param_groups
-from apollo_optim.optim.knobs import find_rule, known_keys, nearest
+from apollo_optim.optim.knobs import Group, find_rule, known_keys, nearest
 from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.optim.parameter import rule_of
 from apollo_optim.rules import RULES, Rule
@@ -148,9 +149,23 @@ def build_optimizer(
     settings: dict[str, Any] = {"lr": recipe.cls.lr if lr is None else lr, "compile": compile}
     make = CLASSES.get(recipe.rule, partial(RuleOptimizer, rule=recipe.rule))
     optimizer: RuleOptimizer = make(groups, **settings)
-    in_force = [rule_of(p, group).name == recipe.rule for group in optimizer.param_groups for p in group["params"]]
-    if not any(in_force):
+    pairs = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if pairs and not any(rule_of(p, group).name == recipe.rule for p, group in pairs):
         rank = optimizer.param_groups[0].get("rank")
         why = f" at rank {rank}: every small side is no larger. Choose a smaller rank" if ranked else ""
         raise InputError(f"{name}: no matrix follows the rule{why}")
+    _warn_of_others(name, recipe.rule, pairs)
     return optimizer
+
+
+def _warn_of_others(name: str, rule: str, pairs: list[tuple[Tensor, Group]]) -> None:
+    """Say it where most of the hidden weights do not follow the rule that was asked for."""
+    hidden = [(p, group) for p, group in pairs if p.ndim > 1 and group["name"].startswith(("matrices", "others"))]
+    total = sum(p.numel() for p, _ in hidden)
+    left = sum(p.numel() for p, group in hidden if rule_of(p, group).name != rule)
+    if left > total / 2:
+        warnings.warn(
+            f"{name}: {left / total:.0%} of the hidden weights follow another rule (see apollo_optim.describe): widen "
+            'targets, for example to "all-linear", or lower the rank',
+            stacklevel=3,
+        )
