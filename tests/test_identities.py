@@ -1,7 +1,9 @@
 """Limits and identities: what must hold whatever the gradient."""
 
-import contextlib
 import math
+from dataclasses import dataclass
+from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from apollo_optim import AdamW, Apollo, ApolloMini
+from apollo_optim import AdamW, Apollo, ApolloMini, RuleOptimizer, rules
 from apollo_optim.core.matrix import is_wide, limit_growth, project, random_basis, svd_basis
 from apollo_optim.core.place import Place
 from apollo_optim.core.random import dither, hash32, key_at, mix_seed, normal_pairs, signs, uniform
@@ -215,27 +217,27 @@ def test_a_kept_projection_is_the_one_that_is_drawn_again(proj, dtype, compile):
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch before 2.9 has one setting for all")
-def test_products_are_quick_unless_the_user_has_chosen():
+@pytest.mark.parametrize("chosen", ["none", "ieee", "tf32"])
+def test_no_switch_of_the_process_is_flipped_by_a_step(chosen):
+    """fp32 products are what the user has chosen: not faster by a setting that depends on the processor."""
     seen = []
 
-    class Watched(Apollo):
-        @classmethod
-        def direction(cls, *args):
+    @dataclass(frozen=True)
+    class Watched(rules.Apollo):
+        name: ClassVar[str] = "watched"
+
+        def observe(self, *args):
             seen.append(torch.backends.mkldnn.matmul.fp32_precision)
-            if broken:
-                raise RuntimeError("in the middle of a step")
-            return super().direction(*args)
+            return super().observe(*args)
 
     p = nn.Parameter(torch.ones(20, 12))
-    p.grad, optimizer = torch.randn(20, 12), Watched([p], rank=4)
+    p.grad = torch.randn(20, 12)
     before = torch.backends.mkldnn.matmul.fp32_precision
     try:
-        for chosen, inside in (("none", "bf16"), ("ieee", "ieee"), ("tf32", "tf32")):
-            for broken in (False, True):
-                torch.backends.mkldnn.matmul.fp32_precision = chosen
-                with pytest.raises(RuntimeError, match="in the middle") if broken else contextlib.nullcontext():
-                    optimizer.step()
-                assert (seen.pop(), torch.backends.mkldnn.matmul.fp32_precision) == (inside, chosen)
+        with mock.patch.dict(rules.RULES, {"watched": Watched}):
+            torch.backends.mkldnn.matmul.fp32_precision = chosen
+            RuleOptimizer([p], "watched", rank=4).step()
+        assert [*seen, torch.backends.mkldnn.matmul.fp32_precision] == [chosen, chosen]
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
 

@@ -182,6 +182,16 @@ class Place:
 
         return self._redistributed(own, self.shape, list(self.placements), [Replicate()] * len(self.placements))
 
+    def every_matrix(self, own: Tensor) -> Tensor:
+        """One number a matrix, (..), of this rank's part of a stack -> of all matrices."""
+        if self.mesh is None or not own.ndim:
+            return own
+        from torch.distributed.tensor import Replicate
+
+        everywhere = [Replicate()] * len(self.placements)
+        stacked = [p if _splits(p, range(own.ndim)) else Replicate() for p in self.placements]
+        return self._redistributed(own, self.shape[: own.ndim], stacked, everywhere)
+
     def part_of(self, t: Tensor, own: Tensor) -> Tensor:
         """This rank's part, of `own`'s shape, of a tensor that is whole on every rank."""
         if self.mesh is None:

@@ -140,8 +140,9 @@ def _observe(static: Static, grad: Tensor, tensors: Tensors, inputs: Inputs) -> 
     for name, stored in static.slots:
         if name in found:
             value = found[name]
+            where = static.seen.every_matrix(finite) if stored.slot.split == "whole" else finite
             for at in [()] if stored.coding is not None else blocks(tuple(value.shape)):
-                _store(name, stored, part(value, at), tensors, finite, value, inputs, at)
+                _store(name, stored, part(value, at), tensors, where, value, inputs, at)
     tensors["skipped"].add_(~finite)
     return _Seen(matrix, view, state.with_seen(found), s, finite)
 
