@@ -3,11 +3,13 @@
 import re
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from apollo_optim.cli import pretrain
 from apollo_optim.cli.main import COMMANDS
+from apollo_optim.rules import RULES
 from apollo_optim.train.config import ModelConfig
 from apollo_optim.train.models import skeleton
 
@@ -19,7 +21,8 @@ CODE = [(page.name, code) for page in PAGES for code in re.findall(r"```python\n
 @pytest.mark.parametrize(("page", "code"), CODE, ids=[f"{page}-{i}" for i, (page, _) in enumerate(CODE)])
 def test_python_in_the_docs_runs(page: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = skeleton(ModelConfig(name="llama-4m"))
-    exec(code, {"model": model})
+    with mock.patch.dict(RULES):  # a page registers a rule of its own
+        exec(code, {"model": model})
     if page == "rest.md" and "llama-7b" in code:  # its table of bytes
         of_group = re.findall(r"^(?:embedding|head) .* ([\d,]+) +\S+$", capsys.readouterr().out, re.MULTILINE)
         assert len(of_group) == 10

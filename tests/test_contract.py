@@ -6,6 +6,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from low_bit import prepare
@@ -574,8 +575,36 @@ def test_refusals_name_the_key_and_the_nearest():
     for cls in (Apollo, AdamW):
         with pytest.raises(InputError, match="fully_shard"):
             cls([{"params": [flat]} | ({"rank": 2} if cls is Apollo else {})])
+    with pytest.raises(InputError, match="float64; steps compute in float32"):
+        AdamW([nn.Parameter(torch.ones(2, dtype=torch.float64))])
     with pytest.raises(InputError, match="complex"):
         AdamW([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+
+
+def test_keys_of_others_pass():
+    """Groups of one optimizer can be given to another after a scheduler has written to them."""
+    model = nn.Linear(8, 16)
+    optimizer = Apollo(model.parameters(), rank=1)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=20)
+    again = Apollo([dict(group) for group in optimizer.param_groups])
+    assert again.param_groups[0]["max_lr"] == 0.02
+    Apollo([{"params": [nn.Parameter(torch.ones(6, 4))], "rank": np.int64(2), "scale": np.float32(2), "lr_scale": 0.5}])
+
+
+@pytest.mark.parametrize("cls", [AdamW, Apollo])
+def test_a_step_compiled_by_the_user_steps(cls):
+    """Eagerly, after a break of the graph: the numbers of the step itself."""
+    ends = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        p = nn.Parameter(torch.ones(16, 8))
+        optimizer = cls([p], **({"rank": 2} if cls is Apollo else {}))
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for seed in range(3):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+            step()
+        ends.append(p.detach())
+    assert torch.equal(*ends)
 
 
 def test_groups_written_for_apollo_torch_work_unchanged():

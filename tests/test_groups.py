@@ -5,7 +5,15 @@ import torch
 from low_bit import prepare
 from torch import nn
 
-from apollo_optim import InputError, build_optimizer, describe, list_optimizers, param_groups
+from apollo_optim import (
+    ApolloMini,
+    InputError,
+    build_optimizer,
+    describe,
+    list_optimizers,
+    param_groups,
+    quantize_weights,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -40,6 +48,74 @@ def test_a_tied_head_is_an_embedding_once():
     groups = by_name(llama(tie_word_embeddings=True))
     assert "head" not in groups
     assert groups["embedding"] == {"model.embed_tokens.weight"}
+
+
+def gpt2() -> nn.Module:
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    with torch.device("meta"):
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+
+
+def test_what_is_1d_never_decays():
+    """GPT-2's `ln_1` has no "norm" in its name."""
+    model = gpt2()
+    optimizer = build_optimizer("apollo-mini", model, weight_decay=0.1)
+    decayed = {p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {p for p in model.parameters() if p.ndim > 1}
+
+
+class Gate(nn.Module):
+    """A mixture as transformers 5 has it: a router, stacks of experts and their biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 4, bias=False)
+        self.experts = nn.ParameterDict({"up": torch.randn(4, 24, 16), "up_bias": torch.randn(4, 24)})
+
+
+def test_parameters_are_sorted_by_what_they_are():
+    model = nn.ModuleDict({"mlp": Gate(), "rnn": nn.LSTM(16, 16), "attention": nn.MultiheadAttention(16, 2)})
+    model["weighed"] = nn.utils.parametrizations.weight_norm(nn.Linear(16, 24))
+    groups = by_name(model, targets="all-linear")
+    assert groups["norms"] >= {"mlp.experts.up_bias", "rnn.bias_ih_l0", "weighed.bias"}
+    assert groups["matrices"] >= {"mlp.experts.up", "rnn.weight_ih_l0", "attention.in_proj_weight"}
+    assert "weighed.parametrizations.weight.original1" in groups["matrices"]
+    assert "mlp.gate.weight" in groups["others"]
+    assert "mlp.gate.weight" in by_name(model, targets="mlp")["others"], "a plain word does not take a router"
+    assert "mlp.gate.weight" in by_name(model, targets=["*.gate", "mlp"])["matrices"]
+    assert quantize_weights(nn.ModuleDict({"mlp": Gate()}), targets="mlp") == ["mlp.experts.up"]
+
+
+def test_adapters_follow_the_rule():
+    """rank "auto" is a quarter of what is trained, and what is frozen has no state to be counted."""
+    model = nn.ModuleDict({"attn": nn.Linear(64, 64, bias=False)})
+    model.requires_grad_(False)
+    model["attn"].lora_A, model["attn"].lora_B = nn.Linear(64, 8, bias=False), nn.Linear(8, 64, bias=False)
+    optimizer = build_optimizer("apollo", model, targets="attn")
+    assert optimizer.param_groups[0]["rank"] == 2
+    assert "64 x 64" not in describe(optimizer)
+    with pytest.raises(InputError, match="no matrix follows the rule at rank 8"):
+        build_optimizer("apollo", model, targets="attn", rank=8)
+
+
+def test_a_seed_is_the_names_whatever_else_is_there():
+    params = [(f"layers.{i}.weight", nn.Parameter(torch.ones(8, 16))) for i in range(3)]
+    alone = [ApolloMini([pair], rank=1) for pair in params]
+    wrapped = [(name.replace("layers.", "module.layers._orig_mod."), p) for name, p in params]
+    seeds = []
+    for optimizers in (alone, [ApolloMini(params, rank=1)], [ApolloMini(wrapped[::-1], rank=1)]):
+        for _, p in params:
+            p.grad = torch.randn(p.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+        seeds.append([s[p]["seed"] for _, p in params for s in (o.state for o in optimizers) if p in s])
+    assert seeds[0] == seeds[1] == seeds[2]
+    assert len(set(seeds[0])) == 3
+
+
+def test_most_weights_on_another_rule_are_said():
+    with pytest.warns(UserWarning, match="of the hidden weights follow another rule"):
+        build_optimizer("apollo-mini", llama(), targets="k_proj")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from apollo_optim import OptimizerInfo, build_optimizer, list_optimizers, quantize_weights, release
+from apollo_optim import Recipe, build_optimizer, list_optimizers, quantize_weights, release
 from apollo_optim.core.random import dither, hash32, normal_pairs, signs, uniform
 from apollo_optim.core.rounding import round_stochastically
 from benchmarks.cases import Running
@@ -122,14 +122,14 @@ def eager(case: Running) -> None:
                 line.update(no_sync(info, start, device))
 
 
-def kinds() -> Iterator[tuple[OptimizerInfo, str]]:
+def kinds() -> Iterator[tuple[Recipe, str]]:
     """(optimizer, kind of weights), the second one of LIMITS; those for low-bit weights have no other."""
     for info in list_optimizers():
         for kind in ("bfloat16", "float32") if info.bits is None else ("low-bit",):
             yield info, kind
 
 
-def prepared(model: nn.Module, info: OptimizerInfo, kind: str) -> nn.Module:
+def prepared(model: nn.Module, info: Recipe, kind: str) -> nn.Module:
     """The model in these weights."""
     model = model.to(torch.float32 if kind == "float32" else torch.bfloat16)
     if info.bits is not None:
@@ -137,7 +137,7 @@ def prepared(model: nn.Module, info: OptimizerInfo, kind: str) -> nn.Module:
     return model
 
 
-def made(info: OptimizerInfo, model: nn.Module, compile: bool | None = False) -> torch.optim.Optimizer:
+def made(info: Recipe, model: nn.Module, compile: bool | None = False) -> torch.optim.Optimizer:
     """The optimizer as registered, for the matrices of `mlp`."""
     return build_optimizer(info.name, model, targets="mlp", compile=compile)
 
@@ -179,7 +179,7 @@ def judged(line: Line, limit: float) -> Line:
     return {**line, "limit": limit, "status": "ok" if near else "differs"}
 
 
-def numbers(info: OptimizerInfo, kind: str, start: nn.Module, device: torch.device, steps: int) -> Line:
+def numbers(info: Recipe, kind: str, start: nn.Module, device: torch.device, steps: int) -> Line:
     """So many steps on the device against the same on the CPU."""
     after = []
     for where in (torch.device("cpu"), device):
@@ -192,7 +192,7 @@ def numbers(info: OptimizerInfo, kind: str, start: nn.Module, device: torch.devi
     return judged(parted(after[0], after[1], plain(start)), LIMITS[kind])
 
 
-def inside_backward(info: OptimizerInfo, kind: str, device: torch.device, width: int) -> Line:
+def inside_backward(info: Recipe, kind: str, device: torch.device, width: int) -> Line:
     """Three steps inside backward against three beside it, both on the device: bitwise."""
     after = []
     for inside in (False, True):
@@ -211,7 +211,7 @@ def inside_backward(info: OptimizerInfo, kind: str, device: torch.device, width:
     return judged(parted(after[0], after[1], start), 0.0)
 
 
-def no_sync(info: OptimizerInfo, start: nn.Module, device: torch.device) -> Line:
+def no_sync(info: Recipe, start: nn.Module, device: torch.device) -> Line:
     """Steps 2 and 3 with torch's alarm for whatever makes the host wait for the device."""
     model = copy.deepcopy(start).to(device)
     optimizer = made(info, model)
