@@ -2,6 +2,7 @@
 #   make demo     train a small LLaMA on real text with APOLLO-Mini: text, table, picture (about 6 minutes on 2 cores)
 #   make test     the test suite                make lint   ruff and mypy --strict
 #   make bench    the race of the optimizers on a small LLaMA (hours; goes on where it was)
+#   make gpu      what a GPU is measured with, in eight minutes (docs/gpu.md)
 #   make docs     the documentation as a web site
 #   make wheel    wheel and sdist, tried in a clean environment with torch alone
 #   make clean    what the targets above made, .venv excepted; make distclean takes .venv, too
@@ -10,17 +11,18 @@ PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 SAY := printf '\n\033[1m==> %s\033[0m\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs wheel clean distclean
+.PHONY: help demo test lint bench gpu docs wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '2,8s/^# *//p' Makefile
+	@sed -n '2,9s/^# *//p' Makefile
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -60,6 +62,10 @@ bench: $(VENV)/.dev
 	@$(SAY) "racing the optimizers (hours on two cores; Ctrl-C is safe, the same command goes on)"
 	$(BIN)/apollo-optim bench race $(BENCH_ARGS)
 
+gpu: $(VENV)/.train
+	@$(SAY) "measuring on the GPU"
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
+
 docs: $(VENV)/.dev
 	@$(SAY) "building the documentation"
 	$(BIN)/mkdocs build --strict --quiet --site-dir out/site
@@ -72,7 +78,7 @@ wheel: $(VENV)/.dev
 clean:
 	@$(SAY) "removing caches, builds and out/"
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find apollo_optim tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find apollo_optim benchmarks tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
         AdamW,
         Apollo,
         ApolloMini,
-        OptimizerInfo,
+        Recipe,
         Released,
+        RuleOptimizer,
         build_optimizer,
         describe,
         list_optimizers,
         param_groups,
+        register,
         release,
     )
     from apollo_optim.quant import LowBitWeight, quantize_weights
@@ -29,13 +31,15 @@ __all__ = [
     "ApolloMini",
     "InputError",
     "LowBitWeight",
-    "OptimizerInfo",
+    "Recipe",
     "Released",
+    "RuleOptimizer",
     "build_optimizer",
     "describe",
     "list_optimizers",
     "param_groups",
     "quantize_weights",
+    "register",
     "release",
 ]
 __version__ = "0.1.0"

@@ -35,11 +35,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from apollo_optim import AdamW, Apollo, InputError, build_optimizer, release
-from apollo_optim.core import layout
+from apollo_optim import AdamW, Apollo, InputError, RuleOptimizer, build_optimizer, release
+from apollo_optim.core import place
 from apollo_optim.core import random as hashing
 from apollo_optim.core.blocks import Block
-from apollo_optim.optim.base import MatrixOptimizer
 
 SALT = 1
 STEPS, GAP = 10, 4  # refreshes at the steps 1, 5 and 9
@@ -49,10 +48,10 @@ GAMES: dict[str, tuple[str, dict[str, Any]]] = {  # name in the table -> optimiz
     "adamw": ("adamw", {}),
 }
 RESTS: dict[str, dict[str, Any]] = {  # what every matrix is told to follow instead of a rule
-    "adamw8bit": {"rest": "adamw8bit"},
-    "adafactor": {"rest": "adafactor"},
-    "scale rows": {"rest": "scale", "normalize": "rows", "momentum": 0.9},
-    "scale columns": {"rest": "scale", "normalize": "columns"},
+    "adamw8bit": {"state_dtype": "8bit"},
+    "adafactor": {"rule": "adafactor"},
+    "scale rows": {"rule": "scale", "normalize": "rows", "momentum": 0.9},
+    "scale columns": {"rule": "scale", "normalize": "columns"},
 }
 Row = dict[str, Any]
 Found = Iterator[tuple[str, Row]]
@@ -97,7 +96,7 @@ def zoo(dtype: torch.dtype = torch.float32, convolution: bool = True) -> nn.Modu
     return Zoo(modules).to(dtype)
 
 
-def optimizer_for(model: nn.Module, game: str, **knobs: Any) -> MatrixOptimizer:
+def optimizer_for(model: nn.Module, game: str, **knobs: Any) -> RuleOptimizer:
     if game in RESTS:
         return AdamW([{"params": list(model.parameters()), **RESTS[game]}], lr=1e-2, **knobs)
     name, own = GAMES[game]
@@ -129,7 +128,7 @@ def whole(t: Tensor) -> Tensor:
 
 def walk(
     model: nn.Module,
-    optimizer: MatrixOptimizer,
+    optimizer: RuleOptimizer,
     steps: range = range(1, STEPS + 1),
     spoil: Callable[[str, int, Tensor], None] = lambda name, step, full: None,
 ) -> None:
@@ -285,7 +284,7 @@ def parity() -> Found:
 
 def rests() -> Found:
     """Rules of rows and columns, where ranks hold rows, columns, and both. (8 bits: for matrices this small, too.)"""
-    least = ("apollo_optim.optim.step.LEAST_8BIT", 0), ("apollo_optim.core.eightbit.LEAST", 1)
+    least = ("apollo_optim.core.codecs.LEAST_ENTRIES", 0), ("apollo_optim.core.codecs.LEAST_GROUP", 1)
     with mock.patch(*least[0]), mock.patch(*least[1]):
         for where in ("fsdp 2", "columns 2") if dist.get_world_size() == 2 else ("rows x columns",):
             for game in RESTS:
@@ -313,19 +312,19 @@ def bf16() -> Found:
 def mutants() -> Found:
     """What the comparisons must notice: a seed that depends on the rank, rounding bits drawn by local position."""
     rank = dist.get_rank()
-    with mock.patch("apollo_optim.optim.base.mix_seed", lambda seed, i: hashing.mix_seed(seed, i, rank)):
+    with mock.patch("apollo_optim.optim.optimizer.mix_seed", lambda seed, i: hashing.mix_seed(seed, i, rank)):
         for row in compare(fsdp(2), "apollo gaussian"):
             yield "rank in the seed", row
-    with (
-        mock.patch("apollo_optim.core.write.rounding_noise", by_local_position),
-        mock.patch("apollo_optim.optim.rest.rounding_noise", by_local_position),
-    ):
+    with mock.patch.object(place.Place, "noise", by_local_position):
         for row in compare(fsdp(2), "apollo gaussian", torch.bfloat16):
             yield "bits by local position", row
 
 
-def by_local_position(t: Tensor, key: hashing.Key, at: Block = ()) -> Tensor:
-    return layout.rounding_noise(layout.local(t), key, at)
+noise = place.Place.noise
+
+
+def by_local_position(_: place.Place, own: Tensor, key: hashing.Key, at: Block = ()) -> Tensor:
+    return noise(place.Place.of(own), own, key, at)
 
 
 def non_finite() -> Found:
@@ -409,7 +408,7 @@ def checkpoints() -> Found:
             )
 
 
-def as_saved(model: nn.Module, optimizer: MatrixOptimizer, options: StateDictOptions) -> dict[str, Any]:
+def as_saved(model: nn.Module, optimizer: RuleOptimizer, options: StateDictOptions) -> dict[str, Any]:
     return {
         "model": get_model_state_dict(model, options=options),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
@@ -418,7 +417,7 @@ def as_saved(model: nn.Module, optimizer: MatrixOptimizer, options: StateDictOpt
 
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return type(a) is type(b) and a.dtype == b.dtype and torch.equal(layout.local(a), layout.local(b))
+        return type(a) is type(b) and a.dtype == b.dtype and torch.equal(place.local(a), place.local(b))
     return bool(a == b)
 
 
@@ -537,7 +536,7 @@ def released() -> Found:
         (model, ours, norms), (stepped, its, expected) = (trained(*how, inside) for inside in (True, False))
         for (tensor, p), (_, q) in zip(model.named_parameters(), stepped.named_parameters(), strict=True):
             state = [key for key, value in its.state[q].items() if not everywhere(same(value, ours.state[p][key]))]
-            equal = everywhere(torch.equal(layout.local(p), layout.local(q)))
+            equal = everywhere(torch.equal(place.local(p), place.local(q)))
             yield "released", {"how": how, "tensor": tensor, "equal": equal, "state": state}
         far = max(abs(a.item() / b.item() - 1) for a, b in zip(norms, expected, strict=True))
         yield "released norm", {"how": how, "far": far}

@@ -164,12 +164,12 @@ def test_other_refusals_leave_nothing_behind(tmp_path: Path) -> None:
 CHILD = """
 import json, sys
 import transformers.modeling_utils
-from apollo_optim.quant import quantize_weights, weight
+from apollo_optim.quant import quantize_weights, write
 from apollo_optim.train import measure
 from apollo_optim.train.config import ModelConfig, QuantConfig
 from apollo_optim.train.models import build_model
 
-weight.COMPILED_FROM = 1 << 30  # the compiler is not what is measured here
+write.COMPILED_FROM = 1 << 30  # the compiler is not what is measured here
 measure.give_back_memory(1 << 20)
 def streamed(path):
     return build_model(ModelConfig(path, pretrained=True), quant=QuantConfig(8))

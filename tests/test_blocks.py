@@ -81,7 +81,8 @@ def largest_allocation(optimizer: torch.optim.Optimizer) -> int:
 
 LARGE = [
     pytest.param(AdamW, {}, id="adamw"),
-    *(pytest.param(AdamW, {"rest": rest}, id=rest) for rest in ("adamw8bit", "adafactor", "scale")),
+    *(pytest.param(AdamW, {"state_dtype": codec}, id=codec) for codec in ("8bit", "4bit")),
+    *(pytest.param(AdamW, {"rule": rule}, id=rule) for rule in ("adafactor", "scale")),
     pytest.param(ApolloMini, {"rank": 1}, id="apollo-mini"),
     pytest.param(Apollo, {"rank": 64}, id="apollo"),
     pytest.param(Apollo, {"rank": 512, "proj": "sketch"}, id="apollo sketch at d/4"),
@@ -94,7 +95,7 @@ def test_no_temporary_of_a_step_is_large(cls, knobs, shape):
     """At most a quarter of the fp32 weight: a bf16 weight of 8.4 million entries, its gradient and state apart."""
     p = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
     p.grad = torch.randn(shape, dtype=torch.bfloat16)
-    group = {"params": [p], **knobs} | ({"momentum": 0.9} if knobs.get("rest") == "scale" else {})
+    group = {"params": [p], **knobs} | ({"momentum": 0.9} if knobs.get("rule") == "scale" else {})
     optimizer = cls([group], compile=False)
     optimizer.step()  # makes the state
     assert 0 < largest_allocation(optimizer) <= p.numel() * 4 // 4

@@ -18,7 +18,6 @@ from train_tiny import MODEL, tiny
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.quant import LowBitWeight
-from apollo_optim.train import checkpoint
 from apollo_optim.train.checkpoint import (
     SaveFailed,
     checkpoints,
@@ -29,12 +28,15 @@ from apollo_optim.train.checkpoint import (
     pack,
     restore_optimizer,
     save,
+    shards,
+    store,
     unpack,
     weights,
 )
 from apollo_optim.train.config import ModelConfig
-from apollo_optim.train.loop import TrainingFailed, pretrain
+from apollo_optim.train.failures import TrainingFailed
 from apollo_optim.train.models import build_model
+from apollo_optim.train.pretrain import pretrain
 
 STATE = {"step": 3, "optimizer": {"state": {0: {"exp_avg": torch.arange(6.0).view(2, 3).mT, "seed": 2**63 + 1}}}}
 
@@ -107,7 +109,7 @@ def test_a_checkpoint_brings_back_weights_and_state(run, model):
 
 
 def test_shards_are_small(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)
     path = save(tmp_path, 1, model, STATE, keep=1)
     files = sorted(path.glob("weights-*"))
     assert len(files) > 2
@@ -216,7 +218,7 @@ def test_foreign_directories_are_refused(run, model):
     manifest.write_text(
         manifest.read_text()
         .replace("something else", "apollo-optim checkpoint")
-        .replace(f'"version": {checkpoint.VERSION}', f'"version": {checkpoint.VERSION + 1}')
+        .replace(f'"version": {store.VERSION}', f'"version": {store.VERSION + 1}')
     )
     with pytest.raises(InputError, match="newer"):
         load_state(newest(run))
@@ -243,7 +245,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from train_tiny import tiny
 from apollo_optim.train import checkpoint
-from apollo_optim.train.loop import pretrain
+from apollo_optim.train.pretrain import pretrain
 real = checkpoint.save
 def save(run, step, *rest):
     if step == 8:  # from here on no file may be longer: the system refuses to write, as it does on a full disk

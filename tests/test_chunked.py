@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 from train_tiny import figures, tiny
 
 from apollo_optim import InputError, build_optimizer, quantize_weights, release
-from apollo_optim.train import chunked, evaluate, loop
+from apollo_optim.train import build, chunked, loss
 from apollo_optim.train.chunked import Unmade, summed_cross_entropy
-from apollo_optim.train.evaluate import summed_loss
-from apollo_optim.train.loop import pretrain
+from apollo_optim.train.loss import summed_loss
+from apollo_optim.train.pretrain import pretrain
 
 SIZES = {
     "vocab_size": 300,
@@ -39,7 +39,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def parts_used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for every loss without logits."""
     used: list[int] = []
-    monkeypatch.setattr(evaluate, "summed_cross_entropy", lambda *args: used.append(1) or summed_cross_entropy(*args))
+    monkeypatch.setattr(loss, "summed_cross_entropy", lambda *args: used.append(1) or summed_cross_entropy(*args))
     return used
 
 
@@ -233,7 +233,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_a_compiled_model_is_compiled_without_its_head(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))  # noqa: PLW0108 (to be a method)
-    monkeypatch.setattr(loop, "can_compile", lambda device: True)
+    monkeypatch.setattr(build, "can_compile", lambda device: True)
     pretrain(tiny(tmp_path, train={"steps": 1, "loss": "chunked"}, model={"compile": True}))
     assert [type(module).__name__ for module in compiled] == ["LlamaModel"]
     model = model_of("llama")

@@ -43,6 +43,11 @@ def test_help_answers_at_once_without_torch() -> None:
     assert all(any(line.strip().startswith(name) for line in text) for name in COMMANDS)
 
 
+def test_the_package_is_the_command_too() -> None:
+    words = [sys.executable, "-m", "apollo_optim", "--version"]
+    assert subprocess.run(words, check=True, capture_output=True, text=True).stdout.startswith("apollo-optim 0.")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("apollo-optim 0.")
@@ -71,7 +76,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("pretrain --config nowhere.yaml", "cannot read the run file nowhere.yaml"),
         ("pretrain --config", "argument --config: expected one argument"),
         ("pretrain llama-60m", "llama-60m"),
-        ("pretrain --out nowhere --resume", "nowhere"),
+        ("pretrain --out nowhere --resume", "--out nowhere: holds no run to resume"),
+        ("pretrain --lr 3", "unknown key --lr (did you mean --optim.lr?)"),
+        ("pretrain --batch_size 3", "(did you mean --train.batch_size or --eval.batch_size?)"),
     ],
 )
 def test_wrong_words_get_one_line_and_exit_2(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +96,7 @@ def test_wrong_words_get_one_line_and_exit_2(words: str, message: str, capsys: p
         ("optm: {lr: 3}", "unknown key optm (did you mean optim?)"),
         ("optim: {lr: much}", "optim.lr=much: expected a number"),
         ("log: {display: loud}", "log.display=loud: expected Literal"),
-        ("train: {steps: [", "is not a YAML run file"),
+        ("model: {}\ntrain: {steps: [", "run.yaml, line 2, is not a YAML run file"),
         ("- a\n- b", "is not a run file"),
         ("model: !!python/object/apply:os.getcwd []", "is not a YAML run file"),
     ],
@@ -109,7 +116,7 @@ def test_words_change_the_run_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("optim: {name: apollo, lr: 1e-3, betas: [0.9, 0.95]}\nmodel: {config: {rope_theta: 5.0}}\n")
     words = ["--config", str(path), "--optim.lr", "3e-4", "--optim.targets", "[attn]", "--optim.scale", "auto"]
-    cfg, resume = pretrain.parse([*words, "--model.config.rms_norm_eps", "1e-5", "--eval.every", "null"])
+    cfg, resume, _ = pretrain.parse([*words, "--model.config.rms_norm_eps", "1e-5", "--eval.every", "null"])
     assert (cfg.optim.name, cfg.optim.lr, cfg.optim.betas) == ("apollo", 3e-4, (0.9, 0.95))
     assert (cfg.optim.targets, cfg.optim.scale, cfg.eval.every, resume) == (["attn"], "auto", None, False)
     assert cfg.model.config == {"rope_theta": 5.0, "rms_norm_eps": 1e-5}
@@ -136,26 +143,27 @@ def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_a_failed_run_exits_1_and_an_interrupted_one_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from apollo_optim.train import loop
+    from apollo_optim.train import failures as ended
+    from apollo_optim.train import pretrain as story
 
-    failures = {loop.TrainingFailed("step 7: NaN"): 1, loop.Interrupted("go on with"): 130, OSError(28, "full"): 1}
+    failures = {ended.TrainingFailed("step 7: NaN"): 1, ended.Interrupted("go on with"): 130, OSError(28, "full"): 1}
     for error, code in failures.items():
 
         def fail(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(loop, "pretrain", fail)
+        monkeypatch.setattr(story, "pretrain", fail)
         assert main(["pretrain"]) == code
         assert str(error.args[-1]) in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    from apollo_optim.train import loop
+    from apollo_optim.train import pretrain as story
 
     def bug(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(loop, "pretrain", bug)
+    monkeypatch.setattr(story, "pretrain", bug)
     with pytest.raises(RuntimeError, match="shapes"):
         main(["pretrain"])
 

@@ -6,8 +6,8 @@ import pytest
 
 from apollo_optim import build_optimizer
 from apollo_optim.cli import pretrain
-from apollo_optim.train.loop import make_optimizer
 from apollo_optim.train.models import SIZES, skeleton
+from apollo_optim.train.optimizer import make_optimizer
 
 RUNS = Path(__file__).resolve().parent.parent / "runs"
 FILES = sorted(RUNS.glob("*.yaml"))
@@ -25,7 +25,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_run_file_is_a_run(path: Path) -> None:
-    cfg, _ = pretrain.parse(["--config", str(path)])
+    cfg = pretrain.parse(["--config", str(path)]).cfg
     assert path.read_text().startswith("# ")
     assert cfg.model.name in SIZES
     assert cfg.train.batch_size % (cfg.train.micro_batch or cfg.train.batch_size) == 0
@@ -51,7 +51,7 @@ def test_every_run_file_is_a_run(path: Path) -> None:
 def test_the_papers_hyper_parameters(size: str) -> None:
     steps, rank, scale, lr = PUBLISHED[size]
     apollo, mini, adamw = (
-        pretrain.parse(["--config", str(RUNS / f"llama-{size}-{name}.yaml")])[0]
+        pretrain.parse(["--config", str(RUNS / f"llama-{size}-{name}.yaml")]).cfg
         for name in ("apollo", "apollo-mini", "adamw")
     )
     assert {cfg.train.steps for cfg in (apollo, mini, adamw)} == {steps}
@@ -66,13 +66,13 @@ LONG = [("apollo", 0.01, 2), ("apollo-mini", 0.01, 384), ("adamw", 0.005, None)]
 
 @pytest.mark.parametrize(("name", "lr", "scale"), LONG)
 def test_the_runs_of_sequence_1024(name: str, lr: float, scale: float | None) -> None:
-    cfg, _ = pretrain.parse(["--config", str(RUNS / f"llama-350m-seq1024-{name}.yaml")])
+    cfg = pretrain.parse(["--config", str(RUNS / f"llama-350m-seq1024-{name}.yaml")]).cfg
     assert (cfg.data.seq_len, cfg.optim.lr, cfg.optim.scale) == (1024, lr, scale)
 
 
 @pytest.mark.parametrize("name", ["demo", "llama-60m-adamw", "llama-60m-apollo", "llama-60m-apollo-mini"])
 def test_model_and_optimizer_can_be_built(name: str) -> None:
-    cfg, _ = pretrain.parse(["--config", str(RUNS / f"{name}.yaml")])
+    cfg = pretrain.parse(["--config", str(RUNS / f"{name}.yaml")]).cfg
     model = skeleton(cfg.model)
     optimizer = make_optimizer(cfg.optim, model)
     matrices = [group for group in optimizer.param_groups if group["name"] == "matrices"]
@@ -84,6 +84,6 @@ def test_model_and_optimizer_can_be_built(name: str) -> None:
 
 def test_sizes_are_what_their_names_say() -> None:
     for name, millions in {"llama-60m": 58, "llama-130m": 134, "llama-4m": 3.4}.items():
-        model = skeleton(pretrain.parse(["--model.name", name])[0].model)
+        model = skeleton(pretrain.parse(["--model.name", name]).cfg.model)
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.03)
         build_optimizer("apollo", model)

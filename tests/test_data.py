@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import math
 import os
 import random
@@ -20,7 +21,8 @@ from hypothesis import strategies as st
 from apollo_optim.core.errors import InputError
 from apollo_optim.data import IGNORED, Batch, Batches, Data, DataConfig, check_vocabulary, open_data
 from apollo_optim.data.corpus import CorpusDocuments, open_corpus, pieces
-from apollo_optim.data.files import SECTION, Reading, local_documents
+from apollo_optim.data.files import local_documents
+from apollo_optim.data.readers import SECTION, Reading
 from apollo_optim.data.tokenizer import END, encode, token_bytes, trained_bpe
 
 WORDS = ["def", "return", "self", "if", "else", "for", "in", "None", "True", "print", "class", "import", "the", "of"]
@@ -109,7 +111,8 @@ def test_python_corpus_holds_no_tests_and_no_copies() -> None:
 def test_packages_are_found_without_importing_them() -> None:
     code = """
 import sys
-from apollo_optim.data.files import Reading, local_documents, versions
+from apollo_optim.data.files import local_documents, versions
+from apollo_optim.data.readers import Reading
 keys = [key for key, _ in local_documents("packages", Reading())]
 assert "torch/nn/functional.py" in keys and "transformers/trainer.py" in keys and "torch/version.py" not in keys
 assert sorted(versions("packages")) == ["torch", "transformers"] and "+" not in str(versions("packages"))
@@ -487,6 +490,33 @@ def test_directories_globs_and_lists(tmp_path: Path) -> None:
     assert keys("**/*.txt") == ["a.txt"]
     corpus = open_corpus([str(tmp_path / "a.txt"), str(tmp_path / "deep")], Reading(), 20, tmp_path)
     assert corpus.documents == 3
+
+
+def test_what_is_left_out_is_counted_and_named(
+    tmp_path: Path, small: Callable[..., DataConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    lines = [json.dumps({"text": f"a line of text, number {i * i}"}) for i in range(40)]
+    (folder / "part.jsonl").write_text("\n".join([*lines, '{"text": "  "}']))
+    for name in ("one.json", "two.csv", "three.zst", "four.zst", ".hidden.txt"):
+        (folder / name).write_text("something")
+    (folder / "README.md").write_text("# A data card")
+    (elsewhere / "more.jsonl").write_text("\n".join(lines))
+    (folder / "more").symlink_to(elsewhere)
+    os.mkfifo(folder / "pipe.txt")
+    with caplog.at_level(logging.WARNING, "apollo_optim"):
+        data = open_data(small(source=str(folder), seq_len=16))
+    assert data.identity["documents"] == 40
+    assert sorted(data.left_out.values()) == [1, 1, 1, 1, 1, 4]
+    for words in ("(four.zst, one.json, three.zst, ...)", "(more)", "(README.md)", "(pipe.txt)", "part.jsonl:41"):
+        assert words in caplog.text
+    caplog.clear()
+    open_data(small(source=str(folder / "*.jsonl"), seq_len=16))
+    assert "README" not in caplog.text
+    with pytest.raises(InputError, match="not a regular file"):
+        open_data(small(source=str(folder / "pipe.txt")))
 
 
 def test_a_long_text_is_cut_at_line_ends_and_loses_nothing(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from apollo_optim import AdamW, Apollo, ApolloMini
-from apollo_optim.core.project import channel_view, down, random_basis, svd_basis
+from apollo_optim.core.matrix import is_wide, limit_growth, project, random_basis, svd_basis
+from apollo_optim.core.place import Place
 from apollo_optim.core.random import dither, hash32, key_at, mix_seed, normal_pairs, signs, uniform
 from apollo_optim.core.rounding import round_stochastically
-from apollo_optim.core.scaling import limit_growth
 
 KEY = key_at(mix_seed(0, 3), "projection", 2)
+CPU = torch.device("cpu")
 
 
 # ---- the hash: a file format
@@ -91,8 +92,8 @@ def test_random_bases_are_isotropic(proj, k, rank):
     total = torch.zeros(k, k)
     draws = 4000
     for refresh in range(draws):
-        basis = random_basis(view, rank, proj, key_at(5, "projection", refresh))
-        low = down(eye, basis, rank)  # P itself, row by row
+        basis = random_basis(Place.of(view), rank, proj, key_at(5, "projection", refresh), CPU)
+        low = project(eye, basis, rank, Place.of(eye))  # P itself, row by row
         total += low @ low.mT
     spread = math.sqrt(2 / rank) if proj == "gaussian" else 1.0
     assert (total / draws - eye).abs().max() < 5 * spread / math.sqrt(draws)
@@ -101,17 +102,18 @@ def test_random_bases_are_isotropic(proj, k, rank):
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (3, 20, 12), (16, 16)])
 @pytest.mark.parametrize("rank", [1, 4, 5])
 def test_the_sketch_is_signed_sums_of_every_rth_column(shape, rank):
-    grad_ck = channel_view(torch.randn(shape))
-    basis = random_basis(grad_ck, rank, "sketch", KEY)
+    grad_ck = torch.randn(shape)
+    grad_ck = grad_ck.mT if is_wide(shape) else grad_ck
+    basis = random_basis(Place.of(grad_ck), rank, "sketch", KEY, CPU)
     k = grad_ck.shape[-1]
     dense = torch.zeros(*grad_ck.shape[:-2], k, rank)
     dense[..., torch.arange(k), torch.arange(k) % rank] = basis
-    torch.testing.assert_close(down(grad_ck, basis, rank), grad_ck @ dense)
+    torch.testing.assert_close(project(grad_ck, basis, rank, Place.of(grad_ck)), grad_ck @ dense)
 
 
 def test_every_expert_has_its_own_projection():
     for proj in ("gaussian", "sketch", "rademacher"):
-        basis = random_basis(torch.empty(3, 20, 12), 4, proj, KEY)
+        basis = random_basis(Place.of(torch.empty(3, 20, 12)), 4, proj, KEY, CPU)
         assert basis.shape[0] == 3
         assert not torch.equal(basis[0], basis[1])
 

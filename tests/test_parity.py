@@ -1,32 +1,36 @@
 """Ours against the installed peers: apollo-torch 1.0.3 on matrices, torch.optim.AdamW on everything.
 
 The measure is ||ours - ref|| / ||ref - start|| per tensor. Peers are called, never read: apollo-torch's projections are
-taken from its state at run time and injected by overriding ``Apollo.basis``.
+taken from its state at run time and injected by a rule that overrides `Apollo.basis`.
 """
 
 import warnings
+from dataclasses import dataclass
+from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from apollo_optim import AdamW, Apollo
+from apollo_optim import AdamW, RuleOptimizer, rules
 
 warnings.filterwarnings("ignore", module="bitsandbytes")
 STEPS, GAP, LR = 50, 13, 1e-2  # refreshes at steps 1, 14, 27 and 40
 SHAPES = {"tall": (640, 256), "wide": (256, 1024), "square": (256, 256)}
 
 
-class Injected(Apollo):
+@dataclass(frozen=True)
+class Injected(rules.Apollo):
     """APOLLO on somebody else's basis."""
 
-    given: Tensor
+    name: ClassVar[str] = "apollo-injected"
+    given: ClassVar[Tensor]
 
-    @classmethod
-    def basis(cls, grad_ck, state, n, spec):
+    def basis(self, grad_ck, state, s, place):
         k = grad_ck.shape[1]
-        basis_kr = cls.given if cls.given.shape[0] == k else cls.given.mT
-        assert basis_kr.shape == (k, spec.rank)
+        basis_kr = self.given if self.given.shape[0] == k else self.given.mT
+        assert basis_kr.shape == (k, self.rank)
         return basis_kr
 
 
@@ -44,6 +48,7 @@ def measure(ours: Tensor, ref: Tensor, start: Tensor) -> float:
     return float((ours - ref).norm() / (ref - start).norm())
 
 
+@mock.patch.dict(rules.RULES, {Injected.name: Injected})
 def run_both(shape, scale_type, proj, *, scale_front=False, decay=0.0, decay_after=0.0) -> tuple[float, float]:
     """(measure at the end, how often the limiter acted) of 50 steps; ``decay_after`` is ours decayed by hand."""
     apollo_torch = pytest.importorskip("apollo_torch")
@@ -55,7 +60,9 @@ def run_both(shape, scale_type, proj, *, scale_front=False, decay=0.0, decay_aft
     ref = apollo_torch.APOLLOAdamW(
         [{"params": [theirs], **group}], lr=LR, weight_decay=decay + decay_after, scale_front=scale_front
     )
-    opt = Injected([{"params": [ours], **group}], lr=LR, weight_decay=decay, scale_front=scale_front)
+    opt = RuleOptimizer(
+        [{"params": [ours], **group}], Injected.name, lr=LR, weight_decay=decay, scale_front=scale_front, compile=False
+    )
     limited = 0
     for grad in gradients(shape):
         theirs.grad, ours.grad = grad.clone(), grad.clone()
@@ -100,6 +107,28 @@ def test_adamw_is_torchs(shape):
         ref.step()
         opt.step()
     assert measure(ours.detach(), theirs.detach(), start) <= 1e-6
+
+
+@pytest.mark.parametrize("size", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_muon_is_torchs_within_its_own_noise(shape, size):
+    """Nearer to torch's than torch's bf16 products are to those of fp32."""
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(4)) * 0.02
+    ends = {}
+    for name in ("torch", "bfloat16", "float32"):
+        p = nn.Parameter(start.clone())
+        if name == "torch":
+            optimizer = torch.optim.Muon([p], lr=1e-2, weight_decay=0.1, adjust_lr_fn=size)
+        else:
+            knobs = {"size": size, "precision": name, "compile": False}
+            optimizer = RuleOptimizer([p], "muon", lr=1e-2, weight_decay=0.1, **knobs)
+        draw = torch.Generator().manual_seed(5)
+        for _ in range(10):
+            p.grad = torch.randn(shape, generator=draw)
+            optimizer.step()
+        ends[name] = p.detach()
+    noise = measure(ends["float32"], ends["torch"], start)
+    assert measure(ends["bfloat16"], ends["torch"], start) < 0.5 * noise < 0.01
 
 
 def test_defaults_of_adamw_are_torchs():

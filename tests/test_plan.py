@@ -15,14 +15,15 @@ from apollo_optim.cli import plan as command
 from apollo_optim.cli.main import main
 from apollo_optim.core import blocks
 from apollo_optim.core.errors import InputError
+from apollo_optim.optim.parameter import init_state
 from apollo_optim.plan import PARTS, Budget, Parallel, Plan, Trace, Traces, budget, plan, trace_step
 from apollo_optim.plan.draw import draw, table_rows
 from apollo_optim.plan.shards import first_part, mesh_of, units
 from apollo_optim.plan.trace import most_alive
-from apollo_optim.quant import weight
+from apollo_optim.quant import products
 from apollo_optim.train import chunked, measure
 from apollo_optim.train.config import DataConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, TrainConfig
-from apollo_optim.train.evaluate import summed_loss
+from apollo_optim.train.loss import summed_loss
 from apollo_optim.train.models import build_model, low_bit, skeleton
 from apollo_optim.train.plan import model_of, planned, trace_of
 
@@ -124,7 +125,7 @@ def test_forward_and_backward_take_what_the_allocator_gives(name: str, dtype: st
 
 @both_dtypes
 def test_products_in_blocks_take_what_the_allocator_gives(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight, "PRODUCT_BLOCK", 1 << 14)
+    monkeypatch.setattr(products, "PRODUCT_BLOCK", 1 << 14)
     trace = trace_step(model_of(run_of("q-apollo", dtype)), summed_loss, ROWS, SEQ)
     sizes = {block.size for block in trace.blocks if block.kind == "float copies"}
     assert (1 << 14) * (4 if dtype == "float32" else 2) in sizes
@@ -244,7 +245,7 @@ def test_fsdp2_keeps_the_first_chunk(name: str, gpus: int) -> None:
     optimizer, state = build_optimizer(name, model), 0
     for group in optimizer.param_groups:
         for p in group["params"]:
-            for key, t in optimizer.init_state(p, group).items():
+            for key, t in init_state(p, group).items():
                 if isinstance(t, torch.Tensor):
                     part = t.chunk(gpus)[0] if t.ndim and key != "basis" else t  # every rank keeps the whole basis
                     state += part.numel() * t.element_size()

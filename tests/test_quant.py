@@ -2,6 +2,7 @@
 
 import copy
 import io
+from math import prod
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apollo_optim import InputError, LowBitWeight, build_optimizer, quantize_weights
+from apollo_optim.core.blocks import part
 from apollo_optim.core.random import dither, key_at
 from apollo_optim.core.storage import is_finite, nbytes, parts
-from apollo_optim.quant import format, tallied, weight
+from apollo_optim.quant import format, tallied
+from apollo_optim.quant import products as products_module
+from apollo_optim.quant import write as write_module
 
 both_bits = pytest.mark.parametrize("bits", [8, 4])
 SHAPES = [(16, 128), (10, 200), (3, 7), (2, 5, 130)]  # whole groups, a short last one, less than one, a stack
@@ -144,13 +148,51 @@ def test_unusable_matrices_stay_to_the_bit():
 def test_blocks_do_not_change_the_result(bits, monkeypatch):
     ends = []
     for block in (1, 300, 1 << 20):
-        monkeypatch.setattr(weight, "BLOCK", block)
+        monkeypatch.setattr(write_module, "BLOCK", block)
         w = LowBitWeight.from_float(matrix(2, 12, 70), bits, 16)
         write(w, matrix(2, 12, 70, seed=1), factor=torch.rand(2, 1, 70, generator=torch.Generator().manual_seed(1)))
         ends.append(w)
     for end in ends[1:]:
         assert torch.equal(end.codes, ends[0].codes)
         assert torch.equal(end.scales, ends[0].scales)
+
+
+ROWS = {  # of a matrix and of stacks, cut unevenly: within matrices, and between them
+    (12, 70): [(slice(0, 5),), (slice(5, 6),), (slice(6, 12),)],
+    (3, 6, 70): [(slice(0, 2),), (slice(2, 3), slice(0, 4)), (slice(2, 3), slice(4, 6))],
+    (2, 2, 4, 70): [(slice(0, 1),), (slice(1, 2), slice(0, 1)), (slice(1, 2), slice(1, 2), slice(0, 4))],
+}
+
+
+@both_bits
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+def test_a_step_taken_in_blocks_of_rows_is_that_of_the_whole_weight(bits, shape):
+    check_blocks_of_rows(bits, shape, factor=0.3)
+    check_blocks_of_rows(bits, shape, factor=torch.rand(*shape[:-1], 1, generator=torch.Generator().manual_seed(1)))
+    check_blocks_of_rows(bits, shape, factor=torch.rand(shape[-1], generator=torch.Generator().manual_seed(1)))
+
+
+def test_a_compiled_step_taken_in_blocks_of_rows_is_that_of_the_whole_weight(monkeypatch):
+    monkeypatch.setattr(write_module, "COMPILED_FROM", 0)
+    check_blocks_of_rows(8, (12, 70), factor=0.3)
+
+
+def check_blocks_of_rows(bits: int, shape: tuple[int, ...], factor: float | Tensor) -> None:
+    start, update, key = (
+        LowBitWeight.from_float(matrix(*shape), bits, 16),
+        matrix(*shape, seed=1),
+        key_at(7, "weight", 1),
+    )
+    finite = (torch.arange(prod(shape[:-2])) != 2).view(*shape[:-2], 1, 1)
+    whole, in_blocks = start.clone(), start.clone()
+    whole._write_update_(update, factor, finite, 0.5, 0.1, key)
+    for at in reversed(ROWS[shape]):
+        own = part(factor, at) if isinstance(factor, Tensor) and factor.ndim == len(shape) else factor
+        in_blocks._write_rows_(at, update[at], own, part(finite, at), 0.5, 0.1, key)
+        assert torch.equal(in_blocks.dequantize(rows=at), whole.dequantize()[at])
+    assert torch.equal(in_blocks.codes, whole.codes)
+    assert torch.equal(in_blocks.scales, whole.scales)
+    assert not torch.equal(whole.codes, start.codes)
 
 
 def test_random_bits_are_those_of_the_global_position():
@@ -170,7 +212,7 @@ def test_compiled_is_eager(monkeypatch):
     """With a short last group, too: padding is what a compiler has got wrong elsewhere."""
     ends = []
     for compiled_from in (1 << 40, 0):
-        monkeypatch.setattr(weight, "COMPILED_FROM", compiled_from)
+        monkeypatch.setattr(write_module, "COMPILED_FROM", compiled_from)
         w = LowBitWeight.from_float(matrix(8, 60, dtype=torch.bfloat16), 8, 16)
         for t in range(3):
             write(w, matrix(8, 60, seed=t, dtype=torch.bfloat16), lr=0.1, decay=0.1, t=t)
@@ -263,7 +305,7 @@ def test_products_in_blocks_are_those_of_the_whole_weight(bits, n, monkeypatch):
     whole, sizes = products(), read.copy()
     assert sizes == [50 * n] * 2
     read.clear()
-    monkeypatch.setattr(weight, "PRODUCT_BLOCK", 4000)
+    monkeypatch.setattr(products_module, "PRODUCT_BLOCK", 4000)
     in_blocks = products()
     assert sum(read) == sum(sizes)
     assert max(read) <= 4000

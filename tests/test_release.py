@@ -17,11 +17,12 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 from train_tiny import figures, records, tiny
 
-from apollo_optim import AdamW, Apollo, InputError, build_optimizer, release
+from apollo_optim import AdamW, Apollo, InputError, RuleOptimizer, build_optimizer, release
 from apollo_optim.bench import kill
-from apollo_optim.optim.base import MatrixOptimizer
-from apollo_optim.train import loop
-from apollo_optim.train.loop import TrainingFailed, pretrain
+from apollo_optim.train import pretrain as story
+from apollo_optim.train import step as steps_of
+from apollo_optim.train.failures import TrainingFailed
+from apollo_optim.train.pretrain import pretrain
 
 WIDTH, WORDS = 12, 11
 
@@ -63,7 +64,7 @@ def make_model(dtype: torch.dtype = torch.float32, **kinds: bool) -> Model:
         return Model(**kinds).to(dtype)
 
 
-def make(name: str, model: nn.Module, **knobs) -> MatrixOptimizer:
+def make(name: str, model: nn.Module, **knobs) -> RuleOptimizer:
     prepare(name, model)
     if name != "adamw":
         knobs = {"rank": 1 if "mini" in name else 2, "update_proj_gap": 2, **knobs}
@@ -75,7 +76,7 @@ def loss_of(model: nn.Module, step: int, part: slice = slice(None)) -> Tensor:
     return nn.functional.cross_entropy(model(words[:, :-1]).flatten(0, 1).float(), words[:, 1:].flatten())
 
 
-def train(model: nn.Module, optimizer: MatrixOptimizer, steps=range(5), **how) -> None:
+def train(model: nn.Module, optimizer: RuleOptimizer, steps=range(5), **how) -> None:
     """A bare loop, the same with ``release`` and without. A schedule of its own for each group."""
     handle = release(model, optimizer, **how.pop("options", {})) if how.pop("released", False) else None
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda t: 0.9**t] * len(optimizer.param_groups))
@@ -304,7 +305,7 @@ def test_compiled():
                 assert (model[0].weight.grad is None) == released
                 optimizer.step()
                 optimizer.zero_grad()
-        assert len(optimizer._compiled) == 1
+        assert len(optimizer.graphs) == 1
         ends.append(snapshot(model) | flat_state(optimizer))
     assert_same(*ends)
 
@@ -404,9 +405,9 @@ def test_a_released_run_is_the_run_without(tmp_path, micro, clip):
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_nan_in_any_micro_batch_stops_before_a_weight_is_touched(tmp_path, monkeypatch, capsys):
-    real, built, calls = loop.summed_loss, [], []
+    real, built, calls = steps_of.summed_loss, [], []
 
-    def build(*args, build=loop.build):
+    def build(*args, build=story.build, **how):
         built.append(build(*args))
         return built[0]
 
@@ -414,8 +415,8 @@ def test_a_nan_in_any_micro_batch_stops_before_a_weight_is_touched(tmp_path, mon
         calls.append(snapshot(model))
         return real(model, *args) * (math.nan if len(calls) == 3 else 1.0)  # the first of step 2
 
-    monkeypatch.setattr(loop, "build", build)
-    monkeypatch.setattr(loop, "summed_loss", poisoned)
+    monkeypatch.setattr(story, "build", build)
+    monkeypatch.setattr(steps_of, "summed_loss", poisoned)
     with pytest.raises(TrainingFailed, match="loss is nan at step 2: stopped before its update"):
         pretrain(tiny(tmp_path, train={"micro_batch": 2, "release": True}, log={"display": "plain"}))
     assert not torch.equal(calls[0]["lm_head.weight"], calls[2]["lm_head.weight"])

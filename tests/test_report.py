@@ -8,16 +8,10 @@ from typing import Any
 
 import pytest
 
-from apollo_optim.bench.report import (
-    draw,
-    labels,
-    markdown_table,
-    read_run,
-    running_mean,
-    table_rows,
-    write_report,
-)
 from apollo_optim.core.errors import InputError
+from apollo_optim.report import markdown_table, read_run, rich_table, table_rows, write_report
+from apollo_optim.report.picture import draw, running_mean
+from apollo_optim.report.read import labels
 
 Event = dict[str, Any]
 
@@ -165,3 +159,43 @@ def test_a_loss_that_is_no_number_is_left_out(tmp_path: Path) -> None:
 
 def test_running_mean() -> None:
     assert running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_the_rate_of_the_table_is_the_configured_one(tmp_path: Path) -> None:
+    events = log_of()
+    events[0]["peak_lr"] = {"lr": 0.5, "lr_rest": 0.25}
+    titles, [row] = table_rows([read_run(write_log(tmp_path / "run", events))])
+    cells = dict(zip(titles, row, strict=True))
+    assert (cells["lr"], cells["lr of the rest"]) == ("0.5", "0.25")
+
+
+def test_the_training_curve_lies_inside_the_axes(tmp_path: Path) -> None:
+    events = log_of()
+    for event in events:
+        if event["event"] == "step" and event["step"] > 5:
+            event["loss"] -= 3.0  # training below validation
+    figure = draw([read_run(write_log(tmp_path / "run", events))])
+    low, _ = figure.axes[0].get_ylim()
+    assert low < min(event["loss"] for event in events if event["event"] == "step")
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path: Path) -> None:
+    runs = [read_run(write_log(tmp_path / name, log_of(optimizer=name))) for name in ("_a", "b")]
+    assert [text.get_text() for text in draw(runs).legends[0].get_texts()] == ["_a", "b"]
+
+
+def test_names_are_names(tmp_path: Path) -> None:
+    """Neither markup of the terminal, nor mathematics, nor Markdown, nor HTML."""
+    from rich.console import Console
+
+    name = "[/b]$x_{$<b>|*a*\x1b[2J"
+    runs = [read_run(write_log(tmp_path / "runs" / name, log_of(optimizer=name)))]
+    console = Console(width=200, record=True)
+    console.print(rich_table(runs))
+    shown = console.export_text()
+    assert name.replace("\x1b", "\\x1b") in shown
+    written = write_report(runs, tmp_path / "out")
+    for text in (shown, written.page.read_text(), written.table.read_text()):
+        assert "\x1b" not in text
+    assert "<b>" not in written.page.read_text()
+    assert r"&lt;b&gt;\|\*a\*" in written.table.read_text()

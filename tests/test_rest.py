@@ -10,26 +10,37 @@ from low_bit import prepare
 from test_contract import assert_same, flat_state, set_gradients, snapshot
 from torch import Tensor, nn
 
-from apollo_optim import AdamW, Apollo, InputError, build_optimizer, describe, list_optimizers, param_groups
+from apollo_optim import (
+    AdamW,
+    Apollo,
+    InputError,
+    RuleOptimizer,
+    build_optimizer,
+    describe,
+    list_optimizers,
+    param_groups,
+)
 from apollo_optim.core import blocks as blocks_module
-from apollo_optim.core import eightbit
+from apollo_optim.core import codecs
 from apollo_optim.core.random import uniform
-from apollo_optim.optim.groups import state_bytes
-from apollo_optim.optim.knobs import RESTS
-from apollo_optim.optim.rest import OF_GROUP, init_adamw8bit
+from apollo_optim.optim.describe import state_bytes
+from apollo_optim.optim.recipes import find_optimizer
 
+RESTS = ("adamw", "adamw8bit", "adamw4bit", "adafactor", "scale", "scale8bit", "apollo")
 CASES = [
     pytest.param(info.name, rest, id=f"{info.name}-{rest}")
     for info in list_optimizers()
     for rest in RESTS
-    if rest != "adamw" and (info.name, rest) != ("adamw", "apollo")
+    if rest != "adamw"
+    and ("rank" in info.cls.knobs() if rest == "apollo" else info.name in ("apollo", "q-apollo", "adamw"))
 ]
 every_case = pytest.mark.parametrize(("name", "rest"), CASES)
-SCALE_ROWS = {"rest": "scale", "normalize": "rows", "momentum": 0.9}
-SCALE_COLUMNS = {"rest": "scale", "normalize": "columns"}
+SCALE_ROWS = {"rule": "scale", "normalize": "rows", "momentum": 0.9}
+SCALE_COLUMNS = {"rule": "scale", "normalize": "columns"}
 RULES = {
-    "adamw8bit": {"rest": "adamw8bit"},
-    "adafactor": {"rest": "adafactor"},
+    "adamw8bit": {"state_dtype": "8bit"},
+    "adamw4bit": {"state_dtype": "4bit"},
+    "adafactor": {"rule": "adafactor"},
     "scale rows": SCALE_ROWS,
     "scale columns": SCALE_COLUMNS,
 }
@@ -54,7 +65,7 @@ def make(name: str, rest: str, **knobs) -> tuple[Model, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = Model().bfloat16()
     prepare(name, model)
-    if name != "adamw":
+    if "rank" in find_optimizer(name).cls.knobs():
         knobs = {"rank": 1 if "mini" in name else 4, "update_proj_gap": 3, **knobs}
     return model, build_optimizer(name, model, targets="mlp", rest=rest, **{"lr": 1e-2, **knobs})
 
@@ -83,16 +94,17 @@ def test_it_steps_what_it_is_for_with_all_its_state_planned(name, rest):
         assert not torch.equal(p, before[key]), key
         moved = (p.detach().float() - before[key].float()).square().mean().sqrt()
         assert moved > 1e-4, "as far as lr says"
-    planned = sum(state_bytes(optimizer, p, group) for group in optimizer.param_groups for p in group["params"])
+    planned = sum(state_bytes(p, group) for group in optimizer.param_groups for p in group["params"])
     real = sum(t.numel() * t.element_size() for t in later.values() if isinstance(t, Tensor))
     assert planned == real
     table = describe(optimizer)
     assert f"{planned:,}" in table
     follows = {line.split()[0]: line for line in table.splitlines() if line}
-    said = {"adamw8bit": "AdamW 8-bit", "adafactor": "Adafactor", "scale": "SCALE", "apollo": "Apollo"}[rest]
+    said = {"adamw8bit": "AdamW, 8bit", "adamw4bit": "AdamW, 4bit", "adafactor": "Adafactor", "scale": "SCALE"}
+    said = said.get(rest, "SCALE" if "scale" in rest else "APOLLO")
     assert all(said in follows[group] for group in ("embedding", "head", "others", "others_conv"))
     assert "AdamW " in follows["norms"]
-    assert "8-bit" not in follows["norms"]
+    assert "bit" not in follows["norms"]
 
 
 @every_case
@@ -209,7 +221,7 @@ def test_adafactor_is_the_papers(monkeypatch, shape, size):
 def test_scale_is_the_papers(monkeypatch, shape, normalize, dim, momentum, size):
     monkeypatch.setattr(blocks_module, "BLOCK", size)
     grads = gradients(shape)
-    rule = {"rest": "scale", "normalize": normalize, "momentum": momentum}
+    rule = {"rule": "scale", "normalize": normalize, "momentum": momentum}
     m = torch.zeros(shape, dtype=torch.float64)
     for grad, our in zip(grads, taken(rule, shape, grads), strict=True):
         m = momentum * m + (1 - momentum) * grad.double()
@@ -255,9 +267,8 @@ def spread_out(draw: torch.Generator) -> Tensor:
 
 def read_back(value: Tensor, encode, decode, draws: int = 200) -> Tensor:
     """(draws, .., n): ``value`` kept, in the dtypes of the state, and read, with other noise each time."""
-    name = {eightbit.encode_mean: "exp_avg", eightbit.encode_square: "exp_avg_sq"}[encode]
-    state = init_adamw8bit(value, {})
-    dtypes = [state[key].dtype for key in (name, name + OF_GROUP)]
+    coding = next(coding for coding in codecs.EIGHT_BITS.coding.values() if coding.encode is encode)
+    dtypes = coding.codes, coding.scale
 
     def kept(noise: Tensor) -> Tensor:
         exact = encode(value, noise, 4)
@@ -271,7 +282,7 @@ def read_back(value: Tensor, encode, decode, draws: int = 200) -> Tensor:
 
 def test_an_8_bit_mean_is_fine_where_it_is_small():
     value = spread_out(torch.Generator().manual_seed(0))
-    read = read_back(value, eightbit.encode_mean, eightbit.decode_mean)
+    read = read_back(value, codecs.encode_mean, codecs.decode_mean)
     largest = torch.stack([group.abs().amax(-1) for group in value.split(175, -1)], -1)
     largest = largest.repeat_interleave(175, -1)
     step = largest * (2 * (value.abs() / largest).sqrt() * 127 + 1) / 127**2  # from a code to the next
@@ -285,11 +296,9 @@ def test_an_8_bit_mean_is_fine_where_it_is_small():
 def test_an_8_bit_square_survives_beside_a_large_one():
     """Small ones are kept, the mean of the rounding is the number, and what is on the grid stays where it is."""
     value = spread_out(torch.Generator().manual_seed(0)).abs()
-    _, unit = eightbit.encode_square(value, torch.zeros(value.shape), 4)
+    _, unit = codecs.encode_square(value, torch.zeros(value.shape), 4)
     assert unit.shape == (40, 4)
-    state = init_adamw8bit(value, {})
-    assert (state["exp_avg_sq"].dtype, state["exp_avg_sq_scale"].dtype) == (torch.uint8, torch.bfloat16)
-    read = read_back(value, eightbit.encode_square, eightbit.decode_square)
+    read = read_back(value, codecs.encode_square, codecs.decode_square)
     in_range = value > value.max() * 2.0**-15
     assert in_range.double().mean() > 0.8
     assert ((read - value).abs() <= value / 16)[:, in_range].all()
@@ -301,7 +310,7 @@ def test_an_8_bit_square_survives_beside_a_large_one():
 
     grid = read[0].float()
     grid[:, 0] = 4 * grid.max()  # another largest entry moves no other number
-    again = read_back(grid, eightbit.encode_square, eightbit.decode_square, draws=3)
+    again = read_back(grid, codecs.encode_square, codecs.decode_square, draws=3)
     stays = grid > grid.max() * 2.0**-14
     assert stays[:, 1:175].any()
     assert (again == grid)[:, stays].all()
@@ -309,18 +318,18 @@ def test_an_8_bit_square_survives_beside_a_large_one():
 
 def test_groups_divide_a_row():
     for columns, groups in [(4096, 16), (300, 2), (64, 1), (5461, 43), (700, 4), (31, 0), (257, 0)]:
-        assert eightbit.groups_of(columns) == groups
+        assert codecs.EIGHT_BITS.groups(columns) == groups
 
 
 def test_8_bit_second_moments_decay():
     """By 0.1 % a step, a fortieth of a code's width: rounding to nearest would hold them for ever."""
     p = nn.Parameter(torch.zeros(64, 256))
-    optimizer = AdamW([{"params": [p], "rest": "adamw8bit"}], lr=0.0, stochastic_rounding=False)
+    optimizer = AdamW([{"params": [p], "state_dtype": "8bit"}], lr=0.0, stochastic_rounding=False)
     for step in range(301):
         p.grad = torch.full_like(p, 0.0 if step else 1.0)
         optimizer.step()
     state = optimizer.state[p]
-    v = eightbit.decode_square(state["exp_avg_sq"], state["exp_avg_sq_scale"])
+    v = codecs.decode_square(state["exp_avg_sq"], state["exp_avg_sq_scale"])
     assert v.mean().item() == pytest.approx(1e-3 * 0.999**300, rel=0.02)
 
 
@@ -344,7 +353,7 @@ def test_compiled_is_eager(rule, dtype):
                     fast.state[twin][key].copy_(value)
             eager.step()
             fast.step()
-    assert len(fast._compiled) == 1
+    assert len(fast.graphs) == 1
     for key, value in eager.state[ours].items():
         if isinstance(value, Tensor):
             other = fast.state[twin][key]
@@ -369,15 +378,15 @@ def test_groups_say_what_they_follow():
     groups = {g["name"]: g for g in param_groups(model, rank=4, targets="mlp", rest="scale", rest_lr=3e-3)}
     assert (groups["embedding"]["normalize"], groups["embedding"].get("momentum")) == ("columns", None)
     assert (groups["head"]["normalize"], groups["head"]["momentum"]) == ("rows", 0.9)
-    assert "rest" not in groups["matrices"]
-    assert all("rest" not in g for name, g in groups.items() if name.startswith("norms"))
+    assert "rule" not in groups["matrices"], "the optimizer's own"
+    assert all(g["rule"] == "adamw" for name, g in groups.items() if name.startswith("norms"))
     assert groups["embedding"]["lr"] == groups["norms"]["lr"] == 3e-3
     groups = {g["name"]: g for g in param_groups(model, rank=4, targets="mlp", rest="apollo", scale=2.0)}
     assert groups["head"]["rank"] == 4
     assert groups["head"]["scale"] == 2.0
     groups = {g["name"]: g for g in param_groups(model, rank=4, targets="mlp", rest="apollo", rest_rank=1)}
     assert (groups["head"]["rank"], groups["matrices"]["rank"]) == (1, 4)
-    assert all("rest" not in g for g in param_groups(model, rank=4, targets="mlp"))
+    assert {g.get("rule") for g in param_groups(model, rank=4, targets="mlp")} == {None, "adamw"}
     optimizer = Apollo(param_groups(model, rank=4, targets="mlp", rest="apollo", rest_rank=1))
     run(model, optimizer, [0])
     assert optimizer.state[model.lm_head.weight]["exp_avg"].shape == (300, 1)
@@ -387,23 +396,27 @@ def test_small_matrices_keep_fp32_moments():
     model = nn.ModuleDict({"small": nn.Linear(64, 8), "prime": nn.Linear(257, 64), "embedding": nn.Embedding(100, 64)})
     optimizer = build_optimizer("adamw", model, targets="embedding", exclude="small.weight", rest="adamw8bit")
     table = describe(optimizer)
-    assert table.count("AdamW (not in 8 bits)") == 2, table
-    assert "AdamW 8-bit" in table
+    assert table.count("AdamW (does not fit 8bit)") == 2, table
+    assert "AdamW, 8bit" in table
 
 
 def test_refusals():
     model, w = Model(), nn.Parameter(torch.ones(20, 10))
     for call, message in [
-        (lambda: build_optimizer("apollo", model, targets="mlp", rest="adam"), "rest='adam', but it must be one of"),
+        (lambda: build_optimizer("apollo", model, targets="mlp", rest="adam"), "no rule is called 'adam'"),
         (lambda: build_optimizer("adamw", model, targets="mlp", rest="apollo"), "has no rank"),
         (lambda: build_optimizer("apollo", model, targets="mlp", rest_rank=2), "only rest='apollo' has a rank"),
         (lambda: build_optimizer("apollo", model, targets="mlp", rest="apollo", rest_rank=0), "rank=0"),
         (lambda: build_optimizer("apollo", model, targets="mlp", momentum=0.5), "takes no 'momentum'"),
         (lambda: param_groups(model, rank=None, targets="mlp", rest="apollo"), "name a rank"),
-        (lambda: AdamW([{"params": [w], "rest": "apollo"}]), "needs a rank"),
-        (lambda: AdamW([{"params": [w], "rest": "adamv"}]), "rest='adamv'"),
-        (lambda: AdamW([{"params": [w], "rest": "scale", "normalize": "row"}]), "normalize='row'"),
-        (lambda: AdamW([{"params": [w], "rest": "scale", "momentum": 1.0}]), "momentum=1.0"),
+        (lambda: AdamW([{"params": [w], "rule": "apollo"}]), "needs rank"),
+        (lambda: AdamW([{"params": [w], "rule": "adamv"}]), "no rule is called 'adamv'. Did you mean 'adamw'?"),
+        (lambda: AdamW([{"params": [w], "rule": "scale", "normalize": "row"}]), "normalize='row'"),
+        (lambda: AdamW([{"params": [w], "rule": "scale", "momentum": 1.0}]), "momentum=1.0"),
+        (lambda: AdamW([{"params": [w], "momentum": 0.5}]), "It is a key of scale; this group follows 'adamw'"),
+        (lambda: AdamW([w], momentum=0.5), "It is a key of scale"),
+        (lambda: Apollo([{"params": [w], "rank": 2, "rest": "scale"}]), "unknown key 'rest'"),
+        (lambda: RuleOptimizer([{"params": [w]}]), "names no rule"),
     ]:
         with pytest.raises(InputError) as error:
             call()

@@ -17,22 +17,25 @@ from train_tiny import figures, records, tiny
 
 from apollo_optim.bench import kill
 from apollo_optim.core.errors import InputError
-from apollo_optim.train import loop
+from apollo_optim.data import Batches
 from apollo_optim.train.checkpoint import checkpoints, load_state, newest
 from apollo_optim.train.config import load_config, save_config
-from apollo_optim.train.loop import Interrupted, pretrain
+from apollo_optim.train.failures import Interrupted
+from apollo_optim.train.pretrain import pretrain
+from apollo_optim.train.signals import stop_signals
+from apollo_optim.train.step import TrainStep
 
 
 def stop_after(monkeypatch, step: int, how=lambda: os.kill(os.getpid(), signal.SIGINT)) -> None:
     """As if somebody pressed Ctrl-C in the middle of this step."""
-    real = loop.one_step
+    real = TrainStep.learn
 
-    def one_step(job, *rest):
-        if job.step == step:
+    def learn(self, batch, number, norm):
+        if number == step:
             how()
-        return real(job, *rest)
+        return real(self, batch, number, norm)
 
-    monkeypatch.setattr(loop, "one_step", one_step)
+    monkeypatch.setattr(TrainStep, "learn", learn)
 
 
 CLIPPED, RELEASED = {"micro_batch": 3, "clip": 1.0}, {"release": True, "clip_tensor": 0.5}
@@ -112,12 +115,14 @@ def test_a_run_without_a_checkpoint_yet_starts_anew(tmp_path, monkeypatch):
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
 
 
-def test_a_finished_run_may_be_finished_again(tmp_path):
+def test_a_finished_run_may_be_finished_again(tmp_path, capsys):
     first = pretrain(tiny(tmp_path))
     before = figures(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
-    again = pretrain(tiny(tmp_path), resume=True)
+    again = pretrain(tiny(tmp_path, log={"display": "plain"}), resume=True)
     assert (again.loss, again.step, again.seconds) == (first.loss, first.step, first.seconds)
+    assert again.memory == first.memory  # not that of a process which has trained nothing
+    assert "the run has ended at step 8: nothing is left to train" in capsys.readouterr().err
     assert figures(tmp_path / "run") == before
     assert (tmp_path / "run" / "model" / "config.json").exists()
 
@@ -164,16 +169,15 @@ def test_other_text_is_refused(tmp_path):
 
 
 def test_a_text_that_ends_is_reported_and_what_was_trained_is_saved(tmp_path, monkeypatch):
-    real = loop.next_batch
+    real = Batches.next
 
-    def ends(job, metrics):
-        if job.step == 6:
-            monkeypatch.setattr(
-                type(job.data.train), "next", lambda self, count: (_ for _ in ()).throw(InputError("the text ended"))
-            )
-        return real(job, metrics)
+    def ends(self, count):
+        if self.tokens == 5 * 4 * 32:
+            self.documents.read = list
+            self._used = len(self._block)
+        return real(self, count)
 
-    monkeypatch.setattr(loop, "next_batch", ends)
+    monkeypatch.setattr(Batches, "next", ends)
     with pytest.raises(InputError, match="the text ended"):
         pretrain(tiny(tmp_path))
     assert list(checkpoints(tmp_path / "run")) == [4, 5]
@@ -188,7 +192,7 @@ def test_signals_are_given_back_and_a_thread_may_train(tmp_path):
     thread.start()
     thread.join()
     assert results[0].step == 2
-    with loop.stop_signals() as stop:
+    with stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested == "Ctrl-C"
         with pytest.raises(KeyboardInterrupt):  # the second one does not ask

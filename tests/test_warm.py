@@ -6,9 +6,9 @@ import pytest
 import torch
 from train_tiny import MODEL, tiny
 
-from apollo_optim.optim.apollo import Apollo
-from apollo_optim.train import loop
-from apollo_optim.train.loop import pretrain
+from apollo_optim import Apollo
+from apollo_optim.train import build
+from apollo_optim.train.pretrain import pretrain
 
 
 def graphs() -> int:
@@ -25,13 +25,13 @@ def graphs() -> int:
 )
 def test_a_run_compiles_nothing_once_it_has_weights(tmp_path, monkeypatch, optim, quant) -> None:
     after: list[int] = []
-    real = loop.build_model
+    real = build.build_model
 
-    def building(*how):
+    def building(*how, **more):
         after.append(graphs())
-        return real(*how)
+        return real(*how, **more)
 
-    monkeypatch.setattr(loop, "build_model", building)
+    monkeypatch.setattr(build, "build_model", building)
     cfg = tiny(
         tmp_path,
         optim={**optim, "compile": True, "update_proj_gap": 200},
@@ -46,20 +46,20 @@ def test_a_run_compiles_nothing_once_it_has_weights(tmp_path, monkeypatch, optim
         loss = pretrain(cfg).loss
     assert after[0] > before
     assert graphs() == after[0]
-    monkeypatch.setattr(loop, "compiled_beforehand", lambda *_: {})
+    monkeypatch.setattr(build, "compiled_beforehand", lambda *_, **__: {})
     cfg.out = str(tmp_path / "again")
     assert pretrain(cfg).loss == loss
     assert graphs() > after[0], "without it they would be compiled while the run is on"
 
 
 def test_stand_ins_are_forgotten(monkeypatch) -> None:
-    from apollo_optim.optim.warm import warm_up
+    from apollo_optim.optim.precompile import precompile
 
     stepped: list[torch.Size] = []
     monkeypatch.setattr(Apollo, "step_one", lambda self, p, group: stepped.append((p.shape, p.device.type)))
     with torch.device("meta"):
         model = torch.nn.ModuleList([torch.nn.Linear(8, 6, bias=False) for _ in range(3)] + [torch.nn.LayerNorm(6)])
     optimizer = Apollo(model.parameters(), rank=2, compile=True)
-    warm_up(optimizer, torch.device("cpu"))
+    precompile(optimizer, torch.device("cpu"))
     assert stepped == [((6, 8), "cpu")] * 2 + [((6,), "cpu")] * 2
     assert not optimizer.state

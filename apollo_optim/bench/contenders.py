@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from apollo_optim.optim.adamw import AdamW
-from apollo_optim.optim.apollo import Apollo, ApolloMini
+from apollo_optim.optim import AdamW, Apollo, ApolloMini
+from apollo_optim.optim.groups import rule_and_codec
 
 Params = Sequence[Parameter]
 Build = Callable[[Params, int], Optimizer]
@@ -67,7 +67,7 @@ def ours(cls: type[Apollo], *, compile: bool = True, rest: str = "adamw", **knob
     knobs = {"lr": LR, "update_proj_gap": GAP, "stochastic_rounding": False} | knobs
     return Halves(
         lambda params, rank: cls([{"params": params, "rank": rank}], compile=compile, **knobs),
-        lambda params, _: cls([{"params": params, "rank": None, "rest": rest}], compile=compile, **knobs),
+        lambda params, _: cls([{"params": params, "rank": None, **rule_and_codec(rest)}], compile=compile, **knobs),
     )
 
 

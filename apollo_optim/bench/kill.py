@@ -41,7 +41,7 @@ from apollo_optim.train.config import (
 CHILD = """
 import sys
 from apollo_optim.train.config import load_config
-from apollo_optim.train.loop import pretrain
+from apollo_optim.train.pretrain import pretrain
 pretrain(load_config(sys.argv[1]), resume="resume" in sys.argv)
 """
 COMPARED = (

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 
 from apollo_optim.bench.contenders import BASELINE
-from apollo_optim.bench.report import read_events
 from apollo_optim.bench.step_table import read_log, spread, write_log
+from apollo_optim.report import read_events
+from apollo_optim.train.build import build
 from apollo_optim.train.config import RunConfig
-from apollo_optim.train.evaluate import summed_loss, targets
-from apollo_optim.train.loop import build, pretrain
+from apollo_optim.train.loss import summed_loss, targets
+from apollo_optim.train.pretrain import pretrain
 
 WARM = 5  # steps before those that count: what is compiled is compiled in them
 SAME = ("model", "dtype", "batch", "seq_len", "compile")  # what rows of one table have in common

@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apollo_optim.core.place import Place
 from apollo_optim.core.random import key_at
+from apollo_optim.core.storage import writes_itself
 from apollo_optim.core.write import write
-from apollo_optim.optim.apollo import ApolloMini
+from apollo_optim.optim import ApolloMini
 from apollo_optim.quant import LowBitWeight
 from apollo_optim.train.measure import give_back_memory, hardware, versions
 from apollo_optim.train.models import SIZES, Size
@@ -70,14 +73,18 @@ def _grad_x_of(weight: Tensor, x: Tensor, grad_y: Tensor) -> Callable[[], object
 
 def _write_of(weight: Tensor, grad: Tensor) -> Callable[[], object]:
     """``core.write`` with one factor, as APOLLO-Mini calls it: of a bf16 weight, too, stochastically rounded."""
-    factor, usable = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    factor, finite = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
     steps = 0
 
     @torch.no_grad()
     def run() -> None:
         nonlocal steps
         steps += 1
-        write(weight, grad, factor, usable, 1e-3, 0.0, key_at(0, "weight", steps))
+        key = key_at(0, "weight", steps)
+        if writes_itself(weight):
+            weight._write_update_(grad, factor, finite, 1e-3, 0.0, key)  # type: ignore[attr-defined]
+        else:
+            write(weight, grad, factor, finite, 1e-3, 0.0, partial(Place.of(weight).noise, grad, key))
 
     return run
 

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apollo_optim.bench.race import Trial, run_trial
-from apollo_optim.core.moments import Number
+from apollo_optim.core.matrix import Number
 from apollo_optim.core.random import Key, dither, key_at
 from apollo_optim.quant import LowBitWeight
 from apollo_optim.quant import format as library

@@ -47,6 +47,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.data.config import DataConfig
 from apollo_optim.plan import Plan
 from apollo_optim.train import measure
+from apollo_optim.train.build import choose_device, compiled_beforehand
 from apollo_optim.train.config import (
     LogConfig,
     ModelConfig,
@@ -57,9 +58,9 @@ from apollo_optim.train.config import (
     from_dict,
     to_dict,
 )
-from apollo_optim.train.evaluate import summed_loss, targets
-from apollo_optim.train.loop import choose_device, compiled_beforehand, make_optimizer
+from apollo_optim.train.loss import summed_loss, targets
 from apollo_optim.train.models import SIZES, build_model, low_bit
+from apollo_optim.train.optimizer import make_optimizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -320,7 +321,7 @@ def of_run(log: Path, peak: int | None = None, baseline: int | None = None) -> s
 
     `peak`, `baseline`: bytes of those that the log lacks (the run was stopped; it is older than the figure).
     """
-    from apollo_optim.bench.report import read_run
+    from apollo_optim.report import read_run
     from apollo_optim.train.plan import planned
 
     run = read_run(log)

@@ -109,7 +109,7 @@ def config_of(trial: Trial, out: Path) -> RunConfig:
 
 def run_trial(trial: Trial, work: Path) -> dict[str, Any]:
     """One run, from its checkpoint if it was cut off; a line for ``trials.jsonl``."""
-    from apollo_optim.train.loop import pretrain
+    from apollo_optim.train.pretrain import pretrain
 
     out = work / trial.name
     done = pretrain(config_of(trial, out), resume=(out / "checkpoints" / "latest").exists())

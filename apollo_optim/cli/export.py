@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .words import Parser
+from .words import CONSENT, CONSENT_HELP, Parser, home
 
 
 def run(argv: Sequence[str]) -> int:
@@ -15,8 +15,13 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="a run directory")
     parser.add_argument("--step", type=int, help="the checkpoint of this step (the latest)")
     parser.add_argument("--out", metavar="DIR", help="where to (RUN/model)")
+    parser.add_argument(CONSENT, action="store_true", help=CONSENT_HELP + "; the export names it, too")
     args = parser.parse(argv)
     from ..train.checkpoint import export
 
-    print(export(args.run, step=args.step, out=args.out))
+    print(
+        export(
+            home(args.run), step=args.step, out=args.out and home(args.out), trust_remote_code=args.trust_remote_code
+        )
+    )
     return 0

@@ -1,6 +1,5 @@
 """`apollo-optim optimizers`: the registry, as a table."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,22 +23,12 @@ def run(argv: Sequence[str]) -> int:
     table.add_column(no_wrap=True, style="bold")
     table.add_column()
     for info in list_optimizers():
-        defaults = defaults_of(info.cls) | info.defaults
+        defaults = info.defaults
         told = ", ".join(f"{key} {plain(defaults[key])}" for key in OptimConfig.__dataclass_fields__ if key in defaults)
         table.add_row(info.name, Text.assemble(f"{info.summary}\n{info.paper}\n", (told, "dim")))
     Console(highlight=False).print(table)
     print("d, n: the small and the large side of a matrix; r: the rank. Every key: apollo-optim pretrain --help")
     return 0
-
-
-def defaults_of(cls: type) -> dict[str, Any]:
-    """The defaults of a class's keys; what it hands on to its base by **kwargs is found there."""
-    defaults: dict[str, Any] = {}
-    for base in reversed(cls.__mro__[: cls.__mro__.index(object)]):
-        if "__init__" in vars(base):
-            signature = inspect.signature(vars(base)["__init__"])
-            defaults |= {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
-    return {key: value for key, value in defaults.items() if key != "compile"}
 
 
 def plain(value: Any) -> str:

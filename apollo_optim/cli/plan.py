@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
-from .words import Parser, nearest
+from .words import CONSENT, CONSENT_HELP, Parser, nearest
 
 if TYPE_CHECKING:
     from ..plan import Budget, Traces
@@ -46,8 +47,10 @@ def run(argv: Sequence[str]) -> int:
 
     batch = args.batch or micro_batch(cfg)
     parallel = Parallel(args.parallel, args.gpus, not args.copy_buckets) if args.gpus > 1 else None
-    models, plans, largest = Models(), [], []
+    models, plans, largest = Models(args.trust_remote_code), [], []
     for name in names_of(args):
+        if limit is not None:  # this takes a while
+            print(f"{name}: looking for the largest micro-batch within {args.memory} ...", file=sys.stderr, flush=True)
         one = with_optimizer(cfg, name, args.rank)
         model, traces = models.of(one)
         budget = budget_of(one, model, parallel=parallel, batch=batch)
@@ -65,7 +68,8 @@ def run(argv: Sequence[str]) -> int:
 class Models:
     """The models to plan and their traces: one for every number of bits."""
 
-    def __init__(self) -> None:
+    def __init__(self, trust_remote_code: bool = False) -> None:
+        self._trust_remote_code = trust_remote_code
         self._made: dict[int | None, tuple[Any, Traces]] = {}
 
     def of(self, cfg: "RunConfig") -> "tuple[Any, Traces]":
@@ -75,7 +79,7 @@ class Models:
 
         bits = low_bit(cfg).bits
         if bits not in self._made:
-            model = model_of(cfg)
+            model = model_of(cfg, trust_remote_code=self._trust_remote_code)
             traces = Traces(lambda batch: trace_of(cfg, model, batch))
             self._made[bits] = model, traces
         return self._made[bits]
@@ -117,6 +121,7 @@ def make_parser() -> Parser:
     parser.add_argument("--copy-buckets", action="store_true", help=copies)
     parser.add_argument("--memory", help="find the largest micro-batch that fits: 24GB, 80GiB")
     parser.add_argument("--out", metavar="DIR", help="write plan.png and plan.html there")
+    parser.add_argument(CONSENT, action="store_true", help=CONSENT_HELP)
     return parser
 
 
@@ -153,7 +158,7 @@ def config_of(args: argparse.Namespace, keys: list[str]) -> "RunConfig":
     words += ["--train.release", "true"] if args.release else []
     words += ["--quant.bits", str(args.bits)] if args.bits in (4, 8) else []
     try:
-        cfg, _ = pretrain.parse([*words, *keys])
+        cfg = pretrain.parse([*words, *keys]).cfg
     except InputError as error:
         raise InputError(str(error).replace(pretrain.PROG, PROG)) from None
     check(cfg)

@@ -2,14 +2,14 @@
 
 import argparse
 import dataclasses
+import os
 import typing
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core.errors import InputError
-from ..train.config import RunConfig, from_dict, load_config
-from .words import Parser, complain, nearest
+from ..train.config import RunConfig, from_dict, load_config, read_run_file
+from .words import CONSENT, CONSENT_HELP, Parser, complain, home, nearest
 
 PROG = "apollo-optim pretrain"
 USAGE = f"{PROG} [--config RUN.yaml] [--out DIR] [--resume] [--section.key VALUE ...]"
@@ -30,50 +30,66 @@ examples:
   apollo-optim report out/60m out/adamw                 compare the results
 
 A list is written [a, b]; null asks for the default."""
-FLAGS = ("--config", "--resume", "--help", "--print_config")
+FLAGS = ("--config", "--resume", CONSENT, "--help", "--print_config")
 
 
 def run(argv: Sequence[str]) -> int:
-    cfg, resume = parse(argv)
-    from ..train.loop import TrainingFailed, pretrain
+    asked = parse(argv)
+    from ..train.failures import TrainingFailed
+    from ..train.pretrain import pretrain
 
     try:
-        pretrain(cfg, resume=resume)
+        pretrain(asked.cfg, resume=asked.resume, trust_remote_code=asked.trust_remote_code)
     except TrainingFailed as error:
         return complain(error, 1)
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[RunConfig, bool]:
-    """The run that the words ask for, and whether it goes on with an old one."""
-    words = list(argv)
-    check_words(words)
-    given = known_paths(words)
-    if given["resume"] and not given["config"] and given["out"]:
-        # The run directory knows what was run.
-        words = ["--config", str(Path(given["out"]) / "config.yaml"), *words]
-        given = known_paths(words)
-    for path in given["config"] or []:
+class Asked(NamedTuple):
+    """What the words ask for."""
+
+    cfg: RunConfig
+    resume: bool
+    """Go on with an old run."""
+    trust_remote_code: bool
+    """Said on this command line, and nowhere else."""
+
+
+def parse(argv: Sequence[str]) -> Asked:
+    """The run that the words ask for."""
+    import yaml
+
+    check_words(list(argv))
+    given, words = flags_of(argv)
+    files = given.config
+    if given.resume and not files and given.out:
+        files = [str(home(given.out) / "config.yaml")]  # the run directory knows what was run
+        if not os.path.exists(files[0]):
+            raise InputError(f"--out {given.out}: holds no run to resume; leave --resume out to start one")
+    for path in reversed(files):
         load_config(path)  # says which key of the file is wrong, and what was meant
+        words = ["--config", yaml.safe_dump(read_run_file(path)), *words]
+    if given.out is not None:
+        words += ["--out", given.out]
     parser = make_parser()
     try:
         # jsonargparse knows the types: of the file's values as well as of the words.
         found = parser.parse_args(words).as_dict()
     except argparse.ArgumentError as error:
         raise InputError(one_line(error)) from None
-    resume = found.pop("resume")
-    for name in ("config", "print_config"):
+    for name in ("config", "print_config", "resume", "trust_remote_code"):
         found.pop(name, None)
-    return from_dict(found), resume
+    return Asked(from_dict(found), given.resume, given.trust_remote_code)
 
 
-def known_paths(words: list[str]) -> dict[str, Any]:
-    """What has to be known before the types are looked at."""
+def flags_of(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What has to be known before the types are looked at, and the words that are left."""
     parser = Parser(PROG, "", add_help=False)
-    parser.add_argument("--config", action="append")
+    parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--out")
     parser.add_argument("--resume", action="store_true")
-    return vars(parser.parse_known_args(words)[0])
+    parser.add_argument(CONSENT, action="store_true")
+    return parser.parse_known_args(list(words))
 
 
 def make_parser() -> Any:
@@ -95,6 +111,7 @@ def make_parser() -> Any:
     parser.add_argument("--config", action="config", metavar="RUN.yaml", help="the run file")
     resume = "go on with the run in --out from its last checkpoint; without --config, as its config.yaml says"
     parser.add_argument("--resume", action="store_true", help=resume)
+    parser.add_argument(CONSENT, action="store_true", help=CONSENT_HELP)
     parser.add_class_arguments(RunConfig)
     for action in parser._actions:
         # jsonargparse also offers `--model FILE`, a file for one section: one way to name a run is enough.
@@ -110,7 +127,9 @@ def check_words(words: list[str]) -> None:
     for word in words:
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag.rstrip("+") not in valid and not flag.startswith(free):
-            raise InputError(f"unknown key {flag}{nearest(flag, valid)}; see {PROG} --help")
+            same = [key for key in valid if key.rpartition(".")[2] == flag[2:]]  # the section was left out
+            near = f" (did you mean {' or '.join(same)}?)" if same else nearest(flag, valid)
+            raise InputError(f"unknown key {flag}{near}; see {PROG} --help")
 
 
 def keys(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .words import Parser
+from .words import Parser, home
 
 
 def run(argv: Sequence[str]) -> int:
@@ -20,11 +20,13 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     from rich.console import Console
 
-    from ..bench import report
+    from .. import report
 
-    runs = [report.read_run(path) for path in args.run]
+    runs = [report.read_run(home(path)) for path in args.run]
     alone = len(runs) == 1 and runs[0].path.is_dir()
-    written = report.write_report(runs, args.out or (runs[0].path / "report" if alone else Path("report")))
+    written = report.write_report(
+        runs, (args.out and home(args.out)) or (runs[0].path / "report" if alone else Path("report"))
+    )
     console = Console()
     console.print(report.rich_table(runs))
     console.print(report.NOTE, style="dim", highlight=False)

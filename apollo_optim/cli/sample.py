@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
-from .words import Parser
+from .words import CONSENT, CONSENT_HELP, Parser, home
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,13 +26,16 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--max-tokens", type=int, default=100, help="at most so many tokens (100)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token (0.8)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another text (0)")
+    parser.add_argument(CONSENT, action="store_true", help=CONSENT_HELP)
     args = parser.parse(argv)
+    trust = args.trust_remote_code
     if args.max_tokens < 1:
         raise InputError(f"--max-tokens {args.max_tokens}: at least 1")
     if args.temperature < 0:
         raise InputError(f"--temperature {args.temperature}: 0 or more")
     with tempfile.TemporaryDirectory() as scratch:
-        model, tokenizer = load(model_directory(Path(args.dir), Path(scratch)))
+        directory = model_directory(home(args.dir), Path(scratch), trust_remote_code=trust)
+        model, tokenizer = load(directory, trust_remote_code=trust)
         print(args.prompt, end="", flush=True)
         settings = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
         for piece in generate(model, tokenizer, args.prompt, **settings):
@@ -41,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def model_directory(path: Path, scratch: Path) -> Path:
+def model_directory(path: Path, scratch: Path, *, trust_remote_code: bool = False) -> Path:
     """The Hugging Face directory to read: `path`, its `model/`, or, of a run that goes on, an export into `scratch`."""
     for candidate in (path, path / "model"):
         if (candidate / "config.json").is_file():
@@ -49,21 +52,23 @@ def model_directory(path: Path, scratch: Path) -> Path:
     if (path / "checkpoints").is_dir():
         from ..train.checkpoint import export
 
-        return Path(export(path, out=scratch / "model"))
+        return Path(export(path, out=scratch / "model", trust_remote_code=trust_remote_code))
     what = "it holds neither a model nor a checkpoint yet" if path.is_dir() else "there is no such directory"
     raise InputError(f"{path}: {what}; name a run directory or a Hugging Face directory")
 
 
-def load(path: Path) -> tuple[Any, Any]:
+def load(path: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from ..data.foreign import reason
+
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the text is what one wants to see
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be opened as a language model: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path}: can't be opened as a language model: {reason(error)}") from None
     model.train(False)
     return model, tokenizer
 

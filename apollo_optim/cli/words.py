@@ -2,11 +2,21 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from ..core.errors import InputError
+
+CONSENT = "--trust-remote-code"  # never a key of a file: files come from anywhere
+CONSENT_HELP = "run the Python code that a model or tokenizer brings along; only if you have read it"
+
+
+def home(path: str) -> Path:
+    """The path, whose `~` no shell has replaced (`--out=~/x`)."""
+    return Path(os.path.expanduser(path))
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -9,8 +9,9 @@ flat positions. Everything on the device is int32 arithmetic modulo 2^32, which 
 """
 
 import functools
+import hashlib
 import math
-from typing import Literal
+import zlib
 
 import torch
 from torch import Tensor
@@ -19,9 +20,8 @@ from apollo_optim.core.compile import in_memory
 
 Key = tuple["int | Tensor", "int | Tensor"]  # two int32 words; 0-D tensors where a compiled step must not specialise
 
-# What a key is drawn for. Part of the format: never renumber.
+# What a key is drawn for: a number, or the CRC of a name that has none. Part of the format: never renumber.
 PURPOSES = {"projection": 0, "weight": 1, "exp_avg": 2, "exp_avg_sq": 3}
-Purpose = Literal["projection", "weight", "exp_avg", "exp_avg_sq"]
 
 _64_BITS = (1 << 64) - 1
 
@@ -38,16 +38,22 @@ def mix_seed(*words: int) -> int:
     return functools.reduce(_mixed_in, words, 0) >> 1
 
 
+def name_word(name: str) -> int:
+    """64 bits of a name, for `mix_seed`."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
 def _mixed_in(state: int, word: int) -> int:
     return _mix64((state + 0x9E3779B97F4A7C15 + (word & _64_BITS)) & _64_BITS)
 
 
 @functools.lru_cache(1 << 16)
-def _before_counting(seed: int, purpose: Purpose) -> int:
-    return functools.reduce(_mixed_in, (seed, PURPOSES[purpose]), 0)
+def _before_counting(seed: int, purpose: str) -> int:
+    number = PURPOSES[purpose] if purpose in PURPOSES else zlib.crc32(purpose.encode()) | 1 << 32
+    return functools.reduce(_mixed_in, (seed, number), 0)
 
 
-def key_at(seed: int, purpose: Purpose, counter: int) -> tuple[int, int]:
+def key_at(seed: int, purpose: str, counter: int) -> tuple[int, int]:
     """The key of one draw: ``counter`` is the refresh for a projection and the step for rounding bits."""
     z = _mixed_in(_before_counting(seed, purpose), counter) >> 1  # mix_seed(seed, its number, counter)
     return _as_int32(z & 0xFFFFFFFF), _as_int32((z >> 31) & 0xFFFFFFFF)
@@ -89,7 +95,7 @@ def dither(rows: Tensor, columns: Tensor, key: Key) -> Tensor:
     key0, key1 = key
     column, row = hash32(columns, key), hash32(rows, (key1, key0))
     t_n = in_memory(_shift(column, 16).float() * 2.0**-16)
-    a_m1 = in_memory((row & 0x3F) * 2.0 + 1.0).unsqueeze(-1)  # odd numbers below 128: 23 bits with t's
+    a_m1 = in_memory((row & 0x3F).float() * 2.0 + 1.0).unsqueeze(-1)  # odd numbers below 128: 23 bits with t's
     b_m1 = in_memory(_shift(row, 16).float() * 2.0**-16).unsqueeze(-1)
     u_mn = t_n * a_m1 + b_m1
     return u_mn - u_mn.floor()

@@ -8,7 +8,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.data.batches import IGNORED, Batch, Batches, Documents, check_vocabulary
 from apollo_optim.data.config import DataConfig
 from apollo_optim.data.corpus import CorpusDocuments, open_corpus
-from apollo_optim.data.files import Reading, is_local
+from apollo_optim.data.files import is_local
+from apollo_optim.data.readers import Reading
 from apollo_optim.data.stream import StreamDocuments, open_builder
 from apollo_optim.data.tokenizer import fingerprint, load_tokenizer, token_bytes, trained_bpe
 
@@ -37,6 +38,8 @@ class Data:
     """What this text is, as plain JSON: name, sha256, bytes, versions, ...; for a stream its split and revision."""
     open_validation: Callable[[], Batches]
     """Opens the evaluation text from its beginning."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """What of the source is not trained on: a reason, and how many files or documents. (Broken lines: `skipped`.)"""
 
     def validation(self, tokens: int | None = None) -> list[Batch]:
         """The first rows of the evaluation text, `tokens` positions of them or all: the same ones every time.
@@ -74,10 +77,14 @@ class _Text:
     open_validation: Callable[[], Documents]
     sample: Callable[[], Iterable[str]]
     """Training text in a fixed order, for a tokenizer to be trained on."""
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
-def open_data(cfg: DataConfig) -> Data:
+def open_data(cfg: DataConfig, tokenizer: Any = None, *, trust_remote_code: bool = False) -> Data:
     """Open the text that `cfg` names, train or load its tokenizer, and stand at the beginning.
+
+    `tokenizer`: the one that `cfg` names, where it is at hand already.
+    `trust_remote_code`: a tokenizer by name may run the Python code of its repository.
 
     >>> data = open_data(DataConfig(source="python"))
     >>> data.train.next(4).input_ids.shape
@@ -87,10 +94,10 @@ def open_data(cfg: DataConfig) -> Data:
         raise InputError(f"data.seq_len is {cfg.seq_len}; a row needs at least 2 tokens")
     cache = _cache_dir(cfg)
     text = _open_text(cfg, cache)
-    if cfg.tokenizer == "bpe":
+    if tokenizer is None and cfg.tokenizer == "bpe":
         tokenizer = trained_bpe(text.sample, cfg.vocab_size, json.dumps(text.key, sort_keys=True), cache)
-    else:
-        tokenizer = load_tokenizer(cfg.tokenizer, cfg.trust_remote_code)
+    elif tokenizer is None:
+        tokenizer = load_tokenizer(os.path.expanduser(cfg.tokenizer), trust_remote_code=trust_remote_code)
     sha256 = fingerprint(tokenizer)
     identity = {**text.identity, "tokenizer": {"name": cfg.tokenizer, "entries": len(tokenizer), "sha256": sha256}}
     about = {**text.key, "tokenizer": sha256, "mode": cfg.mode, "seq_len": cfg.seq_len, "seed": cfg.seed}
@@ -99,7 +106,7 @@ def open_data(cfg: DataConfig) -> Data:
         return Batches(documents, tokenizer, cfg.seq_len, cfg.mode, about, seed)
 
     train = batches(text.train, str(cfg.seed))
-    return Data(tokenizer, train, identity, lambda: batches(text.open_validation(), "validation"))
+    return Data(tokenizer, train, identity, lambda: batches(text.open_validation(), "validation"), text.left_out)
 
 
 def _open_text(cfg: DataConfig, cache: Path) -> _Text:
@@ -125,6 +132,7 @@ def _open_local(cfg: DataConfig, sources: list[str], cache: Path) -> _Text:
         # One order for every seed, so that all runs are compared on the same rows.
         lambda: CorpusDocuments(corpus, corpus.validation, "validation", epochs=1),
         lambda: corpus.whole(corpus.train, "tokenizer"),
+        corpus.left_out,
     )
 
 

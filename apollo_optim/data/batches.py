@@ -47,6 +47,10 @@ class EndOfText(Exception):
     """The documents are used up."""
 
 
+class TextEnded(InputError):
+    """There is no batch left to train on."""
+
+
 class Batches:
     """Batches of rows without end, resumable at any row.
 
@@ -83,7 +87,7 @@ class Batches:
         try:
             rows = [self._row() for _ in range(count)]
         except EndOfText:
-            raise InputError(
+            raise TextEnded(
                 f"the text ended after {self.tokens} tokens; train for fewer steps or give more text"
             ) from None
         self._saved = self._position()  # only here: an interrupt in the middle of a batch loses nothing

@@ -52,6 +52,3 @@ class DataConfig:
 
     cache_dir: str | None = None
     """Trained tokenizers live here. null is $XDG_CACHE_HOME/apollo-optim, or ~/.cache/apollo-optim."""
-
-    trust_remote_code: bool = False
-    """Lets a tokenizer by name run code from its repository. Leave it off unless you have read that code."""

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.data.files import Document, Reading, local_documents, versions
+from apollo_optim.data.files import local_documents, versions
+from apollo_optim.data.readers import Document, Reading
 
 BLOCK = 1 << 22  # characters of text whose rows are shuffled together
 CODE = ("python", "packages")
@@ -49,6 +50,7 @@ class Corpus:
     train: "array[int]" = field(default_factory=lambda: array("Q"))
     validation: "array[int]" = field(default_factory=lambda: array("Q"))
     skipped: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, index: int) -> Text:
@@ -107,7 +109,7 @@ def open_corpus(
     try:
         corpus = Corpus(tempfile.TemporaryFile(dir=cache_dir, prefix="corpus-"), longest)  # noqa: SIM115 (for the whole run)
         for source in sources:
-            for key, text in _worth_reading(source, reading):
+            for key, text in _worth_reading(source, reading, alone=len(sources) == 1):
                 position = share(key)
                 lowest, highest = min(lowest, position), max(highest, position)
                 total.update(_bytes(f"{key}\0{len(text)}\0"))
@@ -118,6 +120,8 @@ def open_corpus(
         raise InputError(f"cannot copy the text to {cache_dir} ({error.strerror}); set data.cache_dir") from error
     if reading.skipped:
         log.warning("%s: skipped %d broken lines, the first: %s", name, reading.skipped, reading.first_skipped)
+    if reading.left_out:
+        log.warning("%s: left out: %s", name, reading.said())
     if corpus.documents == 1:
         raise InputError(f"{name}: a single document cannot be split into training and validation text; give more")
     for part, documents, bound in (
@@ -129,7 +133,7 @@ def open_corpus(
                 f"{name}: the {part} split is empty, with {corpus.documents} documents and {validation_percent:g} % of "
                 f"them for validation; set data.validation_percent to {bound}, or give more documents"
             )
-    corpus.skipped = reading.skipped
+    corpus.skipped, corpus.left_out = reading.skipped, reading.left_out
     corpus.identity = {
         "name": name,
         "sha256": total.hexdigest(),
@@ -144,12 +148,14 @@ def open_corpus(
     return corpus
 
 
-def _worth_reading(source: str, reading: Reading) -> Iterator[Document]:
+def _worth_reading(source: str, reading: Reading, *, alone: bool) -> Iterator[Document]:
     """The documents that are not blank, and of a library each content once; none at all is an error."""
     seen: set[bytes] = set()
     empty = True
-    for document in local_documents(source, reading):
+    for document in local_documents(source, reading, alone=alone):
         if not document.text.strip():
+            if source not in CODE:  # (what they are of is said in the documentation)
+                reading.leave_out("blank documents", document.key)
             continue
         if source in CODE:  # libraries hold copies of the same file; a user's own repetitions are theirs to judge
             digest = hashlib.sha256(document.text).digest()

@@ -8,7 +8,7 @@ from typing import Any
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.corpus import BLOCK, Text
-from apollo_optim.data.files import BadRecord, Reading, missing_key, text_of
+from apollo_optim.data.readers import BadRecord, Reading, missing_key, text_of
 
 
 def open_builder(name: str, subset: str | None) -> Any:
@@ -51,9 +51,11 @@ class StreamDocuments:
             except BadRecord as error:
                 self.reading.bad(f"{self.name}: row {self.rows}", error)
                 continue
-            if text.strip():
-                texts.append(Text(text))
-                size += len(text)
+            if not text.strip():
+                self.reading.skipped += 1
+                continue
+            texts.append(Text(text))
+            size += len(text)
         self._state = self.dataset.state_dict()
         return texts
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.data.foreign import reason
 
 END = "<|endoftext|>"
 TRAINING_BYTES = 32 << 20  # more text than this changes a small vocabulary little and costs time
@@ -23,10 +24,10 @@ def trained_bpe(texts: Callable[[], Iterable[str]], vocab_size: int, key: str, c
     if vocab_size < 257:
         raise InputError(f"data.vocab_size is {vocab_size}; 256 bytes and the end of text need at least 257 entries")
     folder = cache_dir / "tokenizers" / f"bpe-{vocab_size}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not folder.exists():
-        log.info("training a tokenizer of %d entries, cached in %s", vocab_size, folder)
-        _save(_train(texts(), vocab_size), folder)
-    return load_tokenizer(str(folder))
+    if folder.exists():
+        return load_tokenizer(str(folder))
+    log.info("training a tokenizer of %d entries, cached in %s", vocab_size, folder)
+    return _cached(_train(texts(), vocab_size), folder)
 
 
 def _train(texts: Iterable[str], vocab_size: int) -> Any:
@@ -55,30 +56,34 @@ def _at_most(texts: Iterable[str], size: int) -> Iterator[str]:
             return
 
 
-def _save(tokenizer: Any, folder: Path) -> None:
-    """Appears whole or not at all; if another process was faster, its copy (the same) stays."""
+def _cached(tokenizer: Any, folder: Path) -> Any:
+    """The tokenizer as it is read back. The folder appears whole or not at all; one that another process made stays."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(dir=folder.parent, prefix=".new-")
         try:
             tokenizer.save_pretrained(temporary)
-            os.rename(temporary, folder)
+            read_back = load_tokenizer(temporary)
+            try:
+                os.rename(temporary, folder)
+            except OSError as error:
+                if not folder.exists():
+                    log.warning("%s: the tokenizer can't be kept (%s) and is trained each time", folder, error.strerror)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        if not folder.exists():
-            raise InputError(f"cannot write to {folder.parent} ({error.strerror}); set data.cache_dir") from error
+        raise InputError(f"cannot write to {folder.parent} ({error.strerror}); set data.cache_dir") from error
+    return read_back
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """A tokenizer by name or path, refused if it has no end-of-text token to put between documents."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the hub, the file or the parser says, in one line
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot load the tokenizer {name!r}: {reason}") from error
+        raise InputError(f"cannot load the tokenizer {name!r}: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer {name!r} has no end-of-text token (eos_token), which separates documents")
     return tokenizer

@@ -1,20 +1,24 @@
-"""Optimizers: a rule for the matrices, AdamW for the rest. `apollo_optim` hands these names on."""
+"""Optimizers. `apollo_optim` hands these names on."""
 
-from apollo_optim.optim.adamw import AdamW
-from apollo_optim.optim.apollo import Apollo, ApolloMini
-from apollo_optim.optim.groups import describe, param_groups
-from apollo_optim.optim.registry import OptimizerInfo, build_optimizer, list_optimizers
+from apollo_optim.optim.classes import AdamW, Apollo, ApolloMini
+from apollo_optim.optim.describe import describe
+from apollo_optim.optim.groups import param_groups
+from apollo_optim.optim.optimizer import RuleOptimizer
+from apollo_optim.optim.recipes import Recipe, build_optimizer, list_optimizers
 from apollo_optim.optim.release import Released, release
+from apollo_optim.rules import register
 
 __all__ = [
     "AdamW",
     "Apollo",
     "ApolloMini",
-    "OptimizerInfo",
+    "Recipe",
     "Released",
+    "RuleOptimizer",
     "build_optimizer",
     "describe",
     "list_optimizers",
     "param_groups",
+    "register",
     "release",
 ]

@@ -1,33 +1,32 @@
-"""Which parameters follow the rule: by name, first match wins, and an empty match is an error."""
+"""Which parameter follows which rule: by name, first match wins, and an empty match is an error."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.names import as_tuple, matches, summary, with_matrices
-from apollo_optim.core.storage import nbytes
-from apollo_optim.optim.base import MatrixOptimizer
-from apollo_optim.optim.knobs import RESTS, Group, check_parameter
-from apollo_optim.optim.step import follows_rule, matrix_shape, rest_of
+from apollo_optim.core.matrix import matrix_shape
+from apollo_optim.core.names import as_tuple, is_pattern, is_router, is_vector, matches, summary, with_matrices
+from apollo_optim.optim.knobs import GENERAL, Group, check_parameter, find_rule
 
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("lm_head", "embed_out", "output", "head", "score", "classifier")
-SCALE_RULES: dict[str, Group] = {
+SCALE_RULES: dict[str, Group] = {  # what SCALE's authors do with each kind
     "embedding": {"normalize": "columns"},
     "head": {"normalize": "rows", "momentum": 0.9},
     "others": {"normalize": "rows"},
 }
 KINDS = ("matrices", "embedding", "head", "norms", "others")
+CODES = ("8bit", "4bit")
 
 
 def param_groups(
     model: nn.Module,
     *,
     rank: int | str | None,
+    rule: str | None = None,
     targets: str | Sequence[str] = ("attn", "mlp"),
     exclude: str | Sequence[str] = (),
     no_decay: str | Sequence[str] = ("bias", "norm"),
@@ -37,60 +36,69 @@ def param_groups(
     embedding_lr: float | None = None,
     head_lr: float | None = None,
     norm_lr: float | None = None,
+    embedding: str | None = None,
+    head: str | None = None,
+    others: str | None = None,
     **knobs: Any,
 ) -> list[Group]:
-    """Named groups for an optimizer of this library: ``matrices`` follow the rule, the rest AdamW (or ``rest``).
+    """Named groups for an optimizer of this library: `matrices` follow its rule, the rest AdamW (or `rest`).
 
-    Groups are ``matrices``, ``embedding`` (a tied head is one), ``head``, ``norms`` (everything 0-D and 1-D) and, if
-    there is something left, ``others``. Every parameter is in exactly one, frozen ones too, so that they can be
-    unfrozen later; a tied one counts once.
+    Groups are `matrices`, `embedding` (a tied head is one), `head`, `norms` (everything 0-D and 1-D) and, if there is
+    something left, `others`. Every parameter is in exactly one, frozen ones too, so that they can be unfrozen later; a
+    tied one counts once.
 
     Args:
         rank: Of the projection. "auto" is a quarter of the most common small side (the paper's d/4). None makes the
-            same groups without a rule, for AdamW.
+            same groups without one, for AdamW and all rules that have no rank.
+        rule: Of `matrices`; None: that of the optimizer that they are for.
         targets: Which modules' matrices follow the rule. Each is matched against the module's full name: a plain word
-            as a substring, one with ``* ? [`` as a glob over the whole name, ``re:...`` as a regular expression that
-            may match anywhere; ``"all-linear"`` is every ``nn.Linear`` and convolution but the head.
-        exclude: Patterns of the same kind, over parameter names; what they match goes to ``others``.
-        no_decay: Patterns over parameter names; what they match has ``weight_decay=0``.
-        rest: What ``embedding``, ``head`` and ``others`` follow (norms and all that is 1-D always follow AdamW).
-            "adamw"; "adamw8bit", its moments in 8 bits; "adafactor", second moments factored into rows and columns and
-            no first (1804.04235); "scale", the gradient normalised - the head's rows after a momentum of 0.9, the
-            embedding's columns, other matrices' rows (2506.16659); "apollo", the optimizer's own rule.
-        rest_rank: With ``rest="apollo"``, their rank; None: the matrices'.
-        rest_lr: Learning rate of all groups but ``matrices``.
-        embedding_lr, head_lr, norm_lr: Learning rates of ``embedding``, ``head`` and ``norms`` apart; each falls back
-            to ``rest_lr``, and that to the optimizer's ``lr``.
-        **knobs: Go into every group that they mean something to: ``lr``, ``weight_decay``, ... into all, the rule's own
-            (``scale``, ``proj``, ...) into ``matrices``.
+            as a substring, one with `* ? [` as a glob over the whole name, `re:...` as a regular expression that
+            may match anywhere; `"all-linear"` is every matrix that activations are multiplied by - linear layers,
+            convolutions, recurrent and attention weights, stacks of experts - but the head. A mixture's router is left
+            to `others` unless a glob or a regular expression names it.
+        exclude: Patterns of the same kind, over parameter names; what they match goes to `others`.
+        no_decay: Patterns over parameter names; what they match has `weight_decay=0`; so has all that is 0-D or 1-D.
+        rest: What `embedding`, `head` and `others` follow (norms and all that is 1-D always follow AdamW): the name of
+            a rule ("adamw"; "adafactor", second moments factored into rows and columns and no first; "scale", the
+            gradient normalised - the head's rows after a momentum of 0.9, the embedding's columns, other matrices'
+            rows; ...), with "8bit" or "4bit" after it if its state is to be stored so ("adamw8bit"). "apollo" is the
+            optimizer's own rule, if it has a rank.
+        rest_rank: With `rest="apollo"`, their rank; None: the matrices'.
+        rest_lr: Learning rate of all groups but `matrices`.
+        embedding_lr, head_lr, norm_lr: Learning rates of `embedding`, `head` and `norms` apart; each falls back to
+            `rest_lr`, and that to the optimizer's `lr`.
+        embedding, head, others: As `rest`, for one of them.
+        **knobs: Go into every group that they mean something to: `lr`, `weight_decay`, ... into all, the rule's own
+            (`scale`, `proj`, ...) into `matrices`.
 
-    Raises InputError for a target, an exclusion that matches nothing, listing what exists, for a ``rest`` that is none
-    of these, for ``rest="apollo"`` without a rank, and for the rate of a group that this model does not have.
+    Raises InputError for a target, an exclusion that matches nothing, listing what exists, for a `rest` that is no
+    rule, for `rest="apollo"` without a rank, and for the rate of a group that this model does not have.
     """
-    if rest not in RESTS:
-        raise InputError(f"rest={rest!r}, but it must be one of {', '.join(map(repr, RESTS))}")
-    if rest == "apollo" and rank is None:
-        raise InputError("rest='apollo' is the rule of an optimizer with a rank: name a rank, or choose another rest")
-    if rest != "apollo" and rest_rank is not None:
+    choices = {"embedding": embedding or rest, "head": head or rest, "others": others or rest, "norms": "adamw"}
+    for choice in choices.values():
+        if choice == "apollo" and rank is None:
+            raise InputError("rest='apollo' is the rule of an optimizer with a rank: name one, or choose another rest")
+        rule_and_codec(choice)
+    if "apollo" not in choices.values() and rest_rank is not None:
         raise InputError(f"rest_rank={rest_rank} means nothing to rest={rest!r}: only rest='apollo' has a rank")
     targets, exclude, no_decay = (as_tuple(x) for x in (targets, exclude, no_decay))
     owners = _owners(model)
-    head = _head_of(model)
+    output = _head_of(model)
     used: Counter[str] = Counter()
     members: dict[tuple[str, bool, bool], list[tuple[str, Tensor]]] = {}
     for name, p in model.named_parameters():
         check_parameter(p, f"parameter {name!r}")  # before a flat one makes every target look like a typo
-        kind = _kind(name, p, owners[p], head, targets, exclude, used)
-        decays = not any(matches(pattern, name) for pattern in no_decay)
-        shaped = kind == "matrices" or (kind == "others" and rest != "adamw")
+        kind = _kind(name, p, owners[p], output, model, targets, exclude, used)
+        decays = kind != "norms" and not any(matches(pattern, name) for pattern in no_decay)
+        shaped = kind == "matrices" or (kind == "others" and choices["others"] != "adamw")
         conv = shaped and any(isinstance(module, nn.modules.conv._ConvNd) for _, module in owners[p])
         members.setdefault((kind, decays, conv), []).append((name, p))
     _check_cover(targets, exclude, used, model)
+
     apart = {"embedding": embedding_lr, "head": head_lr, "norms": norm_lr}
     rates = _rates(rest_lr, apart, {kind for kind, _, _ in members})
-
-    rule = None if rank is None else {"rank": _quarter(members) if rank == "auto" else rank}
-    shared = {key: knobs.pop(key) for key in [*knobs] if key in _EVERYWHERE}
+    ranked: Group = {} if rank is None else {"rank": _quarter(members) if rank == "auto" else rank}
+    own = knobs | ranked | ({} if rule is None else rule_and_codec(rule))
     groups = []
     for kind, decays, conv in sorted(members, key=lambda key: (KINDS.index(key[0]), not key[1], key[2])):
         alone = sum(other[0] == kind for other in members) == 1
@@ -98,25 +106,24 @@ def param_groups(
         group: Group = {
             "name": kind + ("" if alone else ("_conv" if conv else "") + ("" if decays else "_no_decay")),
             "params": [p for _, p in named],
-            **shared,
+            "param_names": [name for name, _ in named],
         }
-        if not decays:
-            group["weight_decay"] = 0.0
         if kind == "matrices":
-            group |= knobs | (rule or {}) | ({"view": "conv"} if conv and rule else {})
-        elif kind != "norms" and rest != "adamw":
-            group |= {"rest": rest} | ({"view": "conv"} if conv else {})
-            if rest == "scale":
-                group |= SCALE_RULES[kind]
-            elif rest == "apollo":
-                group |= knobs | (rule or {}) | ({} if rest_rank is None else {"rank": rest_rank})
-        if (lr := rates.get(kind)) is not None:
-            group["lr"] = lr
+            group |= own
+        elif choices[kind] == "apollo":
+            group |= own | ({} if rest_rank is None else {"rank": rest_rank})
+        else:
+            chosen = rule_and_codec(choices[kind])
+            known = find_rule(chosen["rule"]).knobs().keys() & {"betas", "eps"} | GENERAL.keys() - {"rule"}
+            group |= {key: value for key, value in knobs.items() if key in known} | chosen
+            group |= SCALE_RULES[kind] if chosen["rule"] == "scale" else {}
+        group |= {"view": "conv"} if conv else {}
+        group |= {} if decays else {"weight_decay": 0.0}
+        group |= {} if rates.get(kind) is None else {"lr": rates[kind]}
         groups.append(group)
     return groups
 
 
-_EVERYWHERE = {"lr", "betas", "eps", "weight_decay", "state_dtype", "stochastic_rounding", "seed", "maximize"}
 _INSTEAD = {
     "embedding": "No nn.Embedding has weights here: leave the key out",
     "head": "A head tied to the embedding follows embedding_lr, one that is a target follows lr: leave the key out",
@@ -125,11 +132,18 @@ _INSTEAD = {
 
 
 def _rates(rest_lr: float | None, apart: dict[str, float | None], kinds: set[str]) -> dict[str, float | None]:
-    """Of every kind but ``matrices``, its own learning rate or the rest's; None: the optimizer's."""
+    """Of every kind but `matrices`, its own learning rate or the rest's; None: the optimizer's."""
     for kind, lr in apart.items():
         if lr is not None and kind not in kinds:
             raise InputError(f"{kind.removesuffix('s')}_lr={lr}: this model has no such group. {_INSTEAD[kind]}")
     return {kind: rest_lr if lr is None else lr for kind, lr in apart.items()} | {"others": rest_lr}
+
+
+def rule_and_codec(choice: str) -> Group:
+    """What "adamw" or "adamw8bit" means for a group. Raises InputError where no rule is called so."""
+    codec = next((codec for codec in CODES if choice.endswith(codec)), None)
+    rule = find_rule(choice if codec is None else choice.removesuffix(codec))
+    return {"rule": rule.name} | ({} if codec is None else {"state_dtype": codec})
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module]]]:
@@ -156,26 +170,41 @@ def _kind(
     p: Tensor,
     owners: list[tuple[str, nn.Module]],
     head: nn.Module | None,
+    model: nn.Module,
     targets: tuple[str, ...],
     exclude: tuple[str, ...],
     used: Counter[str],
 ) -> str:
     excluded = [pattern for pattern in exclude if matches(pattern, name)]
     used.update(excluded)
-    if p.ndim < 2:
+    if is_vector(name, p):
         return "norms"
     if any(isinstance(module, nn.Embedding) for _, module in owners):
         return "embedding"
     for module_name, module in owners:
         is_head = module is head
+        linear, router = not is_head and _is_linear(module, module_name, p), is_router(module, module_name, model)
         for target in targets:
-            linear = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and not is_head
+            if router and not is_pattern(target):
+                continue
             if (linear if target == ALL_LINEAR else matches(target, module_name)) and not excluded:
                 used[target] += 1
                 return "matrices"
         if is_head:
             return "head"
     return "others"
+
+
+def _is_linear(module: nn.Module, name: str, p: Tensor) -> bool:
+    """Is the matrix `p` of this module one that activations are multiplied by? By what it is, not what it is called.
+
+    `nn.Linear`, convolutions, transformers' Conv1D, recurrent and attention layers with weights of their own, what a
+    parametrization keeps in the place of such a weight, and fused stacks of experts.
+    """
+    types = nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention
+    parametrized = ".parametrizations." in f".{name}." and min(p.shape) > 1
+    experts = p.ndim == 3 and "expert" in f"{type(module).__name__} {name}".lower()
+    return isinstance(module, types) or type(module).__name__ == "Conv1D" or parametrized or experts
 
 
 def _check_cover(targets: tuple[str, ...], exclude: tuple[str, ...], used: Counter[str], model: nn.Module) -> None:
@@ -188,58 +217,12 @@ def _check_cover(targets: tuple[str, ...], exclude: tuple[str, ...], used: Count
 
 
 def _quarter(members: dict[tuple[str, bool, bool], list[tuple[str, Tensor]]]) -> int:
+    trained = any(p.requires_grad for (kind, _, _), named in members.items() if kind == "matrices" for _, p in named)
     sides = Counter(
         min(matrix_shape(tuple(p.shape), "conv" if conv else None)[-2:])
         for (kind, _, conv), named in members.items()
         if kind == "matrices"
         for _, p in named
+        if p.requires_grad or not trained
     )
     return max(1, sides.most_common(1)[0][0] // 4)
-
-
-def describe(optimizer: MatrixOptimizer) -> str:
-    """The table of what follows what: tensors, parameters and bytes of optimizer state, per group and shape.
-
-    The bytes are counted on the state that the optimizer itself makes, on the meta device.
-    """
-    rows: list[tuple[str, ...]] = [("group", "follows", "tensors", "shape", "parameters", "state bytes", "lr")]
-    totals = [0, 0, 0]
-    for number, group in enumerate(optimizer.param_groups):
-        kinds: dict[tuple[tuple[int, ...], bool], list[Tensor]] = {}
-        for p in group["params"]:
-            kinds.setdefault((tuple(p.shape), follows_rule(p, group)), []).append(p)
-        for (shape, _), params in kinds.items():
-            size = sum(state_bytes(optimizer, p, group) for p in params)
-            counts = len(params), sum(p.numel() for p in params), size
-            totals = [total + count for total, count in zip(totals, counts, strict=True)]
-            follows = what_follows(optimizer, params[0], group)
-            dims = " x ".join(map(str, shape)) or "scalar"
-            name = str(group.get("name", number))
-            rows.append((name, follows, f"{counts[0]:,}", dims, f"{counts[1]:,}", f"{size:,}", f"{group['lr']:g}"))
-    rows.append(("total", "", *(f"{t:,}" for t in totals[:1]), "", *(f"{t:,}" for t in totals[1:]), ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    align = "<<><>>>"
-    lines = ["  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def what_follows(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> str:
-    """The rule that ``p`` follows in this group, in the table's words."""
-    if follows_rule(p, group):
-        return f"{type(optimizer).__name__} r={group['rank']}"
-    rest = rest_of(p, group)
-    if rest == "scale":
-        momentum = f", momentum {group['momentum']}" if group.get("momentum") else ""
-        return f"SCALE ({group.get('normalize', 'rows')}{momentum})"
-    if rest != "adamw":
-        return {"adamw8bit": "AdamW 8-bit", "adafactor": "Adafactor"}[rest]
-    if group.get("rank") and p.ndim > 1:
-        return "AdamW (small side <= rank)"
-    return "AdamW (not in 8 bits)" if group.get("rest") == "adamw8bit" and p.ndim > 1 else "AdamW"
-
-
-def state_bytes(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> int:
-    """Bytes that ``p`` will keep between steps, all of its tensors counted, ``step`` too."""
-    stand_in = torch.empty(p.shape, dtype=p.dtype, device="meta")
-    state: Iterable[Any] = optimizer.init_state(stand_in, group).values()
-    return sum(nbytes(t) for t in state if isinstance(t, Tensor))

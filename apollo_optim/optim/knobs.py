@@ -1,128 +1,123 @@
-"""The keys of a parameter group: what each may be, and what a wrong one is told."""
+"""The keys of a parameter group: whose they are, what each may be, and what a wrong one is told."""
 
 import difflib
-import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from apollo_optim.core.codecs import CODECS
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.project import PROJECTIONS
+from apollo_optim.rules import RULES, Rule
+from apollo_optim.rules.base import Knob
+from apollo_optim.rules.knobs import SWITCH, is_whole, number, one_of
 
 Group = dict[str, Any]
-
-
-class Knob(NamedTuple):
-    wanted: str
-    fits: Callable[[Any], bool]
-
-
-def _number(low: float, *, above: bool = False, below: float = math.inf) -> Callable[[Any], bool]:
-    def fits(x: Any) -> bool:
-        if isinstance(x, bool) or not isinstance(x, (int, float)):
-            return False
-        return (x > low if above else x >= low) and x < below
-
-    return fits
-
-
-def _one_of(*values: Any) -> Callable[[Any], bool]:
-    return lambda x: any(x is v or (isinstance(v, str) and x == v) for v in values)
+RANDOM = "random"  # apollo-torch's name for what it draws, a Gaussian
+_AT_LEAST_0 = number(0)
+_CODEC = one_of(*CODECS)
 
 
 def _is_lr(x: Any) -> bool:
-    return (isinstance(x, Tensor) and x.numel() == 1) or _number(0)(x)
+    return (isinstance(x, Tensor) and x.numel() == 1) or _AT_LEAST_0.fits(x)
 
 
-def _are_betas(x: Any) -> bool:
-    return isinstance(x, (tuple, list)) and len(x) == 2 and all(_number(0, below=1)(b) for b in x)
+def _is_state_dtype(x: Any) -> bool:
+    return all(map(_CODEC.fits, x.values())) if isinstance(x, Mapping) else _CODEC.fits(x)
 
 
-def _count(low: int) -> Callable[[Any], bool]:
-    return lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= low
-
-
-def _or(value: Any, fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda x: x is value or (isinstance(value, str) and x == value) or fits(x)
-
-
-RESTS = ("adamw", "adamw8bit", "adafactor", "scale", "apollo")
-REST_KNOBS = frozenset({"rest", "normalize", "momentum"})  # what a group without a rank may say (optim/rest.py)
-RANDOM = "random"  # apollo-torch's name for what it draws, a Gaussian
-KNOBS: dict[str, Knob] = {
+# What every group has, whatever its rule. The order is that of the docs.
+GENERAL: dict[str, Knob] = {
+    "rule": Knob("the name of a rule", lambda x: isinstance(x, str)),
+    "otherwise": Knob("the name of a rule", lambda x: isinstance(x, str)),
     "lr": Knob("a number >= 0", _is_lr),
-    "betas": Knob("two numbers in [0, 1)", _are_betas),
-    "eps": Knob("a number >= 0", _number(0)),
-    "weight_decay": Knob("a number >= 0", _number(0)),
-    "rank": Knob("a whole number >= 1, or None for AdamW", _or(None, _count(1))),
-    "scale": Knob('a number > 0, or "auto" (d / rank)', _or("auto", _number(0, above=True))),
-    "scale_type": Knob('"channel" or "tensor"', _one_of("channel", "tensor")),
-    "scale_front": Knob("True or False", _one_of(True, False)),
-    "proj": Knob(f"one of {', '.join(map(repr, (*PROJECTIONS, RANDOM)))}", _one_of(*PROJECTIONS, RANDOM)),
-    "proj_type": Knob(
-        '"std": the side to compress is always the smaller one (the paper\'s rule), so the other types of apollo-torch '
-        "have nothing to choose; leave the key out",
-        _one_of("std"),
-    ),
-    "update_proj_gap": Knob("a whole number >= 1", _count(1)),
-    "keep_proj": Knob("True or False", _one_of(True, False)),
-    "norm_growth": Knob("a number >= 1, or None for no limit", _or(None, _number(1))),
-    "state_dtype": Knob("torch.float32 or torch.bfloat16", _one_of(torch.float32, torch.bfloat16)),
-    "stochastic_rounding": Knob("True or False", _one_of(True, False)),
-    "seed": Knob("a whole number", lambda x: isinstance(x, int) and not isinstance(x, bool)),
-    "rest": Knob(f"one of {', '.join(map(repr, RESTS))}", _one_of(*RESTS)),
-    "normalize": Knob('"rows" or "columns"', _one_of("rows", "columns")),
-    "momentum": Knob("a number in [0, 1)", _number(0, below=1)),
-    "view": Knob('None, "stack" or "conv"', _one_of(None, "stack", "conv")),
+    "weight_decay": _AT_LEAST_0,
+    "state_dtype": Knob(f"{_CODEC.wanted}, or a dict of them by slot", _is_state_dtype),
+    "stochastic_rounding": SWITCH,
+    "seed": Knob("a whole number", is_whole),
+    "view": one_of(None, "stack", "conv"),
+    "maximize": SWITCH,
 }
-ADAMW_KNOBS = (
-    frozenset({"lr", "betas", "eps", "weight_decay", "state_dtype", "stochastic_rounding", "seed", "view"}) | REST_KNOBS
-)
 
-# keys that torch, schedulers and our own param_groups put into a group; they pass unchecked
+# keys that torch, its schedulers, timm and our own `param_groups` put into a group; they pass unchecked
 PASSED = frozenset(
-    {"params", "param_names", "name", "initial_lr", "maximize", "foreach", "fused", "capturable", "differentiable"}
+    {"params", "param_names", "name", "foreach", "fused", "capturable", "differentiable"}
+    | {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "lr_scale", "group_name"}
 )
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """' Did you mean ...?' for the known word most like this one, or the list of them all."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
 
 
-def check_group(group: Group, defaults: Group, known: frozenset[str], owner: str) -> None:
-    """Refuse what a group, or the constructor in its place, must not say, naming the key; resolve aliases.
+def find_rule(name: str) -> type[Rule]:
+    """The rule of this name. Raises InputError, naming the nearest, where there is none."""
+    if name not in RULES:
+        raise InputError(f"no rule is called {name!r}. {nearest(str(name), RULES)}")
+    return RULES[name]
 
-    Raises InputError (a ValueError) for an unknown key, a value out of range, and parameters that no step could be
-    right for: FSDP1's flat ones, complex and integer ones.
+
+@lru_cache(1 << 12)
+def _made(cls: Callable[..., Rule], knobs: tuple[tuple[str, Any], ...]) -> Rule:
+    return cls(**dict(knobs))
+
+
+def make_rule(name: str, group: Group) -> Rule:
+    """The rule of this name with the knobs that a group has for it. Equal knobs give the same object."""
+    cls = find_rule(name)
+    knobs = ((key, group[key]) for key in cls.knobs() if key in group)
+    plain = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in knobs)
+    return _made(cls, plain)  # type: ignore[arg-type]
+
+
+def known_keys(rules: Iterable[type[Rule]]) -> dict[str, Knob]:
+    """What a group of these rules may say."""
+    return {**GENERAL, **{key: kind for rule in rules for key, kind in rule.knobs().items()}}
+
+
+def check_group(group: Group, owner: str) -> None:
+    """Refuse what a group must not say, naming the key, and bring it into the form in which it is kept.
+
+    Raises InputError (a ValueError) for an unknown rule or key, a key of another rule, a value out of range, a key that
+    its rule needs and lacks, and parameters that no step could be right for.
     """
     where = f"{owner}, group {group['name']!r}" if "name" in group else owner
-    for key, value in {**defaults, **group}.items():
+    rules = [find_rule(group[key]) for key in ("rule", "otherwise")]
+    known = known_keys(rules)
+    if group.pop("proj_type", "std") != "std":
+        raise InputError(
+            f'{where}: proj_type must be "std": the side to compress is always the smaller one (the paper\'s rule), so '
+            "the other types of apollo-torch have nothing to choose; leave the key out"
+        )
+    if group.get("proj") == RANDOM:
+        group["proj"] = "gaussian"
+    if isinstance(group.get("state_dtype"), torch.dtype):
+        group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
+    for key, value in group.items():
         if key in PASSED:
             continue
         if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}. {nearest(key, known)}")
-        if not KNOBS[key].fits(value):
-            raise InputError(f"{where}: {key}={value!r}, but it must be {KNOBS[key].wanted}")
-    if group.get("proj", defaults.get("proj")) == RANDOM:
-        group["proj"] = "gaussian"
-    if group.get("rest") == "apollo" and group.get("rank", defaults.get("rank")) is None:
-        raise InputError(
-            f"{where}: rest='apollo' needs a rank of its own: the group then follows its optimizer's rule. "
-            "param_groups(..., rest='apollo', rest_rank=...) names one; AdamW has none"
-        )
-    if isinstance(group["params"], set):
-        return  # torch refuses it: a set has no order
-    group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+            owners = [rule.name for rule in RULES.values() if key in rule.knobs()]
+            hint = nearest(key, known)
+            if owners:
+                hint = f"It is a key of {', '.join(owners)}; this group follows {group['rule']!r}. Leave it out"
+            raise InputError(f"{where}: unknown key {key!r}. {hint}")
+        if not known[key].fits(value):
+            raise InputError(f"{where}: {key}={value!r}, but it must be {known[key].wanted}")
+    lacking = [key for key in rules[0].knobs() if key not in group and key not in rules[0].defaults()]
+    if lacking:
+        raise InputError(f"{where}: the rule {group['rule']!r} needs {lacking[0]}")
     for entry in group["params"]:
         check_parameter(entry[1] if isinstance(entry, tuple) else entry, where)
 
 
 def check_parameter(p: Any, where: str) -> None:
+    """Refuse FSDP1's flat parameters and what is not a float of at most 32 bits."""
     if not isinstance(p, Tensor):
         return  # torch says it better
     if hasattr(p, "_fsdp_flattened"):
@@ -132,19 +127,5 @@ def check_parameter(p: Any, where: str) -> None:
         )
     if not p.is_floating_point():
         raise InputError(f"{where}: a parameter of dtype {p.dtype}; only real floating-point ones can be stepped")
-
-
-def decide_rank(params: Iterable[Any], defaults: Group, owner: str) -> tuple[list[Any], Group]:
-    """Only a group that names ``rank`` follows the rule; the constructor's applies where no group names one."""
-    entries = list(params)
-    if "rank" not in defaults:
-        return entries, defaults
-    if any(isinstance(entry, dict) and "rank" in entry for entry in entries):
-        return entries, {**defaults, "rank": None}
-    if defaults["rank"] is None:
-        raise InputError(
-            f"{owner} has no rank: no parameter group names one, so every parameter would follow AdamW. Use "
-            f"{owner}(apollo_optim.param_groups(model, rank=...)), or pass rank= to compress every matrix, "
-            "embeddings included"
-        )
-    return entries, defaults
+    if p.dtype is torch.float64:
+        raise InputError(f"{where}: a parameter of dtype torch.float64; steps compute in float32: convert the model")

@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.layout import is_sharded, whole
-from apollo_optim.optim.base import MatrixOptimizer
+from apollo_optim.core.place import is_sharded, whole
 from apollo_optim.optim.knobs import Group
+from apollo_optim.optim.optimizer import RuleOptimizer
 
 _released: WeakSet[torch.optim.Optimizer] = WeakSet()
 
@@ -48,7 +48,7 @@ def release(
     Raises InputError for an optimizer that is not of this library or is released already, a clip that is not above 0,
     and a model in DistributedDataParallel, which averages gradients later than the hooks run.
     """
-    if not isinstance(optimizer, MatrixOptimizer):
+    if not isinstance(optimizer, RuleOptimizer):
         raise InputError(
             f"{type(optimizer).__name__} has no step for one parameter: release works with the optimizers of "
             "build_optimizer (Apollo, ApolloMini, AdamW, ...); of a wrapper such as accelerate's, pass .optimizer"
@@ -76,7 +76,7 @@ class Released:
         clip, track_norm: As given to ``release``; obeyed from the next gradient on.
     """
 
-    def __init__(self, model: nn.Module, optimizer: MatrixOptimizer, clip: float | None, track_norm: bool) -> None:
+    def __init__(self, model: nn.Module, optimizer: RuleOptimizer, clip: float | None, track_norm: bool) -> None:
         self.clip, self.track_norm = clip, track_norm
         self._model, self._optimizer = model, optimizer
         self._keep = False
@@ -165,14 +165,14 @@ class Released:
         p.grad = None
 
     def _group(self, p: Tensor) -> Group:
-        """Looked up at every step: ``load_state_dict`` replaces the groups."""
-        for group in self._optimizer.param_groups:
-            if any(q is p for q in group["params"]):
-                return group
-        raise InputError(
-            f"a released parameter, {tuple(p.shape)}, has left the optimizer's groups: call release after they are "
-            "final, or handle.remove() first"
-        )
+        """Looked up at every step: `load_state_dict` replaces the groups."""
+        try:
+            return self._optimizer.locate(p)[0]
+        except KeyError:
+            raise InputError(
+                f"a released parameter, {tuple(p.shape)}, has left the optimizer's groups: call release after they are "
+                "final, or handle.remove() first"
+            ) from None
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]

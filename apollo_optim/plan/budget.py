@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from apollo_optim.core.blocks import few_blocks
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import nbytes, parts
-from apollo_optim.optim.base import MatrixOptimizer
 from apollo_optim.optim.knobs import Group
-from apollo_optim.optim.registry import build_optimizer
-from apollo_optim.optim.step import follows_rule
+from apollo_optim.optim.optimizer import RuleOptimizer
+from apollo_optim.optim.parameter import init_state, rule_of
+from apollo_optim.optim.recipes import build_optimizer
 from apollo_optim.plan.shards import Parallel, distinct_bytes, first_part, local_bytes, mesh_of, rows_of, units
 from apollo_optim.plan.trace import Block, Trace, most_alive, recorded
 
@@ -81,7 +81,7 @@ class Plan:
 
 def plan(
     model: nn.Module,
-    optimizer: str | MatrixOptimizer,
+    optimizer: str | RuleOptimizer,
     trace: Trace,
     *,
     name: str | None = None,
@@ -116,7 +116,7 @@ class Budget:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: MatrixOptimizer,
+        optimizer: RuleOptimizer,
         *,
         name: str | None = None,
         release: bool = False,
@@ -165,7 +165,7 @@ class Budget:
         return {part: sum(rows.get(part, 0) for rows in (self.resting, *more)) for part in PARTS}
 
 
-def _resting(model: nn.Module, optimizer: MatrixOptimizer, parallel: Parallel | None) -> dict[str, int]:
+def _resting(model: nn.Module, optimizer: RuleOptimizer, parallel: Parallel | None) -> dict[str, int]:
     """What is there at every moment: weights, state and buffers."""
     mesh = mesh_of(parallel.gpus) if parallel and parallel.kind == "fsdp2" else None
     rows = dict.fromkeys(("weights", "state, matrices", "state, rest"), 0)
@@ -176,18 +176,18 @@ def _resting(model: nn.Module, optimizer: MatrixOptimizer, parallel: Parallel | 
     for group in optimizer.param_groups:
         for p in group["params"]:
             kind = "state, matrices" if _of_matrices(p, group) else "state, rest"
-            rows[kind] += _state_bytes(optimizer, p if mesh is None or not p.ndim else first_part(p, mesh), group)
+            rows[kind] += _state_bytes(p if mesh is None or not p.ndim else first_part(p, mesh), group)
     return {**rows, "buffers": distinct_bytes(model.buffers())}
 
 
 def _of_matrices(p: Tensor, group: Group) -> bool:
     """The split that `param_groups` makes, so that AdamW's state is split, too; else, whether it follows the rule."""
-    return str(group["name"]).startswith("matrices") if "name" in group else follows_rule(p, group)
+    return str(group["name"]).startswith("matrices") if "name" in group else rule_of(p, group).view != "any"
 
 
-def _state_bytes(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> int:
-    """As ``optim.groups.state_bytes``, of this rank."""
-    return sum(local_bytes(t) for t in optimizer.init_state(p, group).values() if isinstance(t, Tensor))
+def _state_bytes(p: Tensor, group: Group) -> int:
+    """As `optim.describe.state_bytes`, of this rank."""
+    return sum(local_bytes(t) for t in init_state(p, group).values() if isinstance(t, Tensor))
 
 
 def _held(model: nn.Module, release: bool, accumulate: bool, parallel: Parallel | None) -> tuple[dict[str, int], ...]:
@@ -212,7 +212,7 @@ def _held(model: nn.Module, release: bool, accumulate: bool, parallel: Parallel 
     return held, held, held
 
 
-def _updates(optimizer: MatrixOptimizer, model: nn.Module) -> dict[str, int]:
+def _updates(optimizer: RuleOptimizer, model: nn.Module) -> dict[str, int]:
     """Bytes that each parameter's step makes and frees again, by the parameter's name: a real step on the meta device.
 
     Parameters of one group, shape and form take the same step: it is made once.
@@ -230,8 +230,8 @@ def _updates(optimizer: MatrixOptimizer, model: nn.Module) -> dict[str, int]:
     return found
 
 
-def _update_bytes(optimizer: MatrixOptimizer, p: Tensor, group: Group) -> int:
-    optimizer.state[p] = optimizer.init_state(p, group)
+def _update_bytes(optimizer: RuleOptimizer, p: Tensor, group: Group) -> int:
+    optimizer.state[p] = init_state(p, group)
     p.grad = torch.empty(p.shape, dtype=p.dtype, device="meta")
     try:
         with few_blocks(), recorded() as recorder:

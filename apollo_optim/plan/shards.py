@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.layout import is_sharded, local
+from apollo_optim.core.place import is_sharded, local
 from apollo_optim.core.storage import nbytes
 
 if TYPE_CHECKING:

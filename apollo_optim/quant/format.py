@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apollo_optim.core.compile import in_memory
-from apollo_optim.core.moments import Number
+from apollo_optim.core.matrix import Number
 from apollo_optim.core.random import Key, dither
 
 TOP = {8: 127, 4: 7}  # the largest code

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.names import as_tuple, matches, summary, with_matrices
+from apollo_optim.core.names import as_tuple, is_pattern, is_router, is_vector, matches, summary, with_matrices
 from apollo_optim.core.storage import is_finite
 from apollo_optim.quant.format import TOP
 from apollo_optim.quant.weight import LowBitWeight
@@ -28,7 +28,8 @@ def quantize_weights(
         bits: 8 or 4 for each weight.
         group_size: Entries of a row that share a bf16 scale; even. A row need not be a whole number of groups.
         targets: As in ``param_groups``: part of a module's name, a glob, or ``re:...``. Linear weights and stacks of
-            expert matrices are taken, and embeddings and heads if they are named; convolutions and vectors never.
+            expert matrices are taken, and embeddings and heads if they are named; a mixture's routers by globs and
+            regular expressions alone; convolutions and vectors never.
         exclude: Patterns of the same kind, over parameter names.
 
     Raises InputError for other bits, a target that matches nothing, weights that two modules share, values that are not
@@ -49,7 +50,9 @@ def choose_weights(model: nn.Module, targets: str | Sequence[str], exclude: str 
             name = f"{module_name}.{own}" if module_name else own
             other = owners.setdefault(p, name)
             wanted = any(matches(t, n) for t in as_tuple(targets) for n in (module_name, other.rpartition(".")[0]))
-            if p.ndim not in (2, 3) or isinstance(module, nn.modules.conv._ConvNd) or not wanted:
+            if p.ndim not in (2, 3) or isinstance(module, nn.modules.conv._ConvNd) or not wanted or is_vector(own, p):
+                continue
+            if is_router(module, module_name, model) and not any(map(is_pattern, as_tuple(targets))):
                 continue
             if any(matches(pattern, name) for pattern in as_tuple(exclude)):
                 continue

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from apollo_optim.core.layout import is_sharded
+from apollo_optim.core.place import is_sharded
 from apollo_optim.quant import LowBitWeight
 
 if TYPE_CHECKING:

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from apollo_optim.train.measure import peak_memory
 
+NARROW = 60  # columns of a terminal
+
 
 class Display(Protocol):
     """Somewhere to show a run."""
@@ -92,7 +94,8 @@ class Live:
         self._progress = Progress(TextColumn("step"), BarColumn(None), MofNCompleteColumn(), expand=True)
         self._task = self._progress.add_task("", total=steps)
         # Drawn by hand, not by a timer thread: nothing runs between two logged steps.
-        self._live = RichLive(self._panel(), console=Console(stderr=True), auto_refresh=False)
+        self._console = Console(stderr=True)
+        self._live = RichLive(self._panel(), console=self._console, auto_refresh=False)
         self._live.start()
 
     def note(self, text: str) -> None:
@@ -129,14 +132,16 @@ class Live:
         from rich.console import Group
         from rich.panel import Panel
         from rich.table import Table
+        from rich.text import Text
 
         table = Table.grid(padding=(0, 2))
         names = list(self._rows)
-        half = (len(names) + 1) // 2
+        # Two columns of figures, or one where they would be cut.
+        half = (len(names) + 1) // 2 if self._console.width >= NARROW else len(names)
         for i in range(half):
             pair = [names[i], *names[half + i : half + i + 1]]
             table.add_row(*(cell for name in pair for cell in (f"[dim]{name}[/dim]", self._rows[name])))
-        return Panel(Group(self._progress, table), title=self._title, title_align="left")
+        return Panel(Group(self._progress, table), title=Text(self._title), title_align="left")
 
 
 def step_figures(record: dict[str, Any], eta: float) -> list[tuple[str, str]]:
@@ -146,6 +151,7 @@ def step_figures(record: dict[str, Any], eta: float) -> list[tuple[str, str]]:
         if record["lr"] == record["lr_rest"]
         else f"{record['lr']:.3g} (rest {record['lr_rest']:.3g})"
     )
+    skipped = [("skipped", f"{record['skipped']:,}")] if record.get("skipped") else []
     return [
         ("loss", f"{record['loss']:.4f}"),
         ("lr", rates),
@@ -153,16 +159,16 @@ def step_figures(record: dict[str, Any], eta: float) -> list[tuple[str, str]]:
         ("tokens/s", f"{record['tokens_per_s']:,.0f}"),
         ("ETA", duration(eta)),
         ("peak", in_bytes(record.get("peak_gpu") or peak_memory())),
+        *skipped,
     ]
 
 
 def evaluation_figures(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names and values as they are shown; the reference's perplexity is labelled."""
+    """Names and values as they are shown. (The papers' n/(n+1) figure is for tables: see the log and the report.)"""
     return [
         ("loss", f"{record['loss']:.4f}"),
         ("perplexity", f"{record['perplexity']:.2f}"),
         ("bits per byte", f"{record['bits_per_byte']:.4f}"),
-        ("(the papers' n/(n+1) figure", f"{record['perplexity_reference']:.2f})"),
     ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.train import disk
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
@@ -29,7 +30,7 @@ class Metrics:
     """The log of one run, open for appending. Every line is flushed, so that a killed process loses none."""
 
     def __init__(self, path: Path, trackers: list[Tracker]) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
         self._trackers = trackers
 
     def write(self, event: str, **fields: Any) -> dict[str, Any]:
@@ -50,7 +51,7 @@ class Metrics:
 
     def flush(self) -> None:
         """Onto the disk itself: before a checkpoint says that the log reaches this far."""
-        os.fsync(self._file.fileno())
+        disk.flush(self._path)
 
     def close(self) -> None:
         """Close the file and the trackers."""
@@ -74,7 +75,19 @@ def cut_back(path: Path, step: int) -> None:
             kept.append(line)
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    disk.replace(temporary, path)
+
+
+def last_event(path: Path) -> dict[str, Any]:
+    """The last line of a log, if there is one and it is whole."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - (1 << 16)))
+            lines = file.read().splitlines()
+        found = json.loads(lines[-1]) if lines else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _finite(value: Any) -> Any:

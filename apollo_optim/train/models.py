@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.storage import is_finite
-from apollo_optim.optim.registry import find_optimizer
+from apollo_optim.data.foreign import reason
+from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.quant.quantize import Chosen, choose_weights, quantize_module, quantize_weights
-from apollo_optim.quant.weight import warm_up
+from apollo_optim.quant.write import warm_up
 from apollo_optim.train.arrival import quantized_on_arrival
 from apollo_optim.train.config import ModelConfig, QuantConfig, RunConfig
+from apollo_optim.train.draw import draw_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +59,9 @@ def build_model(
     seq_len: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     quant: QuantConfig | None = None,
+    config: PretrainedConfig | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A causal language model with new weights from torch's global generator, or, if `pretrained`, those of `cfg.name`.
 
@@ -66,14 +69,18 @@ def build_model(
     from the tokenizer. A sequence longer than the model's context is refused here, before anything is computed.
 
     With `quant.bits`, weights are quantised as they are drawn or read, one by one: the float model never exists.
+    `config`: that of a checkpoint, whose weights will replace these: nothing is looked up elsewhere, nothing is read.
+    `trust_remote_code`: a model that is not transformers' own may run the Python code of its repository.
     """
-    config = model_config(cfg, vocab_size, tokenizer)
+    read = cfg.pretrained and config is None
+    if config is None:
+        config = model_config(cfg, vocab_size, tokenizer, trust_remote_code=trust_remote_code)
     check_context(cfg, config, seq_len)
     quant = quant or QuantConfig()
-    if cfg.pretrained:
-        model = load_pretrained(cfg, config, quant)
+    if read:
+        model = load_pretrained(cfg, config, quant, trust_remote_code=trust_remote_code)
     else:
-        model = with_new_weights(cfg, config, quant, to_train=True)
+        model = with_new_weights(cfg, config, quant, to_train=True, trust_remote_code=trust_remote_code)
     if cfg.gradient_checkpointing:
         recompute(model)
     return model
@@ -96,26 +103,34 @@ def recompute(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def skeleton(cfg: ModelConfig, config: PretrainedConfig | None = None) -> PreTrainedModel:
+def skeleton(
+    cfg: ModelConfig, config: PretrainedConfig | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model without memory, on the meta device: its shapes and dtypes are those of the model that will run."""
     from transformers import AutoModelForCausalLM
 
+    config = config or model_config(cfg, trust_remote_code=trust_remote_code)
     with torch.device("meta"), _explained(cfg):
         # Not `.to(bfloat16)` afterwards: that would round the rotary frequencies too.
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config or model_config(cfg), **_options(cfg)
+            config, trust_remote_code=trust_remote_code, **_options(cfg)
         )
     return model
 
 
 def with_new_weights(
-    cfg: ModelConfig, config: PretrainedConfig, quant: QuantConfig, *, to_train: bool = False
+    cfg: ModelConfig,
+    config: PretrainedConfig,
+    quant: QuantConfig,
+    *,
+    to_train: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model on the CPU, its weights drawn and, if `quant.bits`, quantised one module at a time.
 
     `to_train`: the step of low-bit weights is compiled before they take memory.
     """
-    model = skeleton(cfg, config)
+    model = skeleton(cfg, config, trust_remote_code=trust_remote_code)
     finish = None
     if quant.bits is not None:
         chosen = choose_weights(model, quant.targets, quant.exclude)
@@ -134,7 +149,9 @@ def warm_up_steps(cfg: ModelConfig, quant: QuantConfig, chosen: Chosen) -> None:
         warm_up(shape, DTYPES[cfg.dtype], quant.bits, quant.group_size, torch.device("cpu"))
 
 
-def load_pretrained(cfg: ModelConfig, config: PretrainedConfig, quant: QuantConfig) -> PreTrainedModel:
+def load_pretrained(
+    cfg: ModelConfig, config: PretrainedConfig, quant: QuantConfig, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The weights of a directory or a hub name, quantised as they are read if `quant.bits`.
 
     Raises InputError if the checkpoint's weights are not exactly the model's.
@@ -143,12 +160,18 @@ def load_pretrained(cfg: ModelConfig, config: PretrainedConfig, quant: QuantConf
 
     arrival: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if quant.bits is not None:
-        chosen = choose_weights(skeleton(cfg, config), quant.targets, quant.exclude)
+        like = skeleton(cfg, config, trust_remote_code=trust_remote_code)
+        chosen = choose_weights(like, quant.targets, quant.exclude)
         warm_up_steps(cfg, quant, chosen)
         arrival = quantized_on_arrival({name for names in chosen.values() for name in names.values()}, quant)
     with _explained(cfg), arrival:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            cfg.name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **_options(cfg)
+            os.path.expanduser(cfg.name),
+            config=config,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **_options(cfg),
         )
     model: PreTrainedModel = loaded[0]
     _check_loaded(cfg, loaded[1])
@@ -174,7 +197,7 @@ def _check_loaded(cfg: ModelConfig, found: dict[str, Any]) -> None:
 
 
 def _options(cfg: ModelConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "trust_remote_code": cfg.trust_remote_code}
+    options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype]}
     return options if cfg.attention is None else options | {"attn_implementation": cfg.attention}
 
 
@@ -183,53 +206,25 @@ def _explained(cfg: ModelConfig) -> Iterator[None]:
     try:
         yield
     except (ValueError, ImportError, OSError) as error:
-        raise InputError(f"cannot build the model {cfg.name}: {_one_line(error)}") from error
-
-
-@torch.no_grad()
-def draw_weights(model: PreTrainedModel, finish: Callable[[torch.nn.Module], None] | None = None) -> None:
-    """Give a model on meta its memory and new weights on the CPU, as transformers draws them, module by module.
-
-    `finish(module)` is called for every module once its own weights are drawn. What is tied stays tied. Raises
-    InputError if the model's own code leaves something without a value: transformers' models do not.
-    """
-    from transformers import PreTrainedModel
-
-    uses = Counter(t for module in model.modules() for t in (*module._parameters.values(), *module._buffers.values()))
-    tied: dict[torch.Tensor, torch.Tensor] = {}  # (what is not tied must not be held: it may be quantised next)
-
-    def drawn(tensor: torch.Tensor) -> torch.Tensor:
-        memory = torch.full_like(tensor, math.nan if tensor.is_floating_point() else 0, device="cpu")
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
-        return torch.nn.Parameter(memory, tensor.requires_grad) if is_parameter else memory
-
-    def visit(module: torch.nn.Module, family: PreTrainedModel) -> None:
-        for child in module.children():
-            visit(child, child if isinstance(child, PreTrainedModel) else family)
-        for own in (module._parameters, module._buffers):
-            for name, tensor in own.items():
-                if tensor is None:
-                    continue
-                new = tied[tensor] if tensor in tied else drawn(tensor)
-                if uses[tensor] > 1:
-                    tied[tensor] = new
-                own[name] = new  # type: ignore[assignment]
-        family._init_weights(module)  # type: ignore[no-untyped-call]
-        if finish is not None:
-            finish(module)
-
-    visit(model, model)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not is_finite(tensor):
-            raise InputError(f"{type(model).__name__} gives {name} its first value in a constructor: not supported")
+        raise InputError(f"cannot build the model {cfg.name}: {reason(error)}") from error
 
 
 def model_config(
-    cfg: ModelConfig, vocab_size: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    cfg: ModelConfig,
+    vocab_size: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> PretrainedConfig:
     """The transformers config that `cfg` means."""
     from transformers import AutoConfig, LlamaConfig
 
+    name = os.path.expanduser(cfg.name)
+    if "/" in (cfg.attention or "") and not trust_remote_code:
+        raise InputError(
+            f"model.attention={cfg.attention}: a kernel from the hub is code from elsewhere; if you trust it, say "
+            "--trust-remote-code"
+        )
     if cfg.name in SIZES:
         if cfg.pretrained:
             raise InputError(
@@ -248,14 +243,14 @@ def model_config(
         }
         _check_fields(LlamaConfig(), cfg.config)
         return LlamaConfig(**fields | cfg.config)
-    if not Path(cfg.name).exists() and cfg.name.startswith("llama-"):
+    if not Path(name).exists() and name.startswith("llama-"):
         raise InputError(f"model.name={cfg.name}: no such size; there are {', '.join(SIZES)}")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(cfg.name, trust_remote_code=cfg.trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         sizes = ", ".join(SIZES)
         raise InputError(
-            f"model.name={cfg.name}: neither a size ({sizes}) nor a readable model: {_one_line(error)}"
+            f"model.name={cfg.name}: neither a size ({sizes}) nor a readable model: {reason(error)}"
         ) from error
     if cfg.vocab_size is not None:
         config.get_text_config().vocab_size = cfg.vocab_size
@@ -288,7 +283,3 @@ def usable_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
     while size - 1 in unused:
         size -= 1
     return size
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

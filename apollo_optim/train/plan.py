@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from apollo_optim.plan import Budget, Parallel, Plan, Trace, trace_step
 from apollo_optim.quant import quantize_weights
 from apollo_optim.train.config import RunConfig
-from apollo_optim.train.evaluate import summed_loss
-from apollo_optim.train.loop import make_optimizer
+from apollo_optim.train.loss import summed_loss
 from apollo_optim.train.models import check_context, low_bit, model_config, recompute, skeleton
+from apollo_optim.train.optimizer import make_optimizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
-def planned(cfg: RunConfig, *, vocab_size: int | None = None) -> Plan:
+def planned(cfg: RunConfig, *, vocab_size: int | None = None, trust_remote_code: bool = False) -> Plan:
     """The bytes of one step of this run, before anything of it exists.
 
     >>> planned(RunConfig(model=ModelConfig("llama-7b", dtype="bfloat16"))).total
@@ -24,7 +24,7 @@ def planned(cfg: RunConfig, *, vocab_size: int | None = None) -> Plan:
     `vocab_size`: of a size by name, where the run file leaves it to the tokenizer.
     Raises InputError for what the user can put right.
     """
-    model = model_of(cfg, vocab_size)
+    model = model_of(cfg, vocab_size, trust_remote_code=trust_remote_code)
     return budget_of(cfg, model).at(trace_of(cfg, model, micro_batch(cfg)))
 
 
@@ -52,11 +52,20 @@ def micro_batch(cfg: RunConfig) -> int:
     return min(cfg.train.micro_batch or cfg.train.batch_size, cfg.train.batch_size)
 
 
-def model_of(cfg: RunConfig, vocab_size: int | None = None) -> PreTrainedModel:
-    """The run's model on the meta device, its weights in the form in which they will be trained."""
-    config = model_config(cfg.model, vocab_size)
+def model_of(
+    cfg: RunConfig,
+    vocab_size: int | None = None,
+    config: PretrainedConfig | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The run's model on the meta device, its weights in the form in which they will be trained.
+
+    `config`: of a model that is there already, as in a checkpoint.
+    """
+    config = config or model_config(cfg.model, vocab_size, trust_remote_code=trust_remote_code)
     check_context(cfg.model, config, cfg.data.seq_len)
-    model, quant = skeleton(cfg.model, config), low_bit(cfg)
+    model, quant = skeleton(cfg.model, config, trust_remote_code=trust_remote_code), low_bit(cfg)
     if quant.bits is not None:
         quantize_weights(model, quant.bits, quant.group_size, quant.targets, quant.exclude)
     if cfg.model.gradient_checkpointing:

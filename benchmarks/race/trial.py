@@ -21,8 +21,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.train.loop import Interrupted, TrainingFailed, pretrain
+from apollo_optim.train.failures import Interrupted, TrainingFailed
 from apollo_optim.train.measure import hardware, tensor_bytes
+from apollo_optim.train.pretrain import pretrain
 from benchmarks.race.agenda import Row
 from benchmarks.race.methods import METHODS, Method
 from benchmarks.race.protocol import HOPELESS, SEQ_LEN, SETTINGS, Trial, config_of, fingerprint

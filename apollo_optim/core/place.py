@@ -1,0 +1,256 @@
+"""The one file that knows a tensor can be split over processes. For plain tensors all of it is a no-op.
+
+A rule sees this rank's part of a gradient and its `Place` in the whole. A low-rank state is (.., c, r): whatever way
+its weight is split, the state is split by channels (or, in a stack, by expert), so that every rank keeps its part and
+sums along r stay local. `torch.distributed.tensor` is imported only once a DTensor is met: it costs a second and 500
+modules.
+"""
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from apollo_optim.core.blocks import Block
+from apollo_optim.core.errors import InputError
+from apollo_optim.core.random import Key, dither
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(t: Tensor) -> "TypeGuard[DTensor]":
+    """Is `t` a DTensor? Asked without importing its module."""
+    return hasattr(t, "placements")
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's part of `t`."""
+    return t.to_local() if is_sharded(t) else t
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of `t`, on every rank."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
+def aligned(t: Tensor, like: Tensor) -> Tensor:
+    """`t` split as `like`, of the same shape, is: a gradient may come as a sum in waiting, or split its own way."""
+    if not (is_sharded(t) and is_sharded(like)) or t.placements == like.placements:
+        return t
+    return t.redistribute(placements=like.placements)
+
+
+def lies_across(t: Tensor) -> bool:
+    """Is a matrix the transpose of what lies in memory?"""
+    return t.stride(-1) > t.stride(-2)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank's part of a tensor lies in the whole, and how to sum over the ranks that hold the rest.
+
+    Attributes:
+        shape: Of the whole tensor.
+        starts: Of this rank's part, one index per dimension; None where the part is not one block.
+        mesh, placements: Of a DTensor; None and () of a plain tensor.
+    """
+
+    shape: tuple[int, ...]
+    starts: tuple[int, ...] | None
+    mesh: Any = None
+    placements: tuple[Any, ...] = ()
+
+    @staticmethod
+    def of(t: Tensor) -> "Place":
+        """The place of a DTensor's part, or of all of a plain tensor."""
+        if not is_sharded(t):
+            return Place(tuple(t.shape), (0,) * t.ndim)
+        return _placed(tuple(t.shape), t.device_mesh, tuple(t.placements))
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """`starts`. Raises InputError where this rank's part is not one block of the whole."""
+        if self.starts is None:
+            raise InputError(f"no step for a parameter split as {self.placements}: a rank has not one block of it")
+        return self.starts
+
+    def splits(self, dim: int) -> bool:
+        """Does a rank hold only a part along `dim`?"""
+        return any(_splits(p, [dim % len(self.shape)]) for p in self.placements)
+
+    def transposed(self) -> "Place":
+        """The place of the last two dimensions swapped.
+
+        Raises InputError for what torch before 2.7 cannot say: it forgets in a transpose that a shard is strided.
+        """
+        *batch, m, n = range(len(self.shape))
+        order = [*batch, n, m]
+        starts = None if self.starts is None else tuple(self.starts[i] for i in order)
+        shape = tuple(self.shape[i] for i in order)
+        return Place(shape, starts, self.mesh, tuple(_moved(p, order) for p in self.placements))
+
+    def noise(self, own: Tensor, key: Key, at: Block = ()) -> Tensor:
+        """`dither` for this rank's part `own`, or for one block `at` of it: an entry's is its own wherever it lies."""
+        rows, columns = (self._index(own, at, dims) for dims in (slice(-1), slice(-1, None)))
+        noise = dither(rows, columns, key)
+        return noise if own.ndim else noise.view(())
+
+    def _index(self, own: Tensor, at: Block, dims: slice) -> Tensor:
+        """The flat position, in the whole tensor's dimensions `dims`, of every element of the part or of a block."""
+        everywhere = self.shape[dims]
+        dtype = torch.int32 if prod(everywhere) < 1 << 31 else torch.int64
+        cut = [(s.start or 0, size if s.stop is None else s.stop) for s, size in zip(at, own.shape, strict=False)]
+        cut += [(0, size) for size in own.shape[len(at) :]]
+        index = torch.zeros((), dtype=dtype, device=own.device)
+        for start, (first, last), size in zip(self.offsets[dims], cut[dims], everywhere, strict=True):
+            index = index[..., None] * size + torch.arange(start + first, start + last, dtype=dtype, device=own.device)
+        return index
+
+    # --- sums over ranks: their arguments and results are this rank's parts ---
+
+    def sum(self, own: Tensor, *dims: int) -> Tensor:
+        """`own`, summed over `dims` of this rank's part (kept, of size 1), summed over the ranks, too."""
+        if self.mesh is None:
+            return own
+        from torch.distributed.tensor import Partial, Replicate
+
+        over = [dim % len(self.shape) for dim in dims]
+        shape = tuple(1 if dim in over else size for dim, size in enumerate(self.shape))
+        waiting = [Partial() if _splits(p, over) else p for p in self.placements]
+        final = [Replicate() if p.is_partial() else p for p in waiting]
+        return self._redistributed(own, shape, waiting, final)
+
+    def total(self, own: Tensor) -> Tensor:
+        """The sum over all ranks of a 0-D `own`, their part of a sum over everything."""
+        if self.mesh is None:
+            return own
+        from torch.distributed.tensor import Partial, Replicate
+
+        waiting = [Partial() if hasattr(p, "dim") else p for p in self.placements]
+        return self._redistributed(own, (), waiting, [Replicate()] * len(waiting))
+
+    def to_channels(self, own_cx: Tensor) -> Tensor:
+        """Sums in waiting over a split compressed side, (.., c, x): one reduce-scatter hands each rank its channels."""
+        if self.mesh is None or not self.splits(-1):
+            return own_cx
+        from torch.distributed.tensor import Partial
+
+        waiting = [Partial() if _splits(p, [len(self.shape) - 1]) else p for p in self.placements]
+        shape = (*self.shape[:-1], own_cx.shape[-1])
+        return self._redistributed(own_cx, shape, waiting, list(self.channels.placements))
+
+    def from_channels(self, own_c1: Tensor) -> Tensor:
+        """The inverse for one number a channel: of every channel that this rank's part of the gradient has."""
+        if self.mesh is None or not self.splits(-1):
+            return own_c1
+        from torch.distributed.tensor import Replicate
+
+        final = [Replicate() if _splits(p, [len(self.shape) - 1]) else p for p in self.placements]
+        return self._redistributed(own_c1, (*self.shape[:-1], 1), list(self.channels.placements), final)
+
+    def along(self, dim: int) -> "Place":
+        """The place of sums along `dim`, of size 1 there, of which every rank has all."""
+        if self.mesh is None:
+            return self
+        from torch.distributed.tensor import Replicate
+
+        dim %= len(self.shape)
+        shape = tuple(1 if i == dim else size for i, size in enumerate(self.shape))
+        placements = tuple(Replicate() if _splits(p, [dim]) else p for p in self.placements)
+        return _placed(shape, self.mesh, placements)
+
+    @property
+    def channels(self) -> "Place":
+        """The place of (.., c, 1): a split of the compressed side turned into one of the channels."""
+        if self.mesh is None:
+            return self
+        from torch.distributed.tensor import Shard
+
+        c, k = len(self.shape) - 2, len(self.shape) - 1
+        placements = [Shard(c) if _splits(p, [k]) else p for p in self.placements]
+        return _placed((*self.shape[:-1], 1), self.mesh, tuple(placements))
+
+    def whole(self, own: Tensor) -> Tensor:
+        """All of the tensor, on every rank."""
+        if self.mesh is None:
+            return own
+        from torch.distributed.tensor import Replicate
+
+        return self._redistributed(own, self.shape, list(self.placements), [Replicate()] * len(self.placements))
+
+    def part_of(self, t: Tensor, own: Tensor) -> Tensor:
+        """This rank's part, of `own`'s shape, of a tensor that is whole on every rank."""
+        if self.mesh is None:
+            return t
+        return t[tuple(slice(start, start + size) for start, size in zip(self.offsets, own.shape, strict=True))]
+
+    def _redistributed(self, own: Tensor, shape: tuple[int, ...], before: list[Any], after: list[Any]) -> Tensor:
+        spread = _assembled(lambda _: own, shape, self.mesh, before).redistribute(placements=after)
+        result: Tensor = spread.to_local()
+        return getattr(result, "wait", lambda: result)()
+
+    # --- state ---
+
+    def zeros(self, shape: tuple[int, ...], split: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """State of this shape for a tensor that lies here: a DTensor where that is one.
+
+        Args:
+            split: "same": as the tensor is (dimensions that it does not have are those of a number for a matrix).
+                "rows", "columns": the same, but every rank has all of a row's (a column's) numbers. "channels": by
+                channels, whatever way the tensor is split. "whole": a plain tensor on every rank.
+
+        Never `new_zeros`: on a DTensor that replicates, on a low-bit weight it quantises.
+        """
+        if self.mesh is None or split == "whole":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        from torch.distributed.tensor import Replicate
+
+        if split == "channels":
+            placements = list(self.channels.placements)
+        else:
+            along = {"rows": len(shape) - 1, "columns": len(shape) - 2}.get(split)
+            alike = [dim for dim in range(len(shape)) if dim != along]
+            placements = [p if _splits(p, alike) or not hasattr(p, "dim") else Replicate() for p in self.placements]
+        return _assembled(lambda size: torch.zeros(size, dtype=dtype, device=device), shape, self.mesh, placements)
+
+
+def _placed(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Place:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    for i, p in enumerate(placements):  # of a strided shard, only what later ones cut back to one block can be placed
+        later = [mesh.size(j) for j, q in enumerate(placements) if j > i and _splits(q, [getattr(p, "dim", None)])]
+        if getattr(p, "split_factor", prod(later)) != prod(later):
+            return Place(shape, None, mesh, placements)
+    return Place(shape, tuple(compute_local_shape_and_global_offset(shape, mesh, placements)[1]), mesh, placements)
+
+
+def _splits(placement: Any, dims: Container[Any]) -> bool:
+    """Does it split one of these dimensions? `is_shard` says no of a strided shard, tensor parallelism under FSDP."""
+    return getattr(placement, "dim", None) in dims
+
+
+def _moved(placement: Any, order: list[int]) -> Any:
+    """A placement after a permutation: new dimension i was `order[i]`."""
+    if not hasattr(placement, "dim"):
+        return placement
+    if hasattr(placement, "split_factor"):
+        return type(placement)(order.index(placement.dim), split_factor=placement.split_factor)
+    return type(placement)(order.index(placement.dim))
+
+
+def _assembled(
+    make: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...], mesh: Any, placements: list[Any]
+) -> "DTensor":
+    """A DTensor of global `shape` out of each rank's part, uneven splits included."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    size = compute_local_shape_and_global_offset(shape, mesh, placements)[0]
+    stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+    return DTensor.from_local(
+        make(tuple(size)), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )

@@ -1,0 +1,184 @@
+"""What is in a file: its documents, whatever its type, and what had to be left out."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Literal, NamedTuple
+
+from apollo_optim.core.errors import InputError
+
+SECTION = 1 << 16  # bytes; a longer txt or md file becomes several documents of about this size, cut at line ends
+
+
+class Document(NamedTuple):
+    key: str
+    text: bytes  # valid UTF-8, never blank
+
+
+class BadRecord(Exception):
+    """One line or row that holds no usable text; the message says why."""
+
+
+@dataclass
+class Reading:
+    """How records are read, and what had to be skipped so far."""
+
+    text_key: str = "text"
+    on_bad_line: Literal["skip", "error"] = "skip"
+    skipped: int = 0
+    first_skipped: str | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Why, and how many files or documents."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first few of each."""
+
+    def leave_out(self, why: str, name: str) -> None:
+        """Count what is not read, though it lies in a source that was named."""
+        self.left_out[why] = self.left_out.get(why, 0) + 1
+        if self.left_out[why] <= 3:
+            self.examples.setdefault(why, []).append(name)
+
+    def said(self) -> str:
+        """What was left out, counted and named, in one line."""
+        return "; ".join(
+            f"{why}: {count} ({', '.join(self.examples[why])}{', ...' if count > 3 else ''})"
+            for why, count in self.left_out.items()
+        )
+
+    def bad(self, where: str, why: object) -> None:
+        if self.on_bad_line == "error":
+            raise InputError(f"{where}: {why}; repair it, or set data.on_bad_line to skip")
+        self.skipped += 1
+        self.first_skipped = self.first_skipped or f"{where}: {why}"
+
+
+def missing_key(where: str, key: str, keys: Iterable[str]) -> InputError:
+    return InputError(f"{where}: no key {key!r}; the keys are {', '.join(sorted(keys)) or '(none)'}; set data.text_key")
+
+
+def text_of(record: object, key: str) -> str:
+    """The text of one record, or BadRecord."""
+    if not isinstance(record, dict):
+        raise BadRecord(f"a JSON object is expected, not {type(record).__name__}")
+    if key not in record:
+        raise BadRecord(f"no key {key!r}")
+    text = record[key]
+    if not isinstance(text, str):
+        raise BadRecord(f"{key!r} is {'null' if text is None else type(text).__name__}, not a string")
+    return text
+
+
+# ---- whole files
+
+
+def _decodable(path: Path, text: bytes, offset: int = 0) -> bytes:
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        raise InputError(
+            f"{path}: byte {at} (0x{text[error.start]:02x}) is not valid UTF-8; convert the file or leave it out"
+        ) from error
+    return text
+
+
+def _whole(path: Path, key: str, reading: Reading) -> Iterator[Document]:
+    yield Document(key, _decodable(path, path.read_bytes()))
+
+
+def _sections(path: Path, key: str, reading: Reading) -> Iterator[Document]:
+    """A text file as one document, or as sections if it is long: a big file too can be shuffled, split, and held."""
+    number, offset, rest = 0, 0, b""
+    with path.open("rb") as file:
+        while block := file.read(SECTION):
+            rest += block
+            while len(rest) > SECTION:
+                cut = rest.rfind(b"\n", 0, SECTION) + 1 or SECTION
+                while cut > 1 and rest[cut] & 0xC0 == 0x80:  # never inside a character
+                    cut -= 1
+                yield Document(f"{key}#{number}", _decodable(path, rest[:cut], offset))
+                number, offset, rest = number + 1, offset + cut, rest[cut:]
+    yield Document(f"{key}#{number}" if number else key, _decodable(path, rest, offset))
+
+
+# ---- records
+
+
+def _json_lines(file: IO[bytes], path: Path, key: str, reading: Reading) -> Iterator[Document]:
+    keys: set[str] = set()
+    found = False
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if isinstance(record, dict):
+                keys.update(list(record)[:20])
+                found = found or reading.text_key in record
+            text = text_of(record, reading.text_key).encode()  # a lone surrogate fails here
+        except (BadRecord, ValueError, RecursionError) as error:
+            if keys and not found and reading.on_bad_line == "error":
+                raise missing_key(f"{path}:{number}", reading.text_key, keys) from error
+            reading.bad(f"{path}:{number}", error if isinstance(error, BadRecord) else f"not JSON ({error})")
+            continue
+        yield Document(f"{key}:{number}", text)
+    if keys and not found:  # not some bad lines but a wrong key
+        raise missing_key(str(path), reading.text_key, keys)
+
+
+def _jsonl(path: Path, key: str, reading: Reading) -> Iterator[Document]:
+    with path.open("rb") as file:
+        yield from _json_lines(file, path, key, reading)
+
+
+def _jsonl_gz(path: Path, key: str, reading: Reading) -> Iterator[Document]:
+    try:
+        with gzip.open(path, "rb") as file:
+            yield from _json_lines(file, path, key, reading)  # type: ignore[arg-type]
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: a damaged gzip file ({error}); fetch it again or leave it out") from error
+
+
+def _parquet(path: Path, key: str, reading: Reading) -> Iterator[Document]:
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if reading.text_key not in file.schema_arrow.names:
+                raise missing_key(str(path), reading.text_key, file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(batch_size=256, columns=[reading.text_key]):
+                for record in batch.to_pylist():
+                    number += 1
+                    try:
+                        text = text_of(record, reading.text_key).encode()
+                    except BadRecord as error:
+                        reading.bad(f"{path}: row {number}", error)
+                        continue
+                    yield Document(f"{key}:{number}", text)
+    except (pyarrow.lib.ArrowException, UnicodeError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+Reader = Callable[[Path, str, Reading], Iterator[Document]]
+READERS: dict[str, Reader] = {
+    ".txt": _sections,
+    ".md": _sections,
+    ".py": _whole,
+    ".jsonl": _jsonl,
+    ".jsonl.gz": _jsonl_gz,
+    ".json.gz": _jsonl_gz,  # C4's shards are json lines under this name
+    ".parquet": _parquet,
+}
+
+
+RECORDS = (_jsonl, _jsonl_gz, _parquet)
+
+
+def reader(path: Path) -> Reader | None:
+    name = path.name.lower()
+    return next((read for suffix, read in READERS.items() if name.endswith(suffix)), None)

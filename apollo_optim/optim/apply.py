@@ -1,0 +1,203 @@
+"""The only executor: a rule's step, taken on one parameter.
+
+`observe` -> is the gradient finite? (of each matrix) -> block after block: `update`, write the weight, store the state.
+Everything here is this rank's part; what is sharded, and how, the `Place`s of `Static` know.
+"""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apollo_optim.core.blocks import Block, blocks, part
+from apollo_optim.core.codecs import SCALE, Codec, Coding, store_codes, store_float
+from apollo_optim.core.compile import in_memory
+from apollo_optim.core.matrix import Number, full_norm
+from apollo_optim.core.place import Place
+from apollo_optim.core.random import Key
+from apollo_optim.core.storage import writes_itself
+from apollo_optim.core.write import write, write_block
+from apollo_optim.rules import Rule
+from apollo_optim.rules.base import Scalars, Slot, State
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one slot is stored, and where this rank's part of it lies."""
+
+    slot: Slot
+    codec: Codec
+    place: Place
+
+    @property
+    def coding(self) -> Coding | None:
+        """Of codes; None for floats."""
+        return self.codec.coding.get(self.slot.kind)
+
+
+@dataclass(frozen=True)
+class Static:
+    """What stays from step to step: a compiled step is specialised on it."""
+
+    rule: Rule
+    conv: bool
+    """Is the gradient flattened to (out, the rest)?"""
+    wide: bool
+    """Does the rule see a transpose?"""
+    place: Place
+    """Of the matrix form, as it lies."""
+    seen: Place
+    """Of the rule's view."""
+    slots: tuple[tuple[str, Stored], ...]
+    stochastic: bool
+    """Is the weight rounded stochastically?"""
+    maximize: bool
+    phase: Hashable = None
+
+    @property
+    def full_state(self) -> bool:
+        """Is there state of the weight's size?"""
+        return any(stored.slot.shape == self.seen.shape for _, stored in self.slots)
+
+
+class Inputs(NamedTuple):
+    """What changes: Python numbers in an eager step, 0-D tensors in a compiled one.
+
+    Attributes:
+        numbers: `lr`, `weight_decay` and the rule's scalars.
+        keys: Of the rule's draws, and of what is rounded: "weight", and slots by name.
+    """
+
+    numbers: dict[str, Number]
+    keys: dict[str, Key]
+
+
+class Step(NamedTuple):
+    """A step that is known, but not taken: what a weight that writes itself is given. (.., m, n), as it lies."""
+
+    tensor: Tensor
+    factor: Number
+    finite: Tensor
+
+
+class _Seen(NamedTuple):
+    """What is known after all of a gradient was looked at."""
+
+    matrix: Tensor
+    view: Tensor
+    state: State
+    s: Scalars
+    finite: Tensor
+
+
+def apply_update(static: Static, weight: Tensor, grad: Tensor, tensors: Tensors, inputs: Inputs) -> None:
+    """Take one step: `weight` and `tensors` are written in place, each once.
+
+    A gradient whose norm is not finite leaves its matrix as it was - weight and state - and is counted in
+    `tensors["skipped"]`. That is a `where`, not a branch: no value is ever read back by the host.
+    """
+    seen = _observe(static, grad, tensors, inputs)
+    lr, weight_decay, key = inputs.numbers["lr"], inputs.numbers["weight_decay"], inputs.keys.get("weight")
+    for at in _cuts(static, weight, seen.matrix):
+        step = _update(static, seen, tensors, inputs, at)
+        if writes_itself(weight):
+            weight._write_rows_(at, *step, lr, weight_decay, key)  # type: ignore[attr-defined]
+        elif at:
+            noise = None if key is None else static.place.noise(seen.matrix, key, at)
+            write_block(part(weight, at), *step, lr, weight_decay, noise)
+        else:
+            noises = None if key is None else partial(static.place.noise, seen.matrix, key)
+            write(weight, *step, lr, weight_decay, noises)
+
+
+def compute_update(static: Static, grad: Tensor, tensors: Tensors, inputs: Inputs) -> Step:
+    """All of a step but the weight: the state is written, what is to be done to the weight comes back."""
+    return _update(static, _observe(static, grad, tensors, inputs), tensors, inputs, ())
+
+
+def broadcast_like(per_matrix: Tensor, t: Tensor) -> Tensor:
+    """One number a matrix, (..), in a shape that broadcasts to (.., m, n)."""
+    missing = t.ndim - per_matrix.ndim
+    return per_matrix[(..., *[None] * missing)] if missing else per_matrix
+
+
+def _observe(static: Static, grad: Tensor, tensors: Tensors, inputs: Inputs) -> _Seen:
+    """Look at all of the gradient, and store what is known of the state after that."""
+    matrix = grad.flatten(1) if static.conv else grad
+    matrix = -matrix if static.maximize else matrix
+    view = matrix.mT if static.wide else matrix
+    codings = {name: stored.coding for name, stored in static.slots if stored.coding is not None}
+    state = State(tensors, codings, tuple(view.shape))
+    s: dict[str, Any] = {**inputs.numbers, **inputs.keys, "phase": static.phase}
+    found = static.rule.observe(view, state, s, static.seen)
+    norm = found.pop("grad_norm") if "grad_norm" in found else _grad_norm(static, view)
+    finite = in_memory(torch.isfinite(norm))
+    for name, stored in static.slots:
+        if name in found:
+            value = found[name]
+            for at in [()] if stored.coding is not None else blocks(tuple(value.shape)):
+                _store(name, stored, part(value, at), tensors, finite, value, inputs, at)
+    tensors["skipped"].add_(~finite)
+    return _Seen(matrix, view, state.with_seen(found), s, finite)
+
+
+def _update(static: Static, seen: _Seen, tensors: Tensors, inputs: Inputs, at: Block) -> Step:
+    """The step of one block, as it lies; its state is stored."""
+    here = _as_seen(static, at, seen.matrix.ndim)
+    new = static.rule.update(part(seen.view, here), seen.state.at(here), seen.s)
+    for name, stored in static.slots:
+        if name in new.state:
+            _store(name, stored, new.state[name], tensors, seen.finite, seen.view, inputs, here)
+    finite = part(broadcast_like(seen.finite, seen.matrix), at)
+    if not static.wide:
+        return Step(new.tensor, new.factor, finite)
+    factor = new.factor.mT if isinstance(new.factor, Tensor) and new.factor.ndim > 1 else new.factor
+    return Step(new.tensor.mT, factor, finite)
+
+
+def _grad_norm(static: Static, view: Tensor) -> Tensor:
+    """One number a matrix; for a rule that knows no matrices, one."""
+    if view.ndim < 3 or static.rule.view == "any":
+        return full_norm(view, static.seen)
+    square = torch.linalg.vector_norm(view, dim=(-2, -1), keepdim=True, dtype=torch.float32).square()
+    return static.seen.sum(square, -2, -1)[..., 0, 0]
+
+
+def _cuts(static: Static, weight: Tensor, matrix: Tensor) -> list[Block]:
+    """The blocks of the matrix that are stepped one after the other, so that temporaries stay small."""
+    own = writes_itself(weight)  # it goes through blocks of its own, unless state must come along
+    if not static.rule.blockwise or (own and not static.full_state):
+        return [()]
+    rows = own or static.rule.view != "any" or weight.ndim != matrix.ndim
+    return blocks(tuple(matrix.shape), whole=int(rows or any(stored.coding for _, stored in static.slots)))
+
+
+def _as_seen(static: Static, at: Block, ndim: int) -> Block:
+    """A block of the matrix as an index into the rule's view."""
+    if not static.wide or not at:
+        return at
+    at = (*at, *[slice(None)] * (ndim - len(at)))
+    return (*at[:-2], at[-1], at[-2])
+
+
+def _store(
+    name: str, stored: Stored, value: Tensor, tensors: Tensors, finite: Tensor, like: Tensor, inputs: Inputs, at: Block
+) -> None:
+    """One block of one slot, where finite. `like`: all of the slot, for the positions of its entries."""
+    if stored.slot.kind == "drawn":  # a draw has nothing to do with this gradient
+        part(tensors[name], at).copy_(value)
+        return
+    here = part(broadcast_like(finite, like), at)
+    key = inputs.keys.get(name)
+    noise = None if key is None else stored.place.noise(like, key, at)
+    if stored.coding is None:
+        store_float(part(tensors[name], at), value, here, noise)
+        return
+    assert noise is not None  # codes are always rounded stochastically
+    scale = part(tensors[name + SCALE], at[: like.ndim - 1])
+    store_codes(part(tensors[name], at), scale, value, here, noise, stored.coding)

@@ -1,0 +1,93 @@
+"""The step compiled: what `apply.apply_update` defines, one graph for each look of a parameter.
+
+A compiled step passes over the gradient twice, once to see it and once to write the weight, and makes nothing of its
+size in between. Nothing that changes from step to step is compiled in, so a schedule, a seed or a resumed run compiles
+nothing anew.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apollo_optim.core.compile import COMPILED_FROM, compiled, compiled_in_place
+from apollo_optim.core.random import Key
+from apollo_optim.core.storage import writes_itself
+from apollo_optim.optim.apply import Inputs, Static, Tensors, apply_update, compute_update
+
+Graphs = dict[Any, Callable[..., Any]]
+
+
+def is_compiled(choice: bool | None, p: Tensor, device_type: str) -> bool:
+    """What `compile=` means for this parameter; None: on a CPU, what is large enough for it to pay soon."""
+    return device_type == "cpu" and p.numel() >= COMPILED_FROM if choice is None else choice
+
+
+def prepare_compiled(
+    graphs: Graphs, static: Static, weight: Tensor, grad: Tensor, tensors: Tensors, inputs: Inputs
+) -> Callable[[], None]:
+    """`apply_update` by a graph of `graphs`, which is made if there is none for this look yet.
+
+    A weight that writes itself has a compiled way of doing so; of its step only the rest is compiled here, and nothing
+    of a rule whose state is as large as the weight: its step goes from block to block.
+    """
+    own = writes_itself(weight)
+    if own and static.full_state:
+        return partial(apply_update, static, weight, grad, tensors, inputs)
+    given = [*([] if own else [weight]), grad, *tensors.values(), *as_tensors(inputs, grad.device)]
+    key = (grad.device, torch.get_num_threads(), static, *((t.shape, t.stride(), t.dtype) for t in given))
+    if key not in graphs:
+        make = _computing if own else _applying
+        graphs[key] = make(static, list(tensors), list(inputs.numbers), list(inputs.keys))
+    graph = graphs[key]
+    return partial(_write_itself, graph, weight, given, inputs) if own else partial(graph, *given)
+
+
+def _write_itself(graph: Callable[..., Any], weight: Any, given: list[Tensor], inputs: Inputs) -> None:
+    step = graph(*given)
+    weight._write_update_(*step, inputs.numbers["lr"], inputs.numbers["weight_decay"], inputs.keys.get("weight"))
+
+
+def _applying(static: Static, names: list[str], numbers: list[str], keys: list[str]) -> Callable[..., None]:
+    def step(weight: Tensor, grad: Tensor, *others: Tensor) -> None:
+        apply_update(static, weight, grad, *_state_and_inputs(others, names, numbers, keys))
+
+    return compiled_in_place(step)
+
+
+def _computing(static: Static, names: list[str], numbers: list[str], keys: list[str]) -> Callable[..., Any]:
+    def step(grad: Tensor, *others: Tensor) -> Any:
+        return tuple(compute_update(static, grad, *_state_and_inputs(others, names, numbers, keys)))
+
+    return compiled(step)
+
+
+def _state_and_inputs(
+    others: Sequence[Tensor], names: list[str], numbers: list[str], keys: list[str]
+) -> tuple[dict[str, Tensor], Inputs]:
+    n = len(names)
+    return dict(zip(names, others[:n], strict=True)), from_tensors(others[n:], numbers, keys)
+
+
+def as_tensors(inputs: Inputs, device: torch.device) -> list[Tensor]:
+    """All of them as tensors, so that no value is compiled in: `from_tensors` goes back.
+
+    For a CPU two tensors, fp32 and int32. The kernels of a GPU take numbers of the host one by one, so that nothing has
+    to be copied there.
+    """
+    plain, words = list(inputs.numbers.values()), [word for key in inputs.keys.values() for word in key]
+    if device.type == "cpu":
+        return [torch.tensor(plain, dtype=torch.float32), *([torch.tensor(words, dtype=torch.int32)] if words else [])]
+    scalars = [torch.as_tensor(value, dtype=torch.float32) for value in plain]
+    return [*scalars, *(torch.tensor(word, dtype=torch.int32) for word in words)]
+
+
+def from_tensors(given: Sequence[Tensor], numbers: list[str], keys: list[str]) -> Inputs:
+    """The inverse of `as_tensors`."""
+    one_by_one = given[0].ndim == 0
+    plain = given[: len(numbers)] if one_by_one else given[0]
+    words: Any = given[len(numbers) :] if one_by_one else given[1] if keys else []
+    named: dict[str, Key] = {name: (words[2 * i], words[2 * i + 1]) for i, name in enumerate(keys)}
+    return Inputs({name: plain[i] for i, name in enumerate(numbers)}, named)

@@ -1,0 +1,87 @@
+"""A saved state, brought into the form of the optimizer that loads it, or refused before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apollo_optim.core.errors import InputError
+from apollo_optim.core.place import is_sharded, whole
+from apollo_optim.optim.knobs import Group, check_group, find_rule
+from apollo_optim.optim.parameter import init_state
+
+State = dict[str, Any]
+
+
+def fit_groups(ours: list[Group], saved: list[Group], owner: str) -> list[Group]:
+    """The saved groups, their parameters in our order where both sides have names, new keys at their present values.
+
+    Raises InputError for groups that are not of this library, or follow another rule.
+    """
+    if len(saved) != len(ours):
+        raise InputError(
+            f"the saved state has {len(saved)} parameter groups, this {owner} {len(ours)}. Build the model and its "
+            "param_groups as they were when it was saved"
+        )
+    fitted = []
+    for number, (mine, theirs) in enumerate(zip(ours, saved, strict=True)):
+        if "rule" not in theirs:
+            raise InputError(f"this state is not {owner}'s: its param_groups name no rule")
+        if theirs["rule"] != mine["rule"]:
+            raise InputError(
+                f"group {number} follows {mine['rule']!r} here and {theirs['rule']!r} in the saved state: build the "
+                "optimizer as it was when it was saved"
+            )
+        if len(theirs["params"]) != len(mine["params"]):
+            raise InputError(
+                f"group {number} has {len(mine['params'])} parameters here and {len(theirs['params'])} in the saved "
+                "state. Build the model and its param_groups as they were when it was saved"
+            )
+        group = {**{key: value for key, value in mine.items() if key not in ("params", "param_names")}, **theirs}
+        check_group({**group, "params": []}, f"{owner}, saved state")
+        if "param_names" in mine and sorted(mine["param_names"]) == sorted(theirs.get("param_names", ())):
+            ids = dict(zip(theirs["param_names"], theirs["params"], strict=True))
+            group["params"], group["param_names"] = [ids[name] for name in mine["param_names"]], mine["param_names"]
+        fitted.append(group)
+    return fitted
+
+
+def fit_state(p: Tensor, group: Group, saved: State, label: Any, owner: str) -> State:
+    """The saved state of one parameter, every tensor of it a new one, in the dtype, split and place that it has here.
+
+    Raises InputError where it is the state of another rule or of another shape.
+    """
+    expected = init_state(_like(p), group, 0)
+    ours, theirs = ({k: tuple(getattr(v, "shape", ())) for k, v in s.items()} for s in (expected, saved))
+    if ours != theirs:
+        raise InputError(
+            f"the saved state of parameter {label}, {tuple(p.shape)}, does not fit {find_rule(group['rule']).title}: "
+            f"expected {ours}, found {theirs}. Build the model and its param_groups as they were when it was saved"
+            if set(ours) & set(theirs)
+            else f"the saved state of parameter {label} is not {owner}'s, and does not fit: it has {', '.join(theirs)}"
+        )
+    return {name: _fit(name, value, expected[name], p.device) for name, value in saved.items()}
+
+
+def _like(p: Tensor) -> Tensor:
+    """On the meta device, where no state takes memory."""
+    return p.detach().to("meta") if is_sharded(p) else torch.empty(p.shape, dtype=p.dtype, device="meta")
+
+
+def _fit(name: str, value: Any, like: Any, device: torch.device) -> Any:
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    value = value.detach()
+    if name == "step":
+        return value.to("cpu", torch.float32, copy=True)
+    if is_sharded(like):
+        if is_sharded(value):
+            return value.to(device, copy=True)
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(device), like.device_mesh, like.placements, src_data_rank=None)
+    own = whole(value)  # in memory as the new state lies there, for which steps are compiled
+    return torch.empty_like(like, dtype=own.dtype, device=device).copy_(own)

@@ -1,0 +1,274 @@
+"""The one optimizer: every group follows its rule. Groups, state, loading and saving; the step is `apply.py`'s."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apollo_optim.core.compile import can_compile
+from apollo_optim.core.errors import InputError
+from apollo_optim.core.names import unwrapped
+from apollo_optim.core.random import mix_seed, name_word
+from apollo_optim.optim.apply import apply_update
+from apollo_optim.optim.compiled import Graphs, is_compiled, prepare_compiled
+from apollo_optim.optim.knobs import GENERAL, PASSED, Group, check_group, find_rule, known_keys
+from apollo_optim.optim.loading import fit_groups, fit_state
+from apollo_optim.optim.parameter import Known, arguments, init_state
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """Every parameter follows the rule that its group names.
+
+    >>> RuleOptimizer([{"params": matrices, "rule": "muon"}, {"params": others, "rule": "adamw", "lr": 1e-3}], lr=2e-3)
+
+    `param_groups(model, ...)` and `build_optimizer(name, model)` make such groups by what the parameters are.
+
+    Args:
+        params: Groups, or parameters (with their names, if you like) for one group of `rule`.
+        rule: Of groups that name none; `apollo-optim optimizers` lists them. None: every group must name one.
+        lr: Of groups that name none; None: the rule's own.
+        weight_decay: Decoupled, and applied to the weight before the step, as in torch.optim.AdamW.
+        otherwise: The rule for parameters of a group that its rule does not apply to: 0-D and 1-D ones, and for a rule
+            with a rank matrices whose small side is no larger.
+        state_dtype: How means and squares among the state are stored: "float32", "bfloat16" (halves them; rounded
+            stochastically, or 0.999 v rounds back to v), "8bit" or "4bit", for all slots or in a dict by slot. A tensor
+            that is too small or too odd for a format with codes stays in fp32.
+        stochastic_rounding: Of bf16 weights and bf16 state at their one write per step. fp32 is not affected.
+        seed: Every parameter draws its own from this and its name (where there are none, its position) at its first
+            step, and keeps it in its state.
+        maximize: Step up the gradient, as in torch.optim.
+        compile: Step a parameter by one compiled function, made once for each shape; None: on a CPU, those of 262,144
+            entries and more, which take a quarter to a tenth of the time then.
+        **knobs: The rule's own, for groups that do not name them.
+
+    Raises InputError (a ValueError) for unknown rules, keys and wrong values, naming the key.
+    """
+
+    compile: bool | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        rule: str | None = None,
+        lr: float | Tensor | None = None,
+        weight_decay: float = 0.0,
+        *,
+        otherwise: str = "adamw",
+        state_dtype: Any = "float32",
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        view: str | None = None,
+        maximize: bool = False,
+        compile: bool | None = None,
+        **knobs: Any,
+    ) -> None:
+        self.compile = compile
+        self._rule, self._otherwise, self._knobs = rule, otherwise, knobs
+        self._incoming: dict[Tensor, Any] | None = None
+        self.graphs: Graphs = {}
+        self._forget()
+        if rule is not None:
+            lr = find_rule(rule).lr if lr is None else lr
+            self._check_knobs()
+        defaults = {
+            "lr": 1e-3 if lr is None else lr, "weight_decay": weight_decay, "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding, "seed": seed, "view": view, "maximize": maximize,
+        }  # fmt: skip
+        entries = list(params) if not isinstance(params, (dict, set)) else params
+        self._some_rank = any(isinstance(entry, dict) and "rank" in entry for entry in entries)
+        super().__init__(entries, defaults)
+        if rule is not None:  # torch's schedulers look there for betas or a momentum to cycle
+            cls = find_rule(rule)
+            self.defaults |= cls.defaults() | {key: knobs[key] for key in cls.knobs() if key in knobs}
+
+    def _check_knobs(self) -> None:
+        known = known_keys([find_rule(name) for name in (self._rule, self._otherwise) if name is not None])
+        for key in self._knobs:
+            if key not in known and key != "proj_type":
+                check_group({"params": [], "rule": self._rule, "otherwise": self._otherwise, key: None}, self.name)
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As torch's. Raises InputError where the group says what its rule does not know."""
+        params = param_group["params"]
+        if not isinstance(params, set):  # torch refuses it: a set has no order
+            param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        self._complete(param_group)
+        if not isinstance(params, set):
+            check_group(param_group, self.name)
+        self._forget()
+        self._name(param_group)
+        known = known_keys([find_rule(param_group[key]) for key in ("rule", "otherwise")]).keys() | PASSED
+        super().add_param_group(param_group)
+        for key in self.defaults.keys() - known:  # torch fills in what another rule knows
+            param_group.pop(key)
+
+    def _name(self, group: Group) -> None:
+        """torch wants names in all groups or in none: what is added later goes along."""
+        if not self.param_groups:
+            return
+        named = any(isinstance(entry, tuple) for entry in group["params"]) or "param_names" in group
+        if "param_names" in self.param_groups[0] and not named:
+            first = sum(len(other["params"]) for other in self.param_groups)
+            group["param_names"] = [f"unnamed.{first + i}" for i in range(len(group["params"]))]
+        elif "param_names" not in self.param_groups[0] and named:
+            group.pop("param_names", None)
+            group["params"] = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+
+    def _complete(self, group: Group) -> None:
+        """Give it its rule and the rule's knobs: those of the constructor, then the rule's own defaults."""
+        rule, ranked = self._rule, self._rule is not None and "rank" in find_rule(self._rule).knobs()
+        given = None if self._some_rank else self._knobs.get("rank")
+        if "rule" not in group and ranked and group.get("rank", given) is None:
+            group.pop("rank", None)
+            rule = self._otherwise if self._some_rank else None
+            if rule is None:
+                raise InputError(
+                    f"{self.name} has no rank: no parameter group names one, so every parameter would follow "
+                    f"{self._otherwise}. Use {self.name}(apollo_optim.param_groups(model, rank=...)), or pass rank= to "
+                    "compress every matrix, embeddings included"
+                )
+        if group.setdefault("rule", rule) is None:
+            raise InputError(
+                f"{self.name}: a group names no rule, and the optimizer has none: say rule=... in each, or make them "
+                "by apollo_optim.param_groups(model, rule=..., ...)"
+            )
+        group.setdefault("otherwise", self._otherwise)
+        cls = find_rule(group["rule"])
+        own = self._knobs if cls.name in (self._rule, self._otherwise) else {}
+        for key, value in {**cls.defaults(), **{key: own[key] for key in cls.knobs() if key in own}}.items():
+            group.setdefault(key, value)
+        for key in [*find_rule(group["otherwise"]).knobs(), "proj_type"]:
+            if key in own:
+                group.setdefault(key, own[key])
+        for key in (key for key in GENERAL if key in self.defaults):
+            group.setdefault(key, self.defaults[key])
+
+    # --- the step ---
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient. Returns the closure's loss, if there is a closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        take = self._take
+        if torch.compiler.is_compiling():  # `torch.compile(optimizer.step)`: parameters have graphs of their own
+            take = torch.compiler.disable(take)  # type: ignore[no-untyped-call]
+        take([(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups])
+        return loss
+
+    @torch.no_grad()
+    def step_one(self, p: Tensor, group: Group) -> None:
+        """One parameter's step: what a backward hook calls."""
+        self._take([(group, [p])])
+
+    def _take(self, pairs: list[tuple[Group, list[Tensor]]]) -> None:
+        """Step them, all of them prepared first: a large matrix leaves nothing of Python in a core's cache."""
+        for p in (p for _, params in pairs for p in params):
+            if p.grad is None or p.grad.is_sparse:
+                shape = tuple(p.shape)
+                raise InputError(f"no dense gradient of the parameter {shape}; nn.Embedding(sparse=False) gives one")
+        steps = []
+        for group, params in pairs:
+            knobs = tuple(value for key, value in group.items() if key not in _PER_STEP)
+            steps += [self._prepared(p, group, knobs) for p in params]
+        for take in steps:
+            take()
+
+    def _prepared(self, p: Tensor, group: Group, knobs: tuple[Any, ...]) -> Callable[[], None]:
+        """One parameter's step, all but what is done to its tensors."""
+        known, state = self._known.get(p), self.state[p]
+        if known is None or not known.fits(group, knobs, state):
+            if not state:
+                state.update(init_state(p, group, self._seed(p, group)))
+            known = self._known[p] = Known(p, group, knobs, state)
+        state["step"] += 1
+        step = int(state["step"].item())  # on the CPU: no device waits for it
+        assert p.grad is not None  # it was there when the step began
+        given = known.at(step), *arguments(p, p.grad), known.tensors, known.inputs(step)
+        if is_compiled(self.compile, p, p.device.type) and can_compile(p.device.type):
+            return prepare_compiled(self.graphs, *given)
+        return partial(apply_update, *given)
+
+    # --- state ---
+
+    def _forget(self) -> None:
+        """What is known of parameters, between steps."""
+        self._known: dict[Tensor, Known] = {}
+        self._where: dict[Tensor, tuple[int, int, int]] = {}
+
+    def locate(self, p: Tensor) -> tuple[Group, int]:
+        """The group of a parameter, and its position among all parameters. Raises KeyError if it is in none."""
+        for _ in range(2):
+            group, index, position = self._where.get(p, (-1, 0, 0))
+            if 0 <= group < len(self.param_groups):
+                params = self.param_groups[group]["params"]
+                if index < len(params) and params[index] is p:
+                    return self.param_groups[group], position
+            places = ((g, i) for g, group in enumerate(self.param_groups) for i in range(len(group["params"])))
+            self._where = {
+                self.param_groups[g]["params"][i]: (g, i, position) for position, (g, i) in enumerate(places)
+            }
+        raise KeyError(p)
+
+    def _seed(self, p: Tensor, group: Group) -> int:
+        """Of a parameter's random numbers: from its name where there are names, otherwise from its position."""
+        _, position = self.locate(p)
+        if "param_names" not in group:
+            return mix_seed(group["seed"], position)
+        index = next(i for i, q in enumerate(group["params"]) if q is p)
+        return mix_seed(group["seed"], name_word(unwrapped(group["param_names"][index])))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but every tensor keeps the dtype it was saved in, and a foreign state is refused.
+
+        torch casts all of them except `step` to their parameter's dtype, which rounds the fp32 moments of a bf16
+        weight. What is saved is judged after the hooks that were registered have seen it. Groups and states are matched
+        by name where both sides have names, otherwise by position.
+
+        Raises InputError, before anything is changed, where a state is not this optimizer's.
+        """
+        incoming: dict[Tensor, Any] = {}
+
+        def fit(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            groups = fit_groups(self.param_groups, saved["param_groups"], self.name)
+            for mine, theirs in zip(self.param_groups, groups, strict=True):
+                for p, number in zip(mine["params"], theirs["params"], strict=True):
+                    if saved["state"].get(number):
+                        incoming[p] = fit_state(p, theirs, saved["state"][number], number, self.name)
+            self._incoming = incoming
+            return {**saved, "param_groups": groups, "state": {}}
+
+        last = self.register_load_state_dict_pre_hook(fit)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            self._incoming = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {key: getattr(self, key) for key in ("compile", "_rule", "_otherwise", "_knobs", "_some_rank")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        incoming: dict[Tensor, Any] | None = getattr(self, "_incoming", None)
+        if incoming is not None:  # within `load_state_dict`, before its hooks
+            state = {**state, "state": defaultdict(dict, incoming)}
+        super().__setstate__(state)
+        self._forget()
+        self.__dict__.setdefault("graphs", {})
+        self.__dict__.setdefault("_incoming", None)
+
+
+_PER_STEP = PASSED | {"lr", "weight_decay"}

@@ -1,0 +1,168 @@
+"""One parameter between its steps: the rule that it follows, its state, and what a step of it is specialised on."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apollo_optim.core.codecs import BF16, CODECS, FP32, SCALE, Codec
+from apollo_optim.core.errors import InputError
+from apollo_optim.core.matrix import Number, is_wide, matrix_shape
+from apollo_optim.core.place import Place, aligned, is_sharded, local
+from apollo_optim.core.random import Key, key_at
+from apollo_optim.core.storage import writes_itself
+from apollo_optim.optim.apply import Inputs, Static, Stored
+from apollo_optim.optim.knobs import Group, make_rule
+from apollo_optim.rules import Rule
+from apollo_optim.rules.base import Slot
+
+OURS = ("step", "seed", "skipped")  # what the optimizer keeps for every parameter, beside the rule's slots
+
+
+def rule_of(p: Tensor, group: Group) -> Rule:
+    """The rule that steps `p`: its group's, or what the group names for those that this one does not apply to.
+
+    Decided by the group and the *global* shape alone. Raises InputError where neither applies.
+    """
+    rule = make_rule(group["rule"], group)
+    if _applies(rule, p, group):
+        return rule
+    other = make_rule(group["otherwise"], group)
+    if not _applies(other, p, group):
+        raise InputError(
+            f"neither {rule.title} nor {other.title}, which the group names otherwise, is a rule for a parameter of "
+            f"shape {tuple(p.shape)}: give it a group of its own"
+        )
+    return other
+
+
+def _applies(rule: Rule, p: Tensor, group: Group) -> bool:
+    if rule.view == "any":
+        return rule.applies(tuple(p.shape))
+    return p.ndim > 1 and p.numel() > 0 and rule.applies(_seen_shape(rule, matrix_shape(tuple(p.shape), group["view"])))
+
+
+def _seen_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2]) if rule.view == "channels" and is_wide(shape) else shape
+
+
+def codec_of(name: str, slot: Slot, group: Group) -> Codec:
+    """How a slot is stored: as the group asks for, where that fits."""
+    asked = group["state_dtype"]
+    if slot.kind not in ("mean", "square"):
+        return FP32
+    codec = CODECS[asked.get(name, FP32.name) if isinstance(asked, dict) else asked]
+    return codec if codec.fits(slot.shape) else FP32
+
+
+def static_of(p: Tensor, group: Group, rule: Rule) -> Static:
+    """What a step of `p` is specialised on, but for the phase; on the meta device, too."""
+    shape = tuple(p.shape)
+    form = shape if rule.view == "any" else matrix_shape(shape, group["view"])
+    if rule.view == "any" and p.ndim > 2 and _in_codes(rule, form, group):
+        form = matrix_shape(shape, group["view"])  # rows of codes
+    conv = len(form) != len(shape)
+    place = Place.of(p.detach().flatten(1)) if conv and is_sharded(p) else Place(form, (0,) * len(form))
+    place = Place.of(p) if is_sharded(p) and not conv else place
+    wide = rule.view == "channels" and is_wide(form)
+    seen = place.transposed() if wide else place
+    slots = []
+    for name, slot in rule.slots(seen.shape).items():
+        codec = codec_of(name, slot, group)
+        coding = codec.coding.get(slot.kind)
+        if coding is not None and slot.split == "same" and seen.splits(-1):
+            raise InputError(
+                f"state_dtype={codec.name!r} has no step for a parameter split as {p.placements}: neighbours in a row "  # type: ignore[attr-defined]
+                "share a scale, so ranks must hold whole rows. Choose another state_dtype for it"
+            )
+        t = seen.zeros(slot.shape, slot.split, torch.float32, torch.device("meta"))
+        slots.append((name, Stored(slot, codec, Place.of(t))))
+    rounds = group["stochastic_rounding"] and (p.dtype is torch.bfloat16 or writes_itself(p))
+    return Static(rule.static, conv, wide, place, seen, tuple(slots), rounds, group["maximize"])
+
+
+def _in_codes(rule: Rule, shape: tuple[int, ...], group: Group) -> bool:
+    asked = group["state_dtype"]
+    names = asked.values() if isinstance(asked, dict) else [asked]
+    return bool(rule.slots(shape)) and any(CODECS[name].dtype is None for name in names)
+
+
+def init_state(p: Tensor, group: Group, seed: int = 0) -> dict[str, Any]:
+    """All that `p` will ever keep: later steps add no key and change no shape.
+
+    Runs on the meta device too, so that plans and tables count the bytes of the code that will run.
+    """
+    static = static_of(p, group, rule_of(p, group))
+    seen = static.seen
+    stack = () if static.rule.view == "any" else seen.shape[:-2]
+    state: dict[str, Any] = {
+        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+        "seed": seed,
+        "skipped": seen.zeros(stack, "same", torch.int32, p.device),
+    }
+    for name, stored in static.slots:
+        slot, codec = stored.slot, stored.codec
+        if codec.dtype is not None:
+            state[name] = _zeros(static, slot, codec.dtype, p.device)
+            if slot.start == "eye":
+                state[name].copy_(torch.eye(*slot.shape[-2:], dtype=codec.dtype, device=p.device))
+            continue
+        coding, n = codec.coding[slot.kind], slot.shape[-1]
+        codes, scales = (*slot.shape[:-1], n // codec.packed), (*slot.shape[:-1], codec.groups(n))
+        state[name] = seen.zeros(codes, slot.split, coding.codes, p.device)
+        state[name + SCALE] = seen.zeros(scales, slot.split, coding.scale, p.device)
+    return state
+
+
+def _zeros(static: Static, slot: Slot, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A low-rank state lies in memory as its gradient does, across where that is a transpose: one pass over both."""
+    if slot.split == "channels" and static.wide and static.seen.mesh is None:
+        return static.seen.zeros((*slot.shape[:-2], slot.shape[-1], slot.shape[-2]), slot.split, dtype, device).mT
+    return static.seen.zeros(slot.shape, slot.split, dtype, device)
+
+
+class Known:
+    """What is the same at every step of a parameter, until its group says otherwise."""
+
+    def __init__(self, p: Tensor, group: Group, knobs: tuple[Any, ...], state: dict[str, Any]) -> None:
+        self.group, self.knobs, self.state = group, knobs, state
+        self.rule = rule_of(p, group)
+        self.static = static_of(p, group, self.rule)
+        self.given = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
+        self.tensors = {name: local(t) for name, t in self.given.items()}
+        self.rounded = ["weight"] if self.static.stochastic else []
+        for name, stored in self.static.slots:
+            rounds = stored.codec is BF16 and group["stochastic_rounding"]
+            self.rounded += [name] if rounds or stored.codec.dtype is None else []
+        self._phases: dict[Hashable, Static] = {None: self.static}
+
+    def fits(self, group: Group, knobs: tuple[Any, ...], state: dict[str, Any]) -> bool:
+        """Is it still so?"""
+        same = self.group is group and self.state is state and self.knobs == knobs
+        return same and all(state.get(name) is t for name, t in self.given.items())
+
+    def at(self, step: int) -> Static:
+        """What this step is specialised on."""
+        phase = self.rule.phase(step)
+        if phase not in self._phases:
+            self._phases[phase] = replace(self.static, phase=phase)
+        return self._phases[phase]
+
+    def inputs(self, step: int) -> Inputs:
+        """What this step does not share with others."""
+        numbers: dict[str, Number] = {"lr": self.group["lr"], "weight_decay": self.group["weight_decay"]}
+        numbers |= self.rule.scalars(step, self.static.seen.shape)
+        seed = self.state["seed"]
+        keys: dict[str, Key] = {name: key_at(seed, name, counter) for name, counter in self.rule.draws(step).items()}
+        for name in self.rounded:
+            keys[name] = key_at(seed, name, step)
+        return Inputs(numbers, keys)
+
+
+def arguments(p: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's part of the weight and of its gradient."""
+    return (local(p.detach()), local(aligned(grad, p))) if is_sharded(p) else (p, grad)

@@ -1,0 +1,146 @@
+"""What runs looked like, as their logs tell it, and which of them can be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apollo_optim.core.errors import InputError
+
+Event = dict[str, Any]
+PARTS = ("weights", "gradients", "optimizer")  # of the memory that stays
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as its log tells it."""
+
+    path: Path
+    """Its directory, or its log where that was kept alone."""
+    start: Event
+    """The last start: a resumed run has several, of the same configuration."""
+    steps: list[Event]
+    evals: list[Event]
+    sizes: dict[str, int]
+    """Bytes of weights, gradients and optimizer state after the first step."""
+    end: Event | None
+    """None while a run goes on, or when it was stopped."""
+    resumes: int
+
+    def setting(self, section: str, key: str) -> Any:
+        return (self.start["config"].get(section) or {}).get(key)
+
+    def peak(self, rate: str) -> float | None:
+        """The configured learning rate (`lr`, `lr_rest`); of older logs, which do not say, the highest one logged."""
+        configured = self.start.get("peak_lr") or {}
+        if rate in configured:
+            return float(configured[rate])
+        return max((event[rate] for event in self.steps if event.get(rate) is not None), default=None)
+
+    @property
+    def optimizer(self) -> str:
+        return str(self.setting("optim", "name"))
+
+    @property
+    def final(self) -> Event:
+        """The last evaluation; of a run without one, the last step."""
+        return (self.evals or self.steps or [{}])[-1]
+
+    @property
+    def seconds(self) -> float | None:
+        return max((event["seconds"] for event in (*self.steps, *self.evals) if "seconds" in event), default=None)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        last = self.steps[-1] if self.steps else {}
+        return last["tokens"] / last["seconds"] if last.get("seconds") else None
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by part: the end's; before it, those counted after the first step, when the optimizer has its state."""
+        return self.sizes | ((self.end or {}).get("memory") or {})
+
+
+def read_run(path: str | Path) -> Run:
+    """Read the log of a run directory, or a log that was kept alone, under a name of its own."""
+    path = Path(path)
+    if path.name == "metrics.jsonl":
+        path = path.parent
+    log = path / "metrics.jsonl" if path.is_dir() else path
+    if not log.is_file():
+        raise InputError(f"{path}: no metrics.jsonl there; name the directory of a run (what `pretrain --out` named)")
+    events = read_events(log)
+    starts = [event for event in events if event["event"] == "start"]
+    if not starts:
+        raise InputError(f"{log}: no start event in it, so it is not the log of a run")
+    return Run(
+        path=path,
+        start=starts[-1],
+        # A loss that is null was not a number.
+        steps=[event for event in events if event["event"] == "step" and event["loss"] is not None],
+        evals=[event for event in events if event["event"] == "eval" and event["loss"] is not None],
+        sizes=sizes_of(starts[-1], *(event for event in events if event["event"] == "memory")),
+        end=next((event for event in reversed(events) if event["event"] == "end"), None),
+        resumes=len(starts) - 1,
+    )
+
+
+def read_events(log: Path) -> list[Event]:
+    """The events of a log. A last line without its newline was cut short by a kill, or is being written: it is left."""
+    lines = log.read_text(encoding="utf-8").split("\n")
+    events = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            event = json.loads(line)
+            event["event"] + ""
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise InputError(f"{log}, line {number}: not an event of a run's log: {line[:60]!r}") from None
+        events.append(event)
+    return events
+
+
+def sizes_of(start: Event, *measured: Event) -> dict[str, int]:
+    """The parts' bytes, as the last of these events tells them."""
+    last = measured[-1] if measured else start.get("memory", {})
+    return {part: last[part] for part in PARTS if part in last}
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """A name for each run: its optimizer where that tells them apart, else its directory."""
+    optimizers = [run.optimizer for run in runs]
+    if len(set(optimizers)) == len(runs):
+        return optimizers
+    names = [run.path.resolve().name.removesuffix(".jsonl") for run in runs]
+    return names if len(set(names)) == len(runs) else [str(run.path) for run in runs]
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Perplexity depends on the text and on how it is cut: refuse to put runs side by side that differ in either."""
+    for what, identity in (("corpora", corpus_of), ("tokenizers", tokenizer_of)):
+        groups: dict[str, list[Path]] = {}
+        for run in runs:
+            groups.setdefault(identity(run), []).append(run.path)
+        if len(groups) > 1:
+            told = "; ".join(f"{name}: {', '.join(map(str, paths))}" for name, paths in groups.items())
+            raise InputError(f"different {what}, so the losses can't be compared ({told}): report these runs apart")
+
+
+def corpus_of(run: Run) -> str:
+    corpus = run.start.get("corpus") or {}
+    if corpus.get("sha256"):
+        python = f", Python {corpus['python']}" if "python" in corpus else ""
+        return f"{corpus['name']} (sha256 {corpus['sha256'][:12]}{python})"
+    # A stream is never read to its end and has no hash: what was asked for, in which revision.
+    return " ".join(str(corpus[key]) for key in ("name", "subset", "split", "revision") if corpus.get(key)) or "unknown"
+
+
+def tokenizer_of(run: Run) -> str:
+    tokenizer = (run.start.get("corpus") or {}).get("tokenizer") or {}
+    return f"{tokenizer.get('name', 'unknown')} (sha256 {str(tokenizer.get('sha256', 'unknown'))[:12]})"

@@ -1,0 +1,30 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def printable(text: str) -> str:
+    """A name without what a terminal would obey: escape codes and other control characters are spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def unit_of(size: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
+    """The largest unit that is not larger than `size`, else the smallest one."""
+    return next((unit for unit in units if size >= unit[0]), units[-1])
+
+
+def byte_scale(size: float) -> tuple[float, str]:
+    return unit_of(size, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")))
+
+
+def human_bytes(size: float) -> str:
+    factor, unit = byte_scale(size)
+    return f"{size / factor:.3g} {unit}"
+
+
+def human_seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{seconds:.1f}s"

@@ -1,0 +1,37 @@
+"""Update rules: a file each. `RULES` is the registry: to be in it is to be tested, planned, benched and documented."""
+
+from apollo_optim.core.errors import InputError
+from apollo_optim.rules.adafactor import Adafactor
+from apollo_optim.rules.adamw import AdamW
+from apollo_optim.rules.apollo import Apollo, ApolloMini, ApolloSvd
+from apollo_optim.rules.base import Rule
+from apollo_optim.rules.muon import Muon
+from apollo_optim.rules.scale import Scale
+
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule
+    for rule in (
+        Apollo,
+        ApolloMini,
+        ApolloSvd,
+        AdamW,
+        Adafactor,
+        Scale,
+        Muon,
+    )
+}
+
+
+def register(rule: type[Rule]) -> type[Rule]:
+    """Make a rule of your own known by its name: to groups, `build_optimizer`, run files, `plan` and the tests.
+
+    Returns it, so that it can decorate a class. Raises InputError for a name that another rule has.
+    """
+    other = RULES.setdefault(rule.name, rule)
+    if (other.__module__, other.__qualname__) != (rule.__module__, rule.__qualname__):
+        raise InputError(f"a rule called {rule.name!r} is there already ({other.__module__}.{other.__qualname__})")
+    RULES[rule.name] = rule  # a module that is loaded again brings its rule again
+    return rule
+
+
+__all__ = ["RULES", "Adafactor", "AdamW", "Apollo", "ApolloMini", "ApolloSvd", "Muon", "Rule", "Scale", "register"]

@@ -1,0 +1,60 @@
+"""Muon: the momentum of a matrix, orthogonalised.
+
+"Muon: An optimizer for hidden layers in neural networks", Jordan et al., 2024; its size as in "Muon is Scalable for LLM
+Training", Liu et al., arXiv 2502.16982.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from apollo_optim.core.matrix import lerp, orthogonalise
+from apollo_optim.core.place import Place
+from apollo_optim.rules.base import Rule, Scalars, Slot, State, Update, knob
+from apollo_optim.rules.knobs import BETA, EPS, SWITCH, count, one_of
+
+
+@dataclass(frozen=True)
+class Muon(Rule):
+    """torch.optim.Muon's arithmetic: five Newton-Schulz steps on a (Nesterov) average of the gradient.
+
+    `W <- (1 - lr wd) W - lr size O`, O near the orthogonal matrix that is nearest to the average. The size makes the
+    RMS of a step 0.2, as AdamW's is about, so that AdamW's learning rates serve; or it is the original's.
+    """
+
+    name: ClassVar[str] = "muon"
+    title: ClassVar[str] = "Muon"
+    paper: ClassVar[str] = "arXiv 2502.16982"
+    summary: ClassVar[str] = "The gradient's average, orthogonalised; state dn per matrix."
+    view: ClassVar = "matrix"
+    per_step: ClassVar[frozenset[str]] = frozenset({"momentum"})
+    lr: ClassVar[float] = 2e-3
+
+    momentum: float = knob(BETA, "Decay of the gradient's average.", 0.95)
+    nesterov: bool = knob(SWITCH, "Mix this gradient in once more.", True)
+    steps: int = knob(count(1), "Newton-Schulz steps.", 5)
+    size: str = knob(
+        one_of("match_rms_adamw", "original"),
+        '"match_rms_adamw": 0.2 sqrt(max(m, n)); "original": sqrt(max(1, m / n)), for m outputs and n inputs.',
+        "match_rms_adamw",
+    )
+    precision: str = knob(one_of("bfloat16", "float32"), "Of the Newton-Schulz products.", "bfloat16")
+    eps: float = knob(EPS, "The least norm that a matrix is divided by.", 1e-7)
+
+    def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
+        return {"exp_avg": Slot(shape, "mean")}
+
+    def scalars(self, step: int, shape: tuple[int, ...]) -> dict[str, float]:
+        *_, m, n = shape
+        size = 0.2 * max(m, n) ** 0.5 if self.size == "match_rms_adamw" else max(1.0, m / n) ** 0.5
+        return {"new": 1 - self.momentum, "momentum": self.momentum, "size": size}
+
+    def observe(self, grad: Tensor, state: State, s: Scalars, place: Place) -> dict[str, Tensor]:
+        average = lerp(state["exp_avg"], grad, s["new"])
+        mixed = lerp(grad, average, s["momentum"]) if self.nesterov else average
+        orthogonal = orthogonalise(place.whole(mixed), self.steps, self.eps, self.precision)
+        return {"exp_avg": average, "orthogonal": place.part_of(orthogonal, grad)}
+
+    def update(self, grad: Tensor, state: State, s: Scalars) -> Update:
+        return Update(state["orthogonal"], s["size"])

@@ -1,0 +1,34 @@
+"""What a run saves, and the model that it leaves for everybody else."""
+
+from apollo_optim.train.checkpoint.export import export, write_model
+from apollo_optim.train.checkpoint.shards import SaveFailed, load_weights, weights
+from apollo_optim.train.checkpoint.store import (
+    checkpoints,
+    load_state,
+    newest,
+    restore_generation,
+    save,
+    saved_config,
+    sweep,
+    verify,
+)
+from apollo_optim.train.checkpoint.tree import pack, restore_optimizer, unpack
+
+__all__ = [
+    "SaveFailed",
+    "checkpoints",
+    "export",
+    "load_state",
+    "load_weights",
+    "newest",
+    "pack",
+    "restore_generation",
+    "restore_optimizer",
+    "save",
+    "saved_config",
+    "sweep",
+    "unpack",
+    "verify",
+    "weights",
+    "write_model",
+]

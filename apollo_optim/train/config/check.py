@@ -1,0 +1,113 @@
+"""What a config may hold, and what of it may be another in a run that goes on."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+from apollo_optim.core.errors import InputError
+from apollo_optim.train.config.sections import RunConfig, Sink
+
+# What may differ between a run and its continuation: where it lies, what is measured, kept and shown, the number of
+# threads, and whether it steps inside the backward pass (which changes no bit). The number of steps is judged by the
+# schedule instead (loop.py): it may change as long as no step that was made would have had another rate.
+MAY_CHANGE = (
+    "out",
+    "quant.tally",
+    "eval",
+    "checkpoint",
+    "log",
+    "train.threads",
+    "train.release",
+    "train.steps",
+    "data.cache_dir",
+    "data.source",  # judged by the hash of the text, where it has one
+)
+
+# What computes the same in another order: a continued run may change it (after an out-of-memory, on another device),
+# but is not equal to the bit any more, and says so.
+ONLY_ROUNDS = (
+    "model.attention",
+    "model.compile",
+    "model.gradient_checkpointing",
+    "optim.compile",
+    "train.deterministic",
+    "train.device",
+    "train.loss",
+    "train.matmul_precision",
+    "train.micro_batch",
+)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys in which two plain configs differ."""
+    found: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(prefix + key)
+    return found
+
+
+def may_change(key: str) -> bool:
+    """Whether a continued run may have another value here."""
+    return any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE)
+
+
+def only_rounds(key: str) -> bool:
+    """Whether another value here computes the same, but for the rounding."""
+    return key in ONLY_ROUNDS
+
+
+def check(cfg: RunConfig) -> None:
+    """Refuse numbers that make no sense, each in one line. (The optimizer and the data check their own keys.)"""
+    positive: dict[str, int | float | None] = {
+        "train.steps": cfg.train.steps,
+        "train.batch_size": cfg.train.batch_size,
+        "train.micro_batch": cfg.train.micro_batch,
+        "train.clip": cfg.train.clip,
+        "train.clip_tensor": cfg.train.clip_tensor,
+        "train.threads": cfg.train.threads,
+        "eval.every": cfg.eval.every,
+        "eval.tokens": cfg.eval.tokens,
+        "eval.batch_size": cfg.eval.batch_size,
+        "checkpoint.every": cfg.checkpoint.every,
+        "checkpoint.keep": cfg.checkpoint.keep,
+        "log.every": cfg.log.every,
+        "quant.tally": cfg.quant.tally,
+        "model.vocab_size": cfg.model.vocab_size,
+    }
+    for key, value in positive.items():
+        if value is not None and not value > 0:
+            raise InputError(f"{key}={value}: must be greater than 0")
+    for key, fraction in {"schedule.min_lr": cfg.schedule.min_lr, "schedule.decay": cfg.schedule.decay}.items():
+        if not 0 <= fraction <= 1:
+            raise InputError(f"{key}={fraction}: a fraction between 0 and 1")
+    if not cfg.schedule.warmup >= 0:
+        raise InputError(
+            f"schedule.warmup={cfg.schedule.warmup}: a fraction below 1 or a number of steps, not negative"
+        )
+    if cfg.schedule.warmup > cfg.train.steps:
+        raise InputError(
+            f"schedule.warmup={cfg.schedule.warmup} is longer than the run (train.steps={cfg.train.steps})"
+        )
+    if cfg.train.clip is not None and cfg.train.release:
+        raise InputError(
+            f"train.clip={cfg.train.clip}: train.release steps the first weight before the total norm of all gradients "
+            "is known; use train.clip_tensor, each gradient's own norm (the norm-growth limiter of APOLLO bounds the "
+            "matrices' steps without either)"
+        )
+    if cfg.train.clip is not None and cfg.train.clip_tensor is not None:
+        raise InputError("train.clip and train.clip_tensor: choose one of them")
+    for key, choice, choices in (
+        ("schedule.kind", cfg.schedule.kind, ("cosine", "linear", "constant", "wsd")),
+        ("model.dtype", cfg.model.dtype, ("float32", "bfloat16")),
+        ("train.loss", cfg.train.loss, ("auto", "full", "chunked")),
+        ("train.matmul_precision", cfg.train.matmul_precision, ("highest", "high", "medium")),
+        ("log.display", cfg.log.display, ("auto", "rich", "plain", "none")),
+        *(("log.to", sink, typing.get_args(Sink)) for sink in cfg.log.to),
+    ):
+        if choice not in choices:
+            raise InputError(f"{key}={choice}: choose from {', '.join(choices)}")

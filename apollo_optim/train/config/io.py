@@ -1,0 +1,123 @@
+"""Run files: plain data to sections and back, with every wrong key and value named."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from apollo_optim.core.errors import InputError
+from apollo_optim.train.config.sections import RunConfig
+
+CONSENT, CONSENT_FLAG = "trust_remote_code", "--trust-remote-code"  # a word of the call, never a key of a file
+
+
+def to_dict(cfg: RunConfig) -> dict[str, Any]:
+    """The config as plain data: what YAML and JSON can hold."""
+    plain: dict[str, Any] = dataclasses.asdict(cfg)
+    if cfg.optim.betas is not None:
+        plain["optim"]["betas"] = list(cfg.optim.betas)
+    return plain
+
+
+def from_dict(data: dict[str, Any]) -> RunConfig:
+    """The inverse of `to_dict`; missing keys take their defaults, unknown ones are refused."""
+    return typing.cast(RunConfig, _section(RunConfig, without_consent(data), ""))
+
+
+def without_consent(data: dict[str, Any]) -> dict[str, Any]:
+    """The same without `trust_remote_code`, which run files of old hold.
+
+    A run file comes from anywhere, so it cannot say whose code runs here: false is dropped, anything else is refused.
+    """
+    kept = dict(data)
+    for name in ("model", "data"):
+        section = data.get(name)
+        if isinstance(section, dict) and CONSENT in section:
+            if section[CONSENT] is not False:
+                raise InputError(
+                    f"{name}.{CONSENT}: a run file cannot allow code from elsewhere to run; take the key out and, if "
+                    f"you have read that code and trust it, say {CONSENT_FLAG} in the call"
+                )
+            kept[name] = {key: value for key, value in section.items() if key != CONSENT}
+    return kept
+
+
+def save_config(cfg: RunConfig, path: Path) -> None:
+    """Write the resolved config as YAML."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def load_config(path: Path | str) -> RunConfig:
+    """Read a run file."""
+    data = read_run_file(path)
+    try:
+        return from_dict(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_run_file(path: Path | str) -> dict[str, Any]:
+    """A run file as plain data, its keys not yet judged but for `without_consent`."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the run file {path}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        at = error.problem_mark or error.context_mark
+        line = f", line {at.line + 1}," if at else ""
+        raise InputError(f"{path}{line} is not a YAML run file: {error.problem or error.context}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is not a YAML run file: {' '.join(str(error).split())}") from None
+    if data is not None and not isinstance(data, dict):
+        raise InputError(f"{path} is not a run file: expected sections such as `model:` and `train:`")
+    try:
+        return without_consent(data or {})
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _section(kind: type, data: Any, prefix: str) -> Any:
+    if not isinstance(data, dict):
+        raise InputError(f"{prefix.rstrip('.')}: expected keys and values, not {data!r}")
+    hints = typing.get_type_hints(kind)
+    for key in data:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            raise InputError(f"unknown key {prefix}{key}" + (f" (did you mean {prefix}{near[0]}?)" if near else ""))
+    return kind(**{key: _value(hints[key], value, prefix + key) for key, value in data.items()})
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    """Fit one value to its type; the command line (jsonargparse) is stricter than this."""
+    if dataclasses.is_dataclass(hint):
+        return _section(typing.cast(type, hint), {} if value is None else value, key + ".")
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
+    if value is None:
+        if type(None) not in options:
+            raise InputError(f"{key}: a value is missing")
+        return None
+    if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in options):
+        return tuple(value)
+    if float in options and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as text
+        except ValueError:
+            if str not in options:
+                raise InputError(f"{key}={value}: expected a number") from None
+    for wanted in (int, bool):
+        if wanted in options and float not in options and str not in options and type(value) is not wanted:
+            raise InputError(f"{key}={value}: expected {'true or false' if wanted is bool else 'a whole number'}")
+    return value

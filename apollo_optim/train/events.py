@@ -1,0 +1,224 @@
+"""What is done around some of the steps: log, evaluate, save, tally. Each says when, and what."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from apollo_optim.core.storage import is_finite
+from apollo_optim.quant import tallied
+from apollo_optim.train import checkpoint, measure
+from apollo_optim.train.evaluate import evaluate
+from apollo_optim.train.failures import TrainingFailed
+from apollo_optim.train.gradients import Gradients
+from apollo_optim.train.optimizer import learning_rates
+from apollo_optim.train.record import Record
+from apollo_optim.train.skips import PATIENCE, Skips
+from apollo_optim.train.state import TrainState
+
+if TYPE_CHECKING:
+    from apollo_optim.data import Batch
+    from apollo_optim.train.chunked import How
+    from apollo_optim.train.step import StepReport
+
+
+def due(step: int, every: int | None, last: int) -> bool:
+    """Every so many steps, and at the last one."""
+    return step == last or (every is not None and step % every == 0)
+
+
+class Event:
+    """Something that is done around some of the steps. A subclass overrides what it needs."""
+
+    needs_norm: ClassVar[bool] = False
+    """Whether it wants to know the gradients' norm."""
+    for_goodbye: ClassVar[bool] = False
+    """Whether it takes place when a run is asked to stop, due or not."""
+
+    def due(self, step: int) -> bool:
+        """Whether it takes place at this step."""
+        raise NotImplementedError
+
+    def during(self, step: int) -> AbstractContextManager[None]:
+        """Around the step itself: when it is left, the gradients are still there."""
+        return contextlib.nullcontext()
+
+    def after(self, report: StepReport) -> None:
+        """When the step is over and the clock stands still."""
+
+
+@dataclasses.dataclass
+class Memory(Event):
+    """At the first step: bytes of weights, gradients and optimizer state, as they really are."""
+
+    state: TrainState
+    gradients: Gradients
+    record: Record
+
+    def __post_init__(self) -> None:
+        self._first = self.state.step + 1
+
+    def due(self, step: int) -> bool:
+        return step == self._first
+
+    @contextlib.contextmanager
+    def during(self, step: int) -> Iterator[None]:
+        yield
+        sizes = measure.memory(self.state.model, self.state.optimizer)
+        if self.gradients.released:  # they are gone already
+            sizes["gradients"] = self.gradients.most()
+        self.record.metrics.write("memory", step=step, **sizes)
+        self.record.display.memory(sizes)
+
+
+@dataclasses.dataclass
+class Tally(Event):
+    """One line of the log on what rounding made of the step of low-bit weights."""
+
+    state: TrainState
+    record: Record
+    every: int | None
+
+    def due(self, step: int) -> bool:
+        return self.every is not None and step % self.every == 0
+
+    @contextlib.contextmanager
+    def during(self, step: int) -> Iterator[None]:
+        with tallied(self.state.model) as tallies:
+            yield
+        figures = {name: {"changed": tally.changed, "realised": tally.realised} for name, tally in tallies.items()}
+        self.record.metrics.write("tally", step=step, weights=figures)
+
+
+@dataclasses.dataclass
+class Log(Event):
+    """One line of the log. Stops a run of which every step is skipped."""
+
+    state: TrainState
+    record: Record
+    every: int | None
+    last: int
+    needs_norm = True
+
+    def __post_init__(self) -> None:
+        self._skips = Skips(self.state.model, self.state.optimizer, self.state.step)
+        self._patience = min(PATIENCE, self.last - self.state.step)
+        self._mark = self._progress()
+        self._dead = False
+
+    def due(self, step: int) -> bool:
+        return due(step, self.every, self.last) or step == 1
+
+    def after(self, report: StepReport) -> None:
+        state = self.state
+        self._say_skipped()
+        tokens_per_s, left = self._pace()
+        lr, lr_rest = learning_rates(state.optimizer)
+        record = self.record.metrics.write(
+            "step",
+            step=state.step,
+            tokens=state.tokens,
+            loss=report.loss,
+            lr=lr,
+            lr_rest=lr_rest,
+            grad_norm=report.grad_norm.get() if report.grad_norm is not None else math.nan,
+            tokens_per_s=tokens_per_s,
+            seconds=state.seconds,
+            skipped=self._skips.total,
+        )
+        self.record.display.step(record | {"peak_gpu": measure.peak_gpu_memory(state.device)}, left)
+        self._check_progress()
+        if record["grad_norm"] == 0 and not self._dead:
+            self._dead = True
+            self.record.display.note(
+                f"at step {state.step} every gradient is 0: the model is dead, and goes on in vain. A learning rate "
+                "that is far too large does that"
+            )
+
+    def _progress(self) -> tuple[float, float, float]:
+        return self.state.step, self.state.tokens, self.state.seconds
+
+    def _pace(self) -> tuple[float, float]:
+        """Tokens per second since the last call, and the seconds that are left if it goes on like that."""
+        now = self._progress()
+        steps, tokens, seconds = (a - b for a, b in zip(now, self._mark, strict=True))
+        self._mark = now
+        return tokens / seconds, seconds / steps * (self.last - self.state.step)
+
+    def _say_skipped(self) -> None:
+        """One line where a parameter's gradient is not finite for the first time."""
+        if new := self._skips.look(self.state.step):
+            more = f" and {len(new) - 3} more" if len(new) > 3 else ""
+            self.record.display.note(
+                f"by step {self.state.step}: the gradient of {', '.join(new[:3])}{more} was not finite; "
+                "such updates are skipped and counted"
+            )
+
+    def _check_progress(self) -> None:
+        """Stop a run that only looks like one: no gradient is finite, so no weight has changed for a while."""
+        if self._skips.streak >= self._patience:
+            raise TrainingFailed(
+                f"no gradient was finite in the last {self._skips.streak} steps, up to step {self.state.step}: every "
+                "update was skipped, and no weight has changed. Look for what overflows (dtype, attention, learning "
+                "rate)"
+            )
+
+
+@dataclasses.dataclass
+class Evaluate(Event):
+    """Evaluation on rows of validation text. A loss that is not finite means that the weights are spoilt."""
+
+    state: TrainState
+    record: Record
+    rows: list[Batch]
+    batch_size: int
+    bytes_per_token: float
+    every: int | None
+    last: int
+    loss: How = "auto"
+
+    def due(self, step: int) -> bool:
+        return due(step, self.every, self.last)
+
+    def after(self, report: StepReport) -> None:
+        state = self.state
+        figures = evaluate(state.model, self.rows, self.batch_size, self.bytes_per_token, self.loss)
+        if not math.isfinite(figures.loss):
+            raise TrainingFailed(f"the validation loss is {figures.loss} after step {state.step}")
+        state.evaluation = dataclasses.asdict(figures)
+        record = self.record.metrics.write(
+            "eval", step=state.step, tokens=state.tokens, **state.evaluation, seconds=state.seconds
+        )
+        self.record.display.evaluation(record)
+
+
+@dataclasses.dataclass
+class Save(Event):
+    """A checkpoint, unless the weights are already spoilt: the last one saved must be a good one."""
+
+    state: TrainState
+    record: Record
+    run: Path
+    every: int | None
+    keep: int
+    last: int
+    for_goodbye = True
+
+    def due(self, step: int) -> bool:
+        return due(step, self.every, self.last)
+
+    def after(self, report: StepReport) -> None:
+        self.now()
+
+    def now(self) -> None:
+        """Save what is there, if it is not saved yet."""
+        state = self.state
+        if not all(is_finite(p) for p in state.model.parameters()):
+            raise TrainingFailed(f"the weights are not finite any more after step {state.step}")
+        self.record.metrics.flush()
+        checkpoint.save(self.run, state.step, state.model, state.state_dict(), self.keep)

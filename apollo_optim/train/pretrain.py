@@ -1,0 +1,193 @@
+"""The story of pre-training: look at the directory, build, go back to a checkpoint if asked, train, say how it went."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from apollo_optim import describe
+from apollo_optim.data.batches import TextEnded
+from apollo_optim.optim.optimizer import RuleOptimizer
+from apollo_optim.train import checkpoint, measure
+from apollo_optim.train.build import Job, build
+from apollo_optim.train.config import RunConfig, check, to_dict
+from apollo_optim.train.display import duration
+from apollo_optim.train.events import Evaluate, Event, Log, Memory, Save, Tally
+from apollo_optim.train.failures import Interrupted
+from apollo_optim.train.loop import run_steps
+from apollo_optim.train.metrics import check_trackers
+from apollo_optim.train.optimizer import peak_rates
+from apollo_optim.train.record import Record, recording
+from apollo_optim.train.run_dir import Earlier, check_continuation, claim, default_run, prepare, restore
+from apollo_optim.train.schedule import factor
+from apollo_optim.train.signals import stop_signals
+from apollo_optim.train.skips import Skips
+from apollo_optim.train.step import TrainStep
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    run: Path
+    """The run directory."""
+    step: int
+    tokens: int
+    loss: float
+    """Of the last evaluation, as the three below."""
+    perplexity: float
+    perplexity_reference: float
+    bits_per_byte: float
+    seconds: float
+    """Spent training: without evaluations and checkpoints."""
+    memory: dict[str, int]
+    """Bytes of weights, gradients, optimizer state, and the peak of the whole process."""
+    skipped: int = 0
+    """Updates that were not made, one for each matrix and step whose gradient was not finite."""
+    left_out: int = 0
+    """Broken lines, and rows without text, of the training text that was read."""
+
+
+def pretrain(cfg: RunConfig, *, resume: bool = False, trust_remote_code: bool = False) -> Result:
+    """Train as `cfg` says, from the beginning or (with `resume`) from the newest checkpoint in the run directory.
+
+    `trust_remote_code`: a model or tokenizer from the hub may run Python code of its own. Only this call can say so,
+    never a file; what is exported names that code again.
+
+    >>> result = pretrain(RunConfig(model=ModelConfig("llama-1m"), out="out/first"))
+    >>> result.perplexity
+
+    A resumed run is equal to the bit to one that was never stopped: weights, optimizer, text, random numbers, figures.
+    Raises InputError for what the user can put right, TrainingFailed if the run cannot go on, Interrupted after Ctrl-C.
+    """
+    check(cfg)
+    check_trackers(list(cfg.log.to))
+    run = Path(os.path.expanduser(cfg.out or default_run(cfg)))
+    with claim(run, resume):
+        earlier = check_continuation(run, cfg) if resume else Earlier()
+        job = build(cfg, run, earlier, trust_remote_code=trust_remote_code)
+        if earlier.state is not None:
+            restore(job.state, earlier.state, run)
+        tokenizer = None if job.own_tokenizer else job.data.tokenizer
+        prepare(run, cfg, job.state.step, tokenizer, resume=resume, keep_code=trust_remote_code)
+        return run_job(job, resumed_from=job.state.step if resume else None)
+
+
+def run_job(job: Job, *, resumed_from: int | None = None, more: Sequence[Event] = ()) -> Result:
+    """From where a job is to the end of its run; `more`: events of another story, before the checkpoint is saved."""
+    cfg, state, last = job.cfg, job.state, job.cfg.train.steps
+    title = f"{cfg.model.name}, {cfg.optim.name}, {last} steps of {cfg.train.batch_size} x {cfg.data.seq_len} tokens"
+    with recording(job.run, state, to_dict(cfg), title, last, job.world) as record, stop_signals() as stop:
+        introduce(job, record, resumed_from)
+        save = Save(state, record, job.run, cfg.checkpoint.every, cfg.checkpoint.keep, last)
+        schedule = functools.partial(factor, steps=last, cfg=cfg.schedule)
+        train_step = TrainStep(state, cfg.train, schedule, job.released, job.data.tokenizer, job.world)
+        try:
+            run_steps(state, train_step, [*events_of(job, record), *more, save], last=last, stop=stop)
+        except Interrupted as asked:
+            again = f"go on with: apollo-optim pretrain --out {job.run} --resume"
+            raise Interrupted(f"{asked}; {again}") from None
+        except TextEnded:  # what was trained so far is saved first
+            if state.step not in checkpoint.checkpoints(job.run):
+                save.now()
+            raise
+        return finish(job, record)
+
+
+def events_of(job: Job, record: Record) -> list[Event]:
+    """What every run does around its steps, but for the saving."""
+    cfg, state, last = job.cfg, job.state, job.cfg.train.steps
+    rows = job.data.validation(cfg.eval.tokens)
+    return [
+        Memory(state, job.gradients, record),
+        Tally(state, record, cfg.quant.tally),
+        Log(state, record, cfg.log.every, last),
+        Evaluate(
+            state,
+            record,
+            rows,
+            cfg.eval.batch_size or cfg.train.micro_batch or cfg.train.batch_size,
+            job.data.bytes_per_token(rows),
+            cfg.eval.every,
+            last,
+            cfg.train.loss,
+        ),
+    ]
+
+
+def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
+    """The first line of the log, and what a reader wants to know before the first step."""
+    metrics, display = record.metrics, record.display
+    parameters = sum(p.numel() for p in {id(p): p for p in job.model.parameters()}.values())
+    metrics.write(
+        "start",
+        time=time.time(),
+        config=to_dict(job.cfg),
+        corpus=job.data.identity,
+        versions=measure.versions(),
+        hardware=measure.hardware(job.state.device),
+        params=parameters,
+        memory=measure.memory(job.model, job.optimizer),
+        baseline=job.baseline,
+        peak_lr=dict(zip(("lr", "lr_rest"), peak_rates(job.optimizer), strict=True)),
+        left_out=job.data.left_out,
+        resumed_from=resumed_from,
+        **({"changed": job.changed} if job.changed else {}),
+    )
+    display.note(f"{parameters:,} parameters in {job.cfg.model.dtype} on {job.state.device}; results in {job.run}")
+    if isinstance(job.optimizer, RuleOptimizer):
+        display.note(describe(job.optimizer))
+    if job.released is not None:
+        display.note(job.gradients.cost_of_release())
+    if resumed_from is not None:
+        display.note(f"resumed after step {resumed_from}" + ("" if resumed_from else ": no checkpoint was saved yet"))
+    if job.ended is not None:
+        display.note(
+            f"the run has ended at step {resumed_from}: nothing is left to train, and only its model is written"
+        )
+    if job.changed:
+        display.note(f"not equal to the bit to the run so far, for it rounds otherwise: {', '.join(job.changed)}")
+
+
+def finish(job: Job, record: Record) -> Result:
+    """The model for everybody else, and the last line of the log."""
+    state, display = job.state, record.display
+    if job.cfg.checkpoint.export:
+        checkpoint.write_model(job.model, job.data.tokenizer, job.run / "model", keep_code=job.trust_remote_code)
+    sizes = measure.memory(job.model, job.optimizer)
+    # Gradients are set free after every step; what they take while they live is what counts.
+    sizes["gradients"] = job.gradients.most()
+    sizes["peak"] = measure.peak_memory()
+    gpu = measure.peak_gpu_memory(state.device)
+    if gpu is not None:
+        sizes["peak_gpu"] = gpu
+    if job.ended is not None:  # this process is not the one that trained
+        sizes = job.ended
+    result = Result(
+        run=job.run,
+        step=state.step,
+        tokens=state.tokens,
+        seconds=state.seconds,
+        memory=sizes,
+        skipped=Skips(state.model, state.optimizer, state.step).total,
+        left_out=job.data.train.skipped,
+        **{key: state.evaluation[key] for key in ("loss", "perplexity", "perplexity_reference", "bits_per_byte")},
+    )
+    record.metrics.write("end", **{key: value for key, value in dataclasses.asdict(result).items() if key != "run"})
+    for count, what in (
+        (result.skipped, "updates were skipped: their gradients were not finite"),
+        (result.left_out, "broken lines or rows without text were left out"),
+    ):
+        if count:
+            display.note(f"{count:,} {what}")
+    display.note(
+        f"done: {result.tokens:,} tokens in {duration(result.seconds)}, "
+        f"perplexity {result.perplexity:.2f}; {job.run / ('model' if job.cfg.checkpoint.export else 'checkpoints')}"
+    )
+    display.note(f"next: apollo-optim sample {job.run} --prompt ..., or apollo-optim report {job.run}")
+    return result

@@ -1,0 +1,71 @@
+"""What a checkpoint holds: everything that changes while a run runs, and nothing else."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from apollo_optim.train.checkpoint import restore_optimizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from apollo_optim.data import Batches
+
+
+@dataclass
+class TrainState:
+    """A run between two steps."""
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    """Where the text goes on: anything with `next`, `state_dict` and `load_state_dict`."""
+    identity: dict[str, Any]
+    """Which text that is. It does not change, but a position means nothing without it."""
+    step: int = 0
+    """Steps made."""
+    tokens: int = 0
+    """Tokens trained on, padding not counted."""
+    seconds: float = 0.0
+    """Training time, up to the last time that the clock was stopped."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """The last one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it but the weights, which a checkpoint holds in a form of their own."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "evaluation": self.evaluation,
+            "identity": self.identity,
+            "data": self.batches.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": {
+                "python": random.getstate(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+            },
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go back to `saved`; the weights are somebody else's business, and so is whether the text is the same."""
+        restore_optimizer(self.optimizer, saved["optimizer"])
+        self.batches.load_state_dict(saved["data"])
+        self.step, self.tokens, self.seconds, self.evaluation = (
+            saved[key] for key in ("step", "tokens", "seconds", "evaluation")
+        )
+        random.setstate(saved["random"]["python"])
+        torch.set_rng_state(saved["random"]["torch"])
+        if saved["random"]["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["random"]["cuda"], self.device)

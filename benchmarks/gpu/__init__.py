@@ -1,0 +1,1 @@
+"""What a person with a GPU runs before anything else: `python -m benchmarks.gpu` (see `__main__`)."""
