@@ -14,8 +14,9 @@ from train_tiny import MODEL, corpus
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.train.config import load_config
-from apollo_optim.train.loop import Interrupted, make_optimizer
+from apollo_optim.train.failures import Interrupted
 from apollo_optim.train.models import skeleton
+from apollo_optim.train.optimizer import make_optimizer
 from benchmarks.race import __main__ as command
 from benchmarks.race import report
 from benchmarks.race import trial as runs
