@@ -7,6 +7,7 @@ torch's own hooks on every optimizer's step, so that nothing here depends on how
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import statistics
@@ -186,7 +187,7 @@ def run(
         "keys": dict(methods[trial.method].keys),
         "model": SETTINGS[trial.setting].model,
         "batch_tokens": SETTINGS[trial.setting].batch * SEQ_LEN,
-        "ended": ended,
+        "ended": ended.replace(f"{work}{os.sep}", ""),  # where the work folder lies is nobody's business
         **{key: None if result is None else getattr(result, key) for key in quality},
         "half_loss": half_loss(log, half),
         "tokens": steps[-1]["tokens"] if steps else 0,
