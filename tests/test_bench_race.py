@@ -253,6 +253,22 @@ def test_two_workers_never_compute_one_trial_twice(tmp_path, monkeypatch):
     assert len(started) == len(set(started)) == len(lines) > 20
 
 
+def test_final_runs_keep_their_log_without_the_folder_it_lay_in(tmp_path):
+    def logging(trial: Trial, folder: Path, **_) -> dict:
+        out = folder / trial.name
+        out.mkdir()
+        (out / "metrics.jsonl").write_text(json.dumps({"event": "start", "config": {"out": str(out)}}) + "\n")
+        return stand_in(trial)
+
+    store = Store(tmp_path / "results", tmp_path / "work", TWO)
+    work(store, ["adamw"], runner=logging, max_trials=25)
+    finals = [trial for trial in store.board().rows if not trial.search]
+    logs = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results" / "logs").iterdir()}
+    assert {name: log["config"]["out"] for name, log in logs.items()} == {t.name: t.name for t in finals}
+    assert finals
+    assert not any((tmp_path / "work" / trial.name).exists() for trial in store.board().rows)
+
+
 def test_a_claim_goes_with_its_process(tmp_path):
     store = Store(tmp_path / "results", tmp_path / "work", TWO)
     trial, busy = store.claim()
@@ -361,6 +377,7 @@ def test_a_run_that_diverges_is_a_line_too(tiny_trial, tmp_path):
     trial, methods = tiny_trial
     row = runs.run(dataclasses.replace(trial, lr=1e30), tmp_path / "work", rows={}, methods=methods)
     assert row["ended"].startswith("failed: ")
+    assert str(tmp_path) not in row["ended"]
     assert row["loss"] is None
 
 

@@ -7,6 +7,7 @@ torch's own hooks on every optimizer's step, so that nothing here depends on how
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import statistics
@@ -24,11 +25,10 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.train.failures import Interrupted, TrainingFailed
 from apollo_optim.train.measure import hardware, tensor_bytes
 from apollo_optim.train.pretrain import pretrain
+from benchmarks import kit
 from benchmarks.race.agenda import Row
 from benchmarks.race.methods import METHODS, Method
 from benchmarks.race.protocol import HOPELESS, SEQ_LEN, SETTINGS, Trial, config_of, fingerprint
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Hopeless(Exception):
@@ -187,7 +187,7 @@ def run(
         "keys": dict(methods[trial.method].keys),
         "model": SETTINGS[trial.setting].model,
         "batch_tokens": SETTINGS[trial.setting].batch * SEQ_LEN,
-        "ended": ended,
+        "ended": ended.replace(f"{work}{os.sep}", ""),  # where the work folder lies is nobody's business
         **{key: None if result is None else getattr(result, key) for key in quality},
         "half_loss": half_loss(log, half),
         "tokens": steps[-1]["tokens"] if steps else 0,
@@ -202,7 +202,7 @@ def run(
         "tokenizer": start["corpus"]["tokenizer"],
         "versions": start["versions"],
         "hardware": hardware(torch.device("cpu")) | {"capability": torch.backends.cpu.get_cpu_capability()},
-        "commit": commit(),
+        "commit": kit.commit(),
         "tree": tree(),
         "time": began,
     }
@@ -225,23 +225,13 @@ def corpus_of(trial: Trial, rows: Mapping[Trial, Row]) -> str | None:
     return next((row["corpus"] for other, row in rows.items() if SETTINGS[other.setting].source == source), None)
 
 
-def commit() -> str:
-    """Of this checkout, "-dirty" where files differ from it; "unknown" without git."""
-    return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
-
-
-def tree() -> str:
-    """Git's hash of the package's files as they are committed: the same wherever they are."""
-    return git("rev-parse", "HEAD:apollo_optim")
-
-
-def git(*words: str) -> str:
-    """What git says in this checkout."""
+def tree() -> str | None:
+    """Git's hash of the package's files as they are committed: the same in every history. None without git."""
     try:
-        told = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return told.stdout.strip()
+        words = ["git", "-C", str(kit.ROOT), "rev-parse", "HEAD:apollo_optim"]
+        return subprocess.run(words, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 __all__ = ["Interrupted", "Watch", "run"]

@@ -1,6 +1,7 @@
 """A worker: claim, run, write the line, until the queue is empty."""
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -62,11 +63,12 @@ def work(
 
 
 def keep_log(store: Store, trial: Trial) -> None:
-    """The whole log of a final run, for the curves."""
+    """The whole log of a final run, for the curves; without the folder that it lay in."""
     log = store.work / trial.name / "metrics.jsonl"
     if not trial.search and log.exists():
-        (store.results / "logs").mkdir(exist_ok=True)
-        shutil.copy(log, store.results / "logs" / f"{trial.name}.jsonl")
+        kept = store.results / "logs" / f"{trial.name}.jsonl"
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(log.read_text(encoding="utf-8").replace(f"{store.work}{os.sep}", ""), encoding="utf-8")
 
 
 def say_why_nothing(store: Store, only: list[str] | None) -> None:
