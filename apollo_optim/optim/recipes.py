@@ -149,12 +149,14 @@ def build_optimizer(
     settings: dict[str, Any] = {"lr": recipe.cls.lr if lr is None else lr, "compile": compile}
     make = CLASSES.get(recipe.rule, partial(RuleOptimizer, rule=recipe.rule))
     optimizer: RuleOptimizer = make(groups, **settings)
-    pairs = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    if pairs and not any(rule_of(p, group).name == recipe.rule for p, group in pairs):
+    pairs = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    matrices = [(p, group) for p, group in pairs if group["rule"] == recipe.rule and p.ndim > 1]
+    trained = [(p, group) for p, group in matrices if p.requires_grad]  # none: they are to be unfrozen later
+    if not any(rule_of(p, group).name == recipe.rule for p, group in trained or matrices):
         rank = optimizer.param_groups[0].get("rank")
         why = f" at rank {rank}: every small side is no larger. Choose a smaller rank" if ranked else ""
         raise InputError(f"{name}: no matrix follows the rule{why}")
-    _warn_of_others(name, recipe.rule, pairs)
+    _warn_of_others(name, recipe.rule, [(p, group) for p, group in pairs if p.requires_grad])
     return optimizer
 
 
