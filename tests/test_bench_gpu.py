@@ -263,6 +263,17 @@ def test_two_runs_that_part_are_seen():
     assert contract.judged(contract.parted(start, start, start), 1.0)["not_moved"] == ["w", "b"]
 
 
+def test_a_device_without_a_number_is_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)  # torch's refuses one without a number
+    assert device.open_device("cuda") == torch.device("cuda", 1)
+    assert not chosen
+    assert device.open_device("cuda:1") == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda:1")]
+    assert device.open_device("cpu") == torch.device("cpu")
+
+
 def test_what_a_profiler_lists_is_told_apart():
     kernels = ["void at::native::vectorized_elementwise_kernel<4>(int)", "triton_poi_fused_add_0"]
     others = ["Memcpy HtoD (Pageable -> Device)", "Memset (Device)", "Optimizer.step#AdamW.step", "Stream Sync"]
