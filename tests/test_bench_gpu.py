@@ -260,7 +260,7 @@ def test_two_runs_that_part_are_seen():
     assert contract.judged(line, 1e-3)["status"] == "differs"
     there["b"][0] = float("nan")
     assert contract.judged(contract.parted(here, there, start), 1e9)["status"] == "differs"
-    assert contract.judged(contract.parted(start, start, start), 1.0)["not_moved"] == ["w", "b"]
+    assert contract.judged(contract.parted(start, start, start), 1.0)["not_moved"] == ["w", "small ones"]
 
 
 def test_a_device_without_a_number_is_the_current_one(monkeypatch):

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from apollo_optim import OptimizerInfo
+from apollo_optim import Recipe
 from apollo_optim.core.random import dither
 from apollo_optim.core.rounding import round_stochastically
 from benchmarks.cases import Running
@@ -62,7 +62,7 @@ def rounding(device: torch.device) -> Line:
     return {"equal": equal, "status": "ok" if equal else "differs"}
 
 
-def rule(info: OptimizerInfo, kind: str, config: Line, device: torch.device) -> Line:
+def rule(info: Recipe, kind: str, config: Line, device: torch.device) -> Line:
     """Some steps of both, with the same gradients; the first one of the compiled includes the compiler."""
     torch.manual_seed(0)
     start = prepared(OneMatrix(*config["shape"]), info, kind)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from apollo_optim import OptimizerInfo, build_optimizer, list_optimizers, quantize_weights, release
+from apollo_optim import Recipe, build_optimizer, list_optimizers, quantize_weights, release
 from apollo_optim.core.random import dither, hash32, normal_pairs, signs, uniform
 from apollo_optim.core.rounding import round_stochastically
 from benchmarks.cases import Running
@@ -122,14 +123,14 @@ def eager(case: Running) -> None:
                 line.update(no_sync(info, start, device))
 
 
-def kinds() -> Iterator[tuple[OptimizerInfo, str]]:
+def kinds() -> Iterator[tuple[Recipe, str]]:
     """(optimizer, kind of weights), the second one of LIMITS; those for low-bit weights have no other."""
     for info in list_optimizers():
         for kind in ("bfloat16", "float32") if info.bits is None else ("low-bit",):
             yield info, kind
 
 
-def prepared(model: nn.Module, info: OptimizerInfo, kind: str) -> nn.Module:
+def prepared(model: nn.Module, info: Recipe, kind: str) -> nn.Module:
     """The model in these weights."""
     model = model.to(torch.float32 if kind == "float32" else torch.bfloat16)
     if info.bits is not None:
@@ -137,7 +138,7 @@ def prepared(model: nn.Module, info: OptimizerInfo, kind: str) -> nn.Module:
     return model
 
 
-def made(info: OptimizerInfo, model: nn.Module, compile: bool | None = False) -> torch.optim.Optimizer:
+def made(info: Recipe, model: nn.Module, compile: bool | None = False) -> torch.optim.Optimizer:
     """The optimizer as registered, for the matrices of `mlp`."""
     return build_optimizer(info.name, model, targets="mlp", compile=compile)
 
@@ -157,20 +158,23 @@ def plain(model: nn.Module) -> dict[str, Tensor]:
 def parted(here: dict[str, Tensor], there: dict[str, Tensor], start: dict[str, Tensor]) -> Line:
     """By how much two runs from the same start differ: the worst parameter, and the share of unequal entries.
 
-    Small parameters are one: a single bf16 rounded the other way would be all that a vector differs in.
+    Small parameters are one: a vector differs in nothing but one bf16 that was rounded the other way, a scalar may stay
+    where it is for many steps.
     """
-    ways = {name: float((here[name] - start[name]).norm()) for name in here}
     small = [name for name in here if here[name].numel() < SMALL]
-    own = {name: [name] for name in here if name not in small} | ({"small ones": small} if small else {})
-    gaps = {}
-    for name, members in own.items():
-        apart = sum(float((here[member] - there[member]).square().sum()) for member in members) ** 0.5
-        gaps[name] = apart / max(sum(ways[member] ** 2 for member in members) ** 0.5, 1e-30)
-    worst = max(gaps, key=lambda name: gaps[name] if gaps[name] == gaps[name] else float("inf"))
+    members = {name: [name] for name in here if name not in small} | ({"small ones": small} if small else {})
+    ways = {name: distance(here, start, some) for name, some in members.items()}
+    gaps = {name: distance(here, there, some) / max(ways[name], 1e-30) for name, some in members.items()}
+    worst = max(gaps, key=lambda name: math.inf if math.isnan(gaps[name]) else gaps[name])
     unequal = sum(int((here[name] != there[name]).sum()) for name in here)
-    still = [name for name, way in ways.items() if way == 0.0]
     share = unequal / sum(t.numel() for t in here.values())
+    still = [name for name, way in ways.items() if way == 0.0]
     return {"difference": gaps[worst], "worst": worst, "unequal": share, "not_moved": still}
+
+
+def distance(here: dict[str, Tensor], there: dict[str, Tensor], names: list[str]) -> float:
+    """Of these parameters together: the norm of all differences."""
+    return math.sqrt(sum(float((here[name] - there[name]).square().sum()) for name in names))
 
 
 def judged(line: Line, limit: float) -> Line:
@@ -179,7 +183,7 @@ def judged(line: Line, limit: float) -> Line:
     return {**line, "limit": limit, "status": "ok" if near else "differs"}
 
 
-def numbers(info: OptimizerInfo, kind: str, start: nn.Module, device: torch.device, steps: int) -> Line:
+def numbers(info: Recipe, kind: str, start: nn.Module, device: torch.device, steps: int) -> Line:
     """So many steps on the device against the same on the CPU."""
     after = []
     for where in (torch.device("cpu"), device):
@@ -192,7 +196,7 @@ def numbers(info: OptimizerInfo, kind: str, start: nn.Module, device: torch.devi
     return judged(parted(after[0], after[1], plain(start)), LIMITS[kind])
 
 
-def inside_backward(info: OptimizerInfo, kind: str, device: torch.device, width: int) -> Line:
+def inside_backward(info: Recipe, kind: str, device: torch.device, width: int) -> Line:
     """Three steps inside backward against three beside it, both on the device: bitwise."""
     after = []
     for inside in (False, True):
@@ -211,7 +215,7 @@ def inside_backward(info: OptimizerInfo, kind: str, device: torch.device, width:
     return judged(parted(after[0], after[1], start), 0.0)
 
 
-def no_sync(info: OptimizerInfo, start: nn.Module, device: torch.device) -> Line:
+def no_sync(info: Recipe, start: nn.Module, device: torch.device) -> Line:
     """Steps 2 and 3 with torch's alarm for whatever makes the host wait for the device."""
     model = copy.deepcopy(start).to(device)
     optimizer = made(info, model)
