@@ -56,7 +56,7 @@ class Running:
         self._deadline = deadline
 
     def left(self) -> float:
-        """Seconds until this process is stopped."""
+        """Seconds that it may still take. The last case of a process is stopped when they are over."""
         return self._deadline - time.time()
 
     def write(self, **figures: Any) -> None:
@@ -180,9 +180,11 @@ def child() -> None:
     question = json.load(sys.stdin)
     if question["background"]:
         os.nice(19)
-    for about in question["cases"]:
-        case, started = Case(**about), time.time()
-        running = Running(case, Path(question["log"]), question["deadline"])
+    cases = [Case(**about) for about in question["cases"]]
+    for i, case in enumerate(cases):
+        started = time.time()
+        share = case.share / sum(later.share for later in cases[i:])
+        running = Running(case, Path(question["log"]), started + share * (question["deadline"] - started))
         module, _, function = case.run.partition(":")
         try:
             getattr(importlib.import_module(module), function)(running)

@@ -260,7 +260,18 @@ def test_two_runs_that_part_are_seen():
     assert contract.judged(line, 1e-3)["status"] == "differs"
     there["b"][0] = float("nan")
     assert contract.judged(contract.parted(here, there, start), 1e9)["status"] == "differs"
-    assert contract.judged(contract.parted(start, start, start), 1.0)["not_moved"] == ["w", "b"]
+    assert contract.judged(contract.parted(start, start, start), 1.0)["not_moved"] == ["w", "small ones"]
+
+
+def test_a_device_without_a_number_is_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)  # torch's refuses one without a number
+    assert device.open_device("cuda") == torch.device("cuda", 1)
+    assert not chosen
+    assert device.open_device("cuda:1") == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda:1")]
+    assert device.open_device("cpu") == torch.device("cpu")
 
 
 def test_what_a_profiler_lists_is_told_apart():

@@ -89,6 +89,7 @@ def run(setup: Setup, chosen: Sequence[Part], out: Path) -> int:
     scratch = out / "scratch"
     scratch.mkdir(exist_ok=True)
     env = {"TORCHINDUCTOR_CACHE_DIR": str((scratch / "inductor").resolve())}  # nothing was compiled yesterday
+    env["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
     if setup.device == "cpu":
         env["OMP_NUM_THREADS"] = "1"  # threads of tiny operations only wait for each other
     patience = 3 if setup.device == "cpu" else 1  # a test's machine has other things to do
@@ -104,7 +105,8 @@ def run(setup: Setup, chosen: Sequence[Part], out: Path) -> int:
                 one_part(part, setup, log, min(seconds, end - time.time()), env)
             if part.name == "env":
                 check_usable(log, setup, chosen, out)
-                beside += [Child(p.cases(setup), log, end - time.time(), env=env, background=True) for p in aside]
+                none = env | {"CUDA_VISIBLE_DEVICES": ""}
+                beside += [Child(p.cases(setup), log, end - time.time(), env=none, background=True) for p in aside]
         for child in beside:
             child.wait()
     except KeyboardInterrupt:
@@ -118,9 +120,9 @@ def run(setup: Setup, chosen: Sequence[Part], out: Path) -> int:
 
 
 def one_part(part: Part, setup: Setup, log: Path, seconds: float, env: dict[str, str]) -> None:
-    """Its cases, each in a process with its share of the time that is left; tiny ones share a process, too."""
+    """Its cases, each in a process with its share of the time that is left; tiny ones are always together."""
     end, cases = time.time() + seconds, part.cases(setup)
-    groups = [cases] if setup.tiny else [[case] for case in cases]
+    groups = [cases] if setup.tiny or part.together else [[case] for case in cases]
     for i, group in enumerate(groups):
         shares = [sum(case.share for case in later) for later in groups[i:]]
         mine = (end - time.time()) * shares[0] / sum(shares)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -157,20 +158,23 @@ def plain(model: nn.Module) -> dict[str, Tensor]:
 def parted(here: dict[str, Tensor], there: dict[str, Tensor], start: dict[str, Tensor]) -> Line:
     """By how much two runs from the same start differ: the worst parameter, and the share of unequal entries.
 
-    Small parameters are one: a single bf16 rounded the other way would be all that a vector differs in.
+    Small parameters are one: a vector differs in nothing but one bf16 that was rounded the other way, a scalar may stay
+    where it is for many steps.
     """
-    ways = {name: float((here[name] - start[name]).norm()) for name in here}
     small = [name for name in here if here[name].numel() < SMALL]
-    own = {name: [name] for name in here if name not in small} | ({"small ones": small} if small else {})
-    gaps = {}
-    for name, members in own.items():
-        apart = sum(float((here[member] - there[member]).square().sum()) for member in members) ** 0.5
-        gaps[name] = apart / max(sum(ways[member] ** 2 for member in members) ** 0.5, 1e-30)
-    worst = max(gaps, key=lambda name: gaps[name] if gaps[name] == gaps[name] else float("inf"))
+    members = {name: [name] for name in here if name not in small} | ({"small ones": small} if small else {})
+    ways = {name: distance(here, start, some) for name, some in members.items()}
+    gaps = {name: distance(here, there, some) / max(ways[name], 1e-30) for name, some in members.items()}
+    worst = max(gaps, key=lambda name: math.inf if math.isnan(gaps[name]) else gaps[name])
     unequal = sum(int((here[name] != there[name]).sum()) for name in here)
-    still = [name for name, way in ways.items() if way == 0.0]
     share = unequal / sum(t.numel() for t in here.values())
+    still = [name for name, way in ways.items() if way == 0.0]
     return {"difference": gaps[worst], "worst": worst, "unequal": share, "not_moved": still}
+
+
+def distance(here: dict[str, Tensor], there: dict[str, Tensor], names: list[str]) -> float:
+    """Of these parameters together: the norm of all differences."""
+    return math.sqrt(sum(float((here[name] - there[name]).square().sum()) for name in names))
 
 
 def judged(line: Line, limit: float) -> Line:

@@ -26,10 +26,11 @@ NOT_KERNELS = re.compile(r"Memcpy|Memset|Optimizer\.|ProfilerStep|(Context|Strea
 def open_device(name: str) -> torch.device:
     """The device, with its number, made the current one."""
     device = torch.device(name)
-    if device.type == "cuda":
+    if device.type != "cuda":
+        return device
+    if device.index is not None:  # without one torch takes no device for the current one
         torch.cuda.set_device(device)
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def wait(device: torch.device) -> None:

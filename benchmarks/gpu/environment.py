@@ -71,7 +71,7 @@ def about(device: torch.device) -> Line:
         "total_bytes": total,
         "free_bytes": free,
         "driver": driver(),
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "matmul_precision": torch.get_float32_matmul_precision(),
     }
 
 

@@ -42,6 +42,8 @@ class Part:
     seconds: int
     cases: Callable[[Setup], list[Case]]
     by_default: bool = True
+    together: bool = False
+    """Its cases share a process, and so the seconds that it takes to start one."""
     background: bool = False
     """Needs no device: beside the others, where there are cores for it."""
 
@@ -138,11 +140,11 @@ def race(setup: Setup) -> list[Case]:
 
 PARTS = [
     Part("env", "the machine, its two ceilings, a compiler", 15, environment),
-    Part("step", "the step beside fused AdamW and the peers", 100, step),
+    Part("step", "the step beside fused AdamW and the peers", 100, step, together=True),
     Part("7b", "LLaMA-7B: forward, backward and step; memory, tokens/s", 125, large),
-    Part("contract", "every optimizer beside the CPU's numbers", 50, contract),
+    Part("contract", "every optimizer beside the CPU's numbers", 50, contract, together=True),
     Part("compiled", "every rule compiled beside itself eager", 60, compiled),
-    Part("train", "llama-60m with AdamW, APOLLO and APOLLO-Mini", 120, train),
+    Part("train", "llama-60m with AdamW, APOLLO and APOLLO-Mini", 120, train, together=True),
     Part("plan", "what apollo_optim.plan says of the part 7b", 60, plan, background=True),
     Part("race", "llama-60m, AdamW and APOLLO-Mini at equal tokens", 360, race, by_default=False),
     Part("contract-full", "the test suite's -m gpu", 600, suite, by_default=False),

@@ -80,8 +80,8 @@ def set_up(config: Line) -> tuple[Module, list[Parameter], Line]:
     # bf16 weights and gradients, fused AdamW's state, fp32 state of ours, and a dozen largest matrices in fp32
     largest = max(p.numel() for p in module.parameters())
     free = free_bytes(device)
-    if config["blocks_only"] and free is not None:
-        fits = int((0.9 * free - 48 * largest) / 16 / each)
+    if free is not None:
+        fits = int((0.9 * free - 48 * largest - 16 * rest) / 16 / each)
         layers = max(1, min(layers, fits))
         del blocks[layers:]
     wanted = 16 * (each * layers + rest) + 48 * largest

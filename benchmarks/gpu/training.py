@@ -29,6 +29,7 @@ from apollo_optim.train.config import (
 from apollo_optim.train.failures import Interrupted
 from apollo_optim.train.pretrain import pretrain
 from benchmarks.cases import Running
+from benchmarks.gpu.device import open_device
 from benchmarks.kit import Line
 
 TIMED = 6  # steps of the short run
@@ -101,6 +102,7 @@ def limit(config: Line, short: Line, seconds: float) -> int:
 
 def train(case: Running) -> None:
     """The short run, and the one that it says there is time for."""
+    open_device(case.config["device"])
     with case.attempt(what="short") as line:
         line.update(ran(case, case.config["optimizer"], TIMED))
     if "tokens_per_s" not in line:
@@ -115,6 +117,7 @@ def train(case: Running) -> None:
 
 def race(case: Running) -> None:
     """As many steps for both as both have time for."""
+    open_device(case.config["device"])
     names, shorts = case.config["optimizers"], []
     for name in names:
         with case.attempt(what="short") as line:
