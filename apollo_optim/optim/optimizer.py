@@ -144,6 +144,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         group.setdefault("otherwise", self._otherwise)
         cls = find_rule(group["rule"])
+        if "rank" not in cls.knobs() and group.get("rank", 0) is None:  # as groups without a rank have always said it
+            del group["rank"]
         own = self._knobs if cls.name in (self._rule, self._otherwise) else {}
         for key, value in {**cls.defaults(), **{key: own[key] for key in cls.knobs() if key in own}}.items():
             group.setdefault(key, value)
