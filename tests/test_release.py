@@ -19,6 +19,7 @@ from train_tiny import figures, records, tiny
 
 from apollo_optim import AdamW, Apollo, InputError, RuleOptimizer, build_optimizer, release
 from apollo_optim.bench import kill
+from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.train import pretrain as story
 from apollo_optim.train import step as steps_of
 from apollo_optim.train.failures import TrainingFailed
@@ -66,7 +67,7 @@ def make_model(dtype: torch.dtype = torch.float32, **kinds: bool) -> Model:
 
 def make(name: str, model: nn.Module, **knobs) -> RuleOptimizer:
     prepare(name, model)
-    if name != "adamw":
+    if "rank" in find_optimizer(name).cls.knobs():
         knobs = {"rank": 1 if "mini" in name else 2, "update_proj_gap": 2, **knobs}
     return build_optimizer(name, model, targets="mlp", **{"lr": 1e-2, "rest_lr": 3e-3, **knobs})
 

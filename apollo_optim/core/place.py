@@ -205,27 +205,35 @@ class Place:
 
     # --- state ---
 
-    def zeros(self, shape: tuple[int, ...], split: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """State of this shape for a tensor that lies here: a DTensor where that is one.
+    def of_state(self, shape: tuple[int, ...], split: str) -> "Place":
+        """The place of state of this shape for a tensor that lies here.
 
         Args:
             split: "same": as the tensor is (dimensions that it does not have are those of a number for a matrix).
                 "rows", "columns": the same, but every rank has all of a row's (a column's) numbers. "channels": by
                 channels, whatever way the tensor is split. "whole": a plain tensor on every rank.
-
-        Never `new_zeros`: on a DTensor that replicates, on a low-bit weight it quantises.
         """
         if self.mesh is None or split == "whole":
-            return torch.zeros(shape, dtype=dtype, device=device)
+            return Place(shape, (0,) * len(shape))
         from torch.distributed.tensor import Replicate
 
         if split == "channels":
-            placements = list(self.channels.placements)
-        else:
-            along = {"rows": len(shape) - 1, "columns": len(shape) - 2}.get(split)
-            alike = [dim for dim in range(len(shape)) if dim != along]
-            placements = [p if _splits(p, alike) or not hasattr(p, "dim") else Replicate() for p in self.placements]
-        return _assembled(lambda size: torch.zeros(size, dtype=dtype, device=device), shape, self.mesh, placements)
+            return _placed(shape, self.mesh, self.channels.placements)
+        along = {"rows": len(shape) - 1, "columns": len(shape) - 2}.get(split)
+        alike = [dim for dim in range(len(shape)) if dim != along]
+        placements = [p if _splits(p, alike) or not hasattr(p, "dim") else Replicate() for p in self.placements]
+        return _placed(shape, self.mesh, tuple(placements))
+
+    def zeros(self, shape: tuple[int, ...], split: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """State for a tensor that lies here (see `of_state`): a DTensor where that is one.
+
+        Never `new_zeros`: on a DTensor that replicates, on a low-bit weight it quantises.
+        """
+        place = self.of_state(shape, split)
+        if place.mesh is None:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        make = lambda size: torch.zeros(size, dtype=dtype, device=device)  # noqa: E731
+        return _assembled(make, shape, place.mesh, list(place.placements))
 
 
 def _placed(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Place:

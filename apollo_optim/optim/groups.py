@@ -77,7 +77,7 @@ def param_groups(
     choices = {"embedding": embedding or rest, "head": head or rest, "others": others or rest, "norms": "adamw"}
     for choice in choices.values():
         if choice == "apollo" and rank is None:
-            raise InputError("rest='apollo' is the rule of an optimizer with a rank: name one, or choose another rest")
+            raise InputError("rest='apollo' is the rule of an optimizer with a rank: name a rank, or another rest")
         rule_and_codec(choice)
     if "apollo" not in choices.values() and rest_rank is not None:
         raise InputError(f"rest_rank={rest_rank} means nothing to rest={rest!r}: only rest='apollo' has a rank")

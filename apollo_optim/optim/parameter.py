@@ -79,8 +79,7 @@ def static_of(p: Tensor, group: Group, rule: Rule) -> Static:
                 f"state_dtype={codec.name!r} has no step for a parameter split as {p.placements}: neighbours in a row "  # type: ignore[attr-defined]
                 "share a scale, so ranks must hold whole rows. Choose another state_dtype for it"
             )
-        t = seen.zeros(slot.shape, slot.split, torch.float32, torch.device("meta"))
-        slots.append((name, Stored(slot, codec, Place.of(t))))
+        slots.append((name, Stored(slot, codec, seen.of_state(slot.shape, slot.split))))
     rounds = group["stochastic_rounding"] and (p.dtype is torch.bfloat16 or writes_itself(p))
     return Static(rule.static, conv, wide, place, seen, tuple(slots), rounds, group["maximize"])
 
