@@ -17,7 +17,7 @@ import torch
 from benchmarks import kit
 from benchmarks.cases import Case, Child, Running
 from benchmarks.gpu import contract, device, report, steps
-from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.__main__ import main, seconds_of
 from benchmarks.gpu.parts import PARTS, Setup
 from benchmarks.table import plain
 
@@ -122,7 +122,9 @@ def test_the_kit_and_the_parent_need_no_torch():
 
 
 def test_the_default_parts_end_within_eight_minutes():
-    assert sum(part.seconds for part in PARTS if part.by_default and not part.background) <= 475
+    default = [part for part in PARTS if part.by_default]
+    assert sum(part.seconds for part in default if not part.background) <= seconds_of(default) <= 475
+    assert seconds_of(default[:1]) == 60  # torch may come from a cold disk
     assert PARTS[0].name == "env"
 
 

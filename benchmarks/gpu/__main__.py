@@ -7,8 +7,8 @@
     python -m benchmarks.gpu --table results/gpu/NAME        table and picture again, from the log
 
 Nothing is downloaded. Needs torch and transformers; pytest, rich and matplotlib are used where they are. Every part
-has its time, every case a process of its own, and whatever was measured is in OUT/log.jsonl at once: a run that is cut
-off leaves it there. Exit code: 0; 1 if something failed or differs; 2 if it could not begin.
+has its time and processes of its own, and whatever was measured is in OUT/log.jsonl at once: a run that is cut off
+leaves it there. Exit code: 0; 1 if something failed or differs; 2 if it could not begin.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from benchmarks.gpu import report
 from benchmarks.gpu.parts import PARTS, Part, Setup
 
 COLD = 45
-"""Seconds more for the first process of all, which reads torch from a cold disk; the others have less then."""
+"""Seconds more for the first process of all, which reads torch from a cold disk."""
+TOTAL = 475
+"""Seconds that the default parts may take together: for a cold disk, the others have less then."""
 CORES = 8
 """From so many on, what needs no device runs beside what does."""
 
@@ -93,7 +95,7 @@ def run(setup: Setup, chosen: Sequence[Part], out: Path) -> int:
     if setup.device == "cpu":
         env["OMP_NUM_THREADS"] = "1"  # threads of tiny operations only wait for each other
     patience = 3 if setup.device == "cpu" else 1  # a test's machine has other things to do
-    end = time.time() + patience * sum(part.seconds for part in chosen if not part.background)
+    end = time.time() + patience * seconds_of(chosen)
     aside = [part for part in chosen if part.background and (os.cpu_count() or 1) >= CORES]
     beside: list[Child] = []
     # whoever stops this, stops what it has started
@@ -117,6 +119,12 @@ def run(setup: Setup, chosen: Sequence[Part], out: Path) -> int:
         signal.signal(signal.SIGTERM, before)
         shutil.rmtree(scratch, ignore_errors=True)
     return say(log)
+
+
+def seconds_of(chosen: Sequence[Part]) -> int:
+    """That all of them may take, a cold disk included."""
+    seconds = sum(part.seconds for part in chosen if not part.background)
+    return max(seconds, min(seconds + COLD, TOTAL))
 
 
 def one_part(part: Part, setup: Setup, log: Path, seconds: float, env: dict[str, str]) -> None:
@@ -152,11 +160,10 @@ def check_usable(log: Path, setup: Setup, chosen: Sequence[Part], out: Path) -> 
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # there is something else in it
         out.rmdir()
-    seconds = sum(part.seconds for part in chosen)
     what = ", ".join(part.name for part in chosen)
     raise CannotBegin(
-        f"no device {setup.device!r} here ({reason}), or this would measure {what} in up to {seconds} s and write "
-        "log.jsonl, table.txt and picture.png; --device cpu does all of it on a tiny model"
+        f"no device {setup.device!r} here ({reason}), or this would measure {what} in up to {seconds_of(chosen)} s and "
+        "write log.jsonl, table.txt and picture.png; --device cpu does all of it on a tiny model"
     )
 
 

@@ -83,7 +83,9 @@ def large_configs(setup: Setup) -> dict[str, Line]:
 
 def large(setup: Setup) -> list[Case]:
     """One for each kind of weights."""
-    return [Case("7b", name, "benchmarks.gpu.large:measure", config) for name, config in large_configs(setup).items()]
+    run = "benchmarks.gpu.large:measure"
+    shares = {"8-bit": 1.4}  # what it compiles, the others need, too
+    return [Case("7b", name, run, config, shares.get(name, 1.0)) for name, config in large_configs(setup).items()]
 
 
 def plan(setup: Setup) -> list[Case]:
