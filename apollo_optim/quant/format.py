@@ -58,12 +58,16 @@ def quantised(value: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor
 
 def dequantised(codes: Tensor, scales: Tensor, n: int, dtype: torch.dtype, scratch: Tensor | None = None) -> Tensor:
     """The float (.., n) that codes and scales mean, rounded once; made in ``scratch``, if given, 1-D of that dtype."""
+    if dtype is torch.float16:  # which has no room for the smallest scales
+        value = dequantised(codes, scales, n, torch.float32)
+        return value.to(dtype) if scratch is None else scratch[: value.numel()].view(value.shape).copy_(value)
     codes_gs = unpack(codes).view(*scales.shape, -1)
     if scratch is None:
         value_gs = codes_gs.to(dtype)
     else:
         value_gs = scratch[: codes_gs.numel()].view(codes_gs.shape).copy_(codes_gs)
     value = value_gs.mul_(scales.to(dtype).unsqueeze(-1)).flatten(-2)
+    value = in_memory(value)  # torch 2.13 compiles what cuts off the padding next to reads beyond it
     return value[..., :n] if n < value.shape[-1] else value
 
 

@@ -68,13 +68,39 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _times(grad_y, weight)
+        if ctx.needs_input_grad[0]:  # with create_graph=True, what is differentiated again depends on the weight, too
+            grad_x = grad_y @ float_copy(weight, grad_y.dtype) if torch.is_grad_enabled() else _times(grad_y, weight)
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad_y.flatten(0, -2).mT @ x.flatten(0, -2)).to(weight.dtype)
+            grad_weight = (_rows(grad_y).mT @ _rows(x)).to(weight.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_bias = grad_y.flatten(0, -2).sum(0)
+            grad_bias = _rows(grad_y).sum(0)
         return grad_x, grad_weight, grad_bias
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+class _FloatCopy(torch.autograd.Function):
+    """W in float, and its gradient is W's."""
+
+    @staticmethod
+    def forward(weight: LowBitWeight, dtype: torch.dtype) -> Tensor:
+        return weight.dequantize(dtype).contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.to(ctx.dtype), None
+
+
+def float_copy(weight: LowBitWeight, dtype: torch.dtype) -> Tensor:
+    """`weight.dequantize(dtype)`, contiguous and differentiable."""
+    out: Tensor = _FloatCopy.apply(weight, dtype)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _Embedding(torch.autograd.Function):
@@ -97,12 +123,21 @@ class _Embedding(torch.autograd.Function):
 
 
 @implements(F.linear)
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if isinstance(input, LowBitWeight) or not isinstance(weight, LowBitWeight):
-        with torch._C.DisableTorchFunctionSubclass():
-            return F.linear(input, weight, bias)
-    out: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
-    return out
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if isinstance(input, LowBitWeight) or not isinstance(weight, LowBitWeight) or weight.ndim != 2 or transformed():
+        return NotImplemented  # read as any other operation does
+    kind = input.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
+    dtype = torch.get_autocast_dtype(kind)  # that of the product, forward and backward, as torch's own F.linear has it
+    with torch.autocast(kind, enabled=False):
+        bias = None if bias is None else bias.to(dtype)
+        return _Linear.apply(input.to(dtype), weight, bias)  # type: ignore[no-untyped-call]
+
+
+def transformed() -> bool:
+    """Within vmap, grad and the like of torch.func, which know torch's operations."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @implements(F.embedding)
@@ -114,9 +149,10 @@ def _embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Tensor:
+) -> Any:
+    if isinstance(input, LowBitWeight) or transformed():
+        return NotImplemented
     if max_norm is not None or scale_grad_by_freq or sparse:
         raise InputError("a low-bit embedding takes no max_norm, scale_grad_by_freq or sparse")
     ignored = -1 if padding_idx is None else padding_idx % len(weight)
-    out: Tensor = _Embedding.apply(input, weight, ignored)  # type: ignore[no-untyped-call]
-    return out
+    return _Embedding.apply(input, weight, ignored)  # type: ignore[no-untyped-call]

@@ -3,7 +3,12 @@
 Q-APOLLO (2412.05270, section 5.3, after Q-GaLore, 2407.08296) is such weights and APOLLO, nothing else.
 """
 
+import functools
+import hashlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,7 +21,7 @@ from apollo_optim.core.matrix import Number
 from apollo_optim.core.random import Key
 from apollo_optim.quant import format
 from apollo_optim.quant.tally import Tally
-from apollo_optim.quant.view import read_only, written
+from apollo_optim.quant.view import as_the_base_is, read_only, written
 from apollo_optim.quant.write import is_compiled, write_rows
 
 Handler = Callable[..., Any]
@@ -24,13 +29,41 @@ HANDLERS: dict[Any, Handler] = {}  # what reads or writes the codes themselves: 
 
 
 def implements(*functions: Any) -> Callable[[Handler], Handler]:
-    """Of a function that stands for these of torch where a low-bit weight is among their arguments."""
+    """Of a function that stands for these of torch where a low-bit weight is among their arguments.
+
+    It takes what they take. Where it returns NotImplemented, torch's own is called, on float numbers.
+    """
 
     def register(handler: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(functions, handler))
         return handler
 
     return register
+
+
+CALLERS: dict[str, Handler] = {}  # module of torch -> what is asked first where code of it touches a low-bit weight
+
+
+def called_from(module: str) -> Callable[[Handler], Handler]:
+    """Of a function that takes the caller's frame, a function that it calls on a low-bit weight, and the arguments.
+
+    `module` or any within it; of several, the innermost. Where it returns NotImplemented, nothing is special.
+    """
+
+    def register(handler: Handler) -> Handler:
+        CALLERS[module] = handler
+        return handler
+
+    return register
+
+
+def _asked_by_caller(caller: FrameType, func: Any, args: Any) -> Any:
+    module: str = caller.f_globals.get("__name__", "")
+    if not module.startswith("torch."):
+        return NotImplemented
+    while module and module not in CALLERS:
+        module = module.rpartition(".")[0]
+    return CALLERS[module](caller, func, args) if module else NotImplemented
 
 
 class LowBitWeight(Tensor):
@@ -142,10 +175,15 @@ class LowBitWeight(Tensor):
         dtype, bits, group_size = context
         return cls(inner["codes"], inner["scales"], outer_size, dtype, bits, group_size)
 
-    def of_parts(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "LowBitWeight":
-        """A weight of this shape whose codes and scales are `change` of this one's."""
-        codes, scales = change(self.codes), change(self.scales)
-        return LowBitWeight(codes, scales, self.shape, dtype or self.dtype, self.bits, self.group_size)
+    def _stable_hash_for_caching(self) -> str:
+        """What torch.compile tells graphs apart by that it keeps on disk. They hold the arithmetic of this folder."""
+        parts = [(t.shape, t.stride(), t.dtype) for t in (self.codes, self.scales)]
+        return repr((self, self.requires_grad, parts, _source()))
+
+    def of_parts(self, codes: Tensor, scales: Tensor, dtype: torch.dtype | None = None) -> "LowBitWeight":
+        """A weight of this kind with these codes and scales."""
+        shape = torch.Size((*codes.shape[:-1], self.shape[-1]))
+        return LowBitWeight(codes, scales, shape, dtype or self.dtype, self.bits, self.group_size)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = " x ".join(map(str, self.shape))
@@ -154,21 +192,32 @@ class LowBitWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in HANDLERS:
-            return HANDLERS[func](*args, **kwargs)
+        handler = HANDLERS.get(func)
+        if not torch.compiler.is_dynamo_compiling():  # which traces all of this but the frame
+            out = _asked_by_caller(sys._getframe(1), func, args)
+            if out is not NotImplemented:
+                return out
+            if handler is not None and "torch._dynamo" in sys.modules:
+                handler = _unseen(handler)
+        if handler is not None and (out := handler(*args, **kwargs)) is not NotImplemented:
+            return out
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        if func in HANDLERS and isinstance(args[0], LowBitWeight):
-            return HANDLERS[func](*args, **kwargs)
-        if any(isinstance(x, LowBitWeight) for x in written(func, args, kwargs)):
-            raise InputError(
-                f"{func} cannot write to a low-bit weight: rounded to nearest, a small step would be lost. Its "
-                "optimizers are those of apollo_optim; copy_ and the functions of torch.nn.init may set it"
-            )
+        if func not in HANDLERS:
+            _refuse_to_write(func, args, kwargs)
+        if (out := func.decompose(*args, **kwargs)) is not NotImplemented:  # in inference mode nobody did so before
+            return out
+        with as_the_base_is(func, args):
+            return cls._operation(func, args, kwargs)
+
+    @classmethod
+    def _operation(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in HANDLERS and (out := HANDLERS[func](*args, **kwargs)) is not NotImplemented:
+            return out
 
         def plain(x: Any) -> Any:
             if not isinstance(x, LowBitWeight):
@@ -177,6 +226,29 @@ class LowBitWeight(Tensor):
 
         out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
         return read_only(out) if func.is_view else out
+
+
+@functools.cache
+def _unseen(handler: Handler) -> Handler:
+    """Not looked at by torch.compile, which would, of a model whose graph breaks, and fails on parts of a weight."""
+    disabled: Handler = torch.compiler.disable(handler)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+@functools.cache
+def _source() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _refuse_to_write(func: Any, args: Any, kwargs: Any) -> None:
+    if func.namespace == "c10d":  # torch does not say which of its arguments a collective writes
+        raise InputError(f"{func} of a low-bit weight: communicate its w.codes and w.scales, or w.dequantize()")
+    if any(isinstance(x, LowBitWeight) for x in written(func, args, kwargs)):
+        raise InputError(
+            f"{func} cannot write to a low-bit weight: rounded to nearest, a small step would be lost. Its optimizers "
+            "are those of apollo_optim; copy_ and the functions of torch.nn.init may set it"
+        )
 
 
 torch.serialization.add_safe_globals([LowBitWeight])  # so that torch.load(weights_only=True) takes it
