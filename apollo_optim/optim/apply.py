@@ -15,7 +15,7 @@ from torch import Tensor
 from apollo_optim.core.blocks import Block, blocks, part
 from apollo_optim.core.codecs import SCALE, Codec, Coding, store_codes, store_float
 from apollo_optim.core.compile import in_memory
-from apollo_optim.core.matrix import Number, full_norm
+from apollo_optim.core.matrix import Number, channel_norms, full_norm
 from apollo_optim.core.place import Place
 from apollo_optim.core.random import Key
 from apollo_optim.core.storage import writes_itself
@@ -165,7 +165,7 @@ def _grad_norm(static: Static, view: Tensor) -> Tensor:
     """One number a matrix; for a rule that knows no matrices, one."""
     if view.ndim < 3 or static.rule.view == "any":
         return full_norm(view, static.seen)
-    square = torch.linalg.vector_norm(view, dim=(-2, -1), keepdim=True, dtype=torch.float32).square()
+    square = channel_norms(view).square().sum(-2, keepdim=True)
     return static.seen.sum(square, -2, -1)[..., 0, 0]
 
 
