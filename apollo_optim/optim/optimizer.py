@@ -199,7 +199,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         step = int(state["step"].item())  # on the CPU: no device waits for it
         assert p.grad is not None  # it was there when the step began
         given = known.at(step), *arguments(p, p.grad), known.tensors, known.inputs(step)
-        if is_compiled(self.compile, p, p.device.type) and can_compile(p.device.type):
+        sharded = known.static.place.mesh is not None  # steps eagerly
+        if not sharded and is_compiled(self.compile, p, p.device.type) and can_compile(p.device.type):
             return prepare_compiled(self.graphs, *given)
         return partial(apply_update, *given)
 
