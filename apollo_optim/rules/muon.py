@@ -17,7 +17,7 @@ from apollo_optim.rules.knobs import BETA, EPS, SWITCH, count, one_of
 
 @dataclass(frozen=True)
 class Muon(Rule):
-    """torch.optim.Muon's arithmetic: five Newton-Schulz steps on a (Nesterov) average of the gradient.
+    """torch.optim.Muon's arithmetic, in fp32: five Newton-Schulz steps on a (Nesterov) average of the gradient.
 
     `W <- (1 - lr wd) W - lr size O`, O near the orthogonal matrix that is nearest to the average. The size makes the
     RMS of a step 0.2, as AdamW's is about, so that AdamW's learning rates serve; or it is the original's.
@@ -39,7 +39,12 @@ class Muon(Rule):
         '"match_rms_adamw": 0.2 sqrt(max(m, n)); "original": sqrt(max(1, m / n)), for m outputs and n inputs.',
         "match_rms_adamw",
     )
-    precision: str = knob(one_of("bfloat16", "float32"), "Of the Newton-Schulz products.", "bfloat16")
+    precision: str = knob(
+        one_of("float32", "bfloat16"),
+        'Of the Newton-Schulz products. "bfloat16", the original\'s, is many times as fast on a GPU and on a CPU with bf16 '
+        "units; processors round it differently, and compiled is then not eager.",
+        "float32",
+    )
     eps: float = knob(EPS, "The least norm that a matrix is divided by.", 1e-7)
 
     def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
