@@ -581,6 +581,27 @@ def test_refusals_name_the_key_and_the_nearest():
         AdamW([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
 
 
+@pytest.mark.parametrize("again", [lambda x: x, copy.deepcopy])
+def test_flat_partitions_of_another_engine_are_refused(again):
+    """DeepSpeed and FSDP1 put flat tensors in the place of a group's matrices: no rule for matrices sees any."""
+    matrices = [nn.Parameter(torch.ones(8, 4)) for _ in range(2)]
+
+    def flattened(rule: str, params: list[nn.Parameter]) -> RuleOptimizer:
+        optimizer = again(RuleOptimizer([{"params": params}], rule, **({"rank": 2} if rule == "apollo" else {})))
+        flat = nn.Parameter(torch.cat([p.detach().flatten() for p in params]))
+        flat.grad = torch.ones_like(flat)
+        optimizer.param_groups[0]["params"] = [flat]
+        return optimizer
+
+    for rule in ("apollo", "muon"):
+        optimizer = flattened(rule, matrices)
+        with pytest.raises(InputError, match=r"flat parameters .* took the place of the matrices .*fully_shard"):
+            optimizer.step()
+        assert not any(optimizer.state.values())
+    flattened("adamw", matrices).step()  # entry by entry: a partition is as good as a matrix
+    flattened("muon", [nn.Parameter(torch.ones(4))]).step()  # a vector it was from the beginning
+
+
 def test_keys_of_others_pass():
     """Groups of one optimizer can be given to another after a scheduler has written to them."""
     model = nn.Linear(8, 16)

@@ -70,6 +70,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.compile = compile
         self._rule, self._otherwise, self._knobs = rule, otherwise, knobs
         self._incoming: dict[Tensor, Any] | None = None
+        self._had_matrices: list[bool] = []  # by group, when it was made
         self.graphs: Graphs = {}
         self._forget()
         if rule is not None:
@@ -109,6 +110,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._name(param_group)
         known = known_keys([find_rule(param_group[key]) for key in ("rule", "otherwise")]).keys() | PASSED
         super().add_param_group(param_group)
+        self._had_matrices.append(any(p.ndim > 1 for p in param_group["params"]))
         for key in self.defaults.keys() - known:  # torch fills in what another rule knows
             param_group.pop(key)
 
@@ -192,6 +194,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """One parameter's step, all but what is done to its tensors."""
         known, state = self._known.get(p), self.state[p]
         if known is None or not known.fits(group, knobs, state):
+            self._refuse_flat(p, group)
             if not state:
                 state.update(init_state(p, group, self._seed(p, group)))
             known = self._known[p] = Known(p, group, knobs, state)
@@ -203,6 +206,21 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not sharded and is_compiled(self.compile, p, p.device.type) and can_compile(p.device.type):
             return prepare_compiled(self.graphs, *given)
         return partial(apply_update, *given)
+
+    def _refuse_flat(self, p: Tensor, group: Group) -> None:
+        """Raise InputError where other tools have put flat partitions in the place of a group's matrices.
+
+        Their rule applies to none of them, so that everything would follow `otherwise` without a word.
+        """
+        if p.ndim > 1 or find_rule(group["rule"]).view == "any" or any(q.ndim > 1 for q in group["params"]):
+            return
+        groups = zip(self.param_groups, self._had_matrices, strict=True)
+        if any(had for other, had in groups if other is group):
+            raise InputError(
+                f"{self.name}: flat parameters (partitions of DeepSpeed ZeRO, FSDP1) took the place of the matrices of "
+                f"group {group.get('name', '')!r}, and {group['rule']!r} needs rows and columns. Shard with FSDP2 "
+                "instead (torch.distributed.fsdp.fully_shard), or let the group follow adamw"
+            )
 
     # --- state ---
 
@@ -261,8 +279,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._incoming = None
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: getattr(self, key) for key in ("compile", "_rule", "_otherwise", "_knobs", "_some_rank")}
-        return {**super().__getstate__(), **own}
+        own = ("compile", "_rule", "_otherwise", "_knobs", "_some_rank", "_had_matrices")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         incoming: dict[Tensor, Any] | None = getattr(self, "_incoming", None)
