@@ -16,7 +16,7 @@ import apollo_optim
 from apollo_optim import AdamW, Apollo, InputError, RuleOptimizer, build_optimizer, describe, list_optimizers
 from apollo_optim.optim.compiled import is_compiled
 from apollo_optim.optim.describe import state_bytes
-from apollo_optim.optim.parameter import rule_of, static_of
+from apollo_optim.optim.parameter import chosen_rule, static_of
 from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.rules import Rule
 
@@ -171,7 +171,7 @@ def test_state_is_complete_at_the_first_step_and_plain(name):
     slots = set()
     for group in optimizer.param_groups:
         for p in group["params"]:
-            static = static_of(p, group, rule_of(p, group))
+            static = static_of(p, group, chosen_rule(p, group))
             slots |= set(dict(static.slots))
     keys = {key for _, key in first}
     assert keys == {"step", "seed", "skipped"} | slots
@@ -497,7 +497,7 @@ def test_compiled_is_eager(name, dtype):
         for q in twins:
             q.grad = torch.randn(q.shape).to(dtype)
         fast.step()
-    phases = {rule_of(q, fast.param_groups[0]).phase(step) for q in twins for step in range(1, 4)}
+    phases = {chosen_rule(q, fast.param_groups[0]).phase(step) for q in twins for step in range(1, 4)}
     assert len(fast.graphs) <= graphs + (len(phases) - 1) * len(shapes)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counters
 

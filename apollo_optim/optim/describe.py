@@ -10,7 +10,7 @@ from torch import Tensor
 from apollo_optim.core.storage import nbytes
 from apollo_optim.optim.knobs import Group
 from apollo_optim.optim.optimizer import RuleOptimizer
-from apollo_optim.optim.parameter import codec_of, init_state, rule_of, static_of
+from apollo_optim.optim.parameter import chosen_rule, codec_of, init_state, static_of
 
 
 def describe(optimizer: RuleOptimizer) -> str:
@@ -40,7 +40,7 @@ def describe(optimizer: RuleOptimizer) -> str:
 
 def what_follows(p: Tensor, group: Group) -> str:
     """The rule that steps `p` in this group, and how its state is stored, in the table's words."""
-    rule = rule_of(p, group)
+    rule = chosen_rule(p, group)
     static = static_of(torch.empty(p.shape, device="meta"), group, rule)
     codecs = {codec_of(name, stored.slot, group).name for name, stored in static.slots if stored.slot.kind in _STORED}
     asked = group["state_dtype"]

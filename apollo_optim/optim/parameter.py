@@ -23,7 +23,7 @@ from apollo_optim.rules.base import Slot
 OURS = ("step", "seed", "skipped")  # what the optimizer keeps for every parameter, beside the rule's slots
 
 
-def rule_of(p: Tensor, group: Group) -> Rule:
+def chosen_rule(p: Tensor, group: Group) -> Rule:
     """The rule that steps `p`: its group's, or what the group names for those that this one does not apply to.
 
     Decided by the group and the *global* shape alone. Raises InputError where neither applies.
@@ -95,7 +95,7 @@ def init_state(p: Tensor, group: Group, seed: int = 0) -> dict[str, Any]:
 
     Runs on the meta device too, so that plans and tables count the bytes of the code that will run.
     """
-    static = static_of(p, group, rule_of(p, group))
+    static = static_of(p, group, chosen_rule(p, group))
     seen = static.seen
     stack = () if static.rule.view == "any" else seen.shape[:-2]
     state: dict[str, Any] = {
@@ -129,7 +129,7 @@ class Known:
 
     def __init__(self, p: Tensor, group: Group, knobs: tuple[Any, ...], state: dict[str, Any]) -> None:
         self.group, self.knobs, self.state = group, knobs, state
-        self.rule = rule_of(p, group)
+        self.rule = chosen_rule(p, group)
         self.static = static_of(p, group, self.rule)
         self.given = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
         self.tensors = {name: local(t) for name, t in self.given.items()}

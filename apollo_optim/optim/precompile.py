@@ -6,7 +6,7 @@ from torch import nn
 from apollo_optim.core.storage import rebuilt
 from apollo_optim.optim.compiled import Graphs, is_compiled
 from apollo_optim.optim.optimizer import RuleOptimizer
-from apollo_optim.optim.parameter import init_state, rule_of, static_of
+from apollo_optim.optim.parameter import chosen_rule, init_state, static_of
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def precompile(planned: RuleOptimizer, device: torch.device) -> Graphs:
     seen = set()
     for group in planned.param_groups:
         for p in group["params"]:
-            look = p.shape, p.dtype, type(p), static_of(p, group, rule_of(p, group))
+            look = p.shape, p.dtype, type(p), static_of(p, group, chosen_rule(p, group))
             if look in seen or not p.requires_grad or not is_compiled(planned.compile, p, device.type):
                 continue
             seen.add(look)

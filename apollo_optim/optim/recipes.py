@@ -19,7 +19,7 @@ from apollo_optim.optim.classes import AdamW, Apollo, ApolloMini, ApolloSvd
 from apollo_optim.optim.groups import param_groups
 from apollo_optim.optim.knobs import Group, find_rule, known_keys, nearest
 from apollo_optim.optim.optimizer import RuleOptimizer
-from apollo_optim.optim.parameter import rule_of
+from apollo_optim.optim.parameter import chosen_rule
 from apollo_optim.rules import RULES, Rule
 
 CLASSES: dict[str, type[Any]] = {cls.rule: cls for cls in (Apollo, ApolloMini, ApolloSvd, AdamW)}
@@ -152,7 +152,7 @@ def build_optimizer(
     pairs = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     matrices = [(p, group) for p, group in pairs if group["rule"] == recipe.rule and p.ndim > 1]
     trained = [(p, group) for p, group in matrices if p.requires_grad]  # none: they are to be unfrozen later
-    if not any(rule_of(p, group).name == recipe.rule for p, group in trained or matrices):
+    if not any(chosen_rule(p, group).name == recipe.rule for p, group in trained or matrices):
         rank = optimizer.param_groups[0].get("rank")
         why = f" at rank {rank}: every small side is no larger. Choose a smaller rank" if ranked else ""
         raise InputError(f"{name}: no matrix follows the rule{why}")
@@ -164,7 +164,7 @@ def _warn_of_others(name: str, rule: str, pairs: list[tuple[Tensor, Group]]) -> 
     """Say it where most of the hidden weights do not follow the rule that was asked for."""
     hidden = [(p, group) for p, group in pairs if p.ndim > 1 and group["name"].startswith(("matrices", "others"))]
     total = sum(p.numel() for p, _ in hidden)
-    left = sum(p.numel() for p, group in hidden if rule_of(p, group).name != rule)
+    left = sum(p.numel() for p, group in hidden if chosen_rule(p, group).name != rule)
     if left > total / 2:
         warnings.warn(
             f"{name}: {left / total:.0%} of the hidden weights follow another rule (see apollo_optim.describe): widen "

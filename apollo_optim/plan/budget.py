@@ -15,7 +15,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import nbytes, parts
 from apollo_optim.optim.knobs import Group
 from apollo_optim.optim.optimizer import RuleOptimizer
-from apollo_optim.optim.parameter import init_state, rule_of
+from apollo_optim.optim.parameter import chosen_rule, init_state
 from apollo_optim.optim.recipes import build_optimizer
 from apollo_optim.plan.shards import Parallel, distinct_bytes, first_part, local_bytes, mesh_of, rows_of, units
 from apollo_optim.plan.trace import Block, Trace, most_alive, recorded
@@ -182,7 +182,7 @@ def _resting(model: nn.Module, optimizer: RuleOptimizer, parallel: Parallel | No
 
 def _of_matrices(p: Tensor, group: Group) -> bool:
     """The split that `param_groups` makes, so that AdamW's state is split, too; else, whether it follows the rule."""
-    return str(group["name"]).startswith("matrices") if "name" in group else rule_of(p, group).view != "any"
+    return str(group["name"]).startswith("matrices") if "name" in group else chosen_rule(p, group).view != "any"
 
 
 def _state_bytes(p: Tensor, group: Group) -> int:
