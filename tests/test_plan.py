@@ -17,7 +17,7 @@ from apollo_optim.core import blocks
 from apollo_optim.core.errors import InputError
 from apollo_optim.optim.parameter import init_state
 from apollo_optim.plan import PARTS, Budget, Parallel, Plan, Trace, Traces, budget, plan, trace_step
-from apollo_optim.plan.draw import draw, table_rows
+from apollo_optim.plan.draw import draw, followed_rows, table_rows
 from apollo_optim.plan.shards import first_part, mesh_of, units
 from apollo_optim.plan.trace import most_alive
 from apollo_optim.quant import products
@@ -366,6 +366,22 @@ def test_the_printed_parts_add_up() -> None:
         assert float(table["total"][i]) == pytest.approx(one.total / 1e6, abs=0.0005)
     bars = draw(plans, "title").axes[0].patches
     assert sum(bar.get_width() for bar in bars) == pytest.approx(sum(one.total for one in plans) / 1e6)
+
+
+def test_a_plan_says_what_every_group_follows_and_keeps() -> None:
+    plans = [plan_of(name, state_dtype="8bit") for name in ("apollo", "adamw")]
+    for one in plans:
+        kept = one.rows["state, matrices"] + one.rows["state, rest"]
+        assert sum(row.size for row in one.followed) == kept > 0
+    said = {(row.group, row.rule, row.state) for row in plans[0].followed}
+    assert said >= {("matrices", "APOLLO r=32", "8bit"), ("embedding", "AdamW", "8bit"), ("norms", "AdamW", "float32")}
+    head, *body = followed_rows(plans)
+    assert head[:4] == ["optimizer", "group", "follows", "state"]
+    assert [row[0] for row in body if row[1] == "embedding"] == ["all"]
+    assert [row[:3] for row in body if row[1] == "matrices"] == [
+        ["apollo", "matrices", "APOLLO r=32"],
+        ["adamw", "matrices", "AdamW"],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import warnings
 
 import pytest
@@ -100,9 +101,9 @@ def test_it_steps_what_it_is_for_with_all_its_state_planned(name, rest):
     table = describe(optimizer)
     assert f"{planned:,}" in table
     follows = {line.split()[0]: line for line in table.splitlines() if line}
-    said = {"adamw8bit": "AdamW, 8bit", "adamw4bit": "AdamW, 4bit", "adafactor": "Adafactor", "scale": "SCALE"}
+    said = {"adamw8bit": "AdamW *8bit", "adamw4bit": "AdamW *4bit", "adafactor": "Adafactor", "scale": "SCALE"}
     said = said.get(rest, "SCALE" if "scale" in rest else "APOLLO")
-    assert all(said in follows[group] for group in ("embedding", "head", "others", "others_conv"))
+    assert all(re.search(said, follows[group]) for group in ("embedding", "head", "others", "others_conv"))
     assert "AdamW " in follows["norms"]
     assert "bit" not in follows["norms"]
 
@@ -396,8 +397,8 @@ def test_small_matrices_keep_fp32_moments():
     model = nn.ModuleDict({"small": nn.Linear(64, 8), "prime": nn.Linear(257, 64), "embedding": nn.Embedding(100, 64)})
     optimizer = build_optimizer("adamw", model, targets="embedding", exclude="small.weight", rest="adamw8bit")
     table = describe(optimizer)
-    assert table.count("AdamW (does not fit 8bit)") == 2, table
-    assert "AdamW, 8bit" in table
+    assert table.count("float32 (does not fit 8bit)") == 2, table
+    assert re.search("embedding +AdamW +8bit", table)
 
 
 def test_refusals():

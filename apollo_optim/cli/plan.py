@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
     check_words(parser, args, keys)
     cfg, limit = config_of(args, keys), memory_of(args.memory) if args.memory else None
     from ..plan import Parallel
-    from ..plan.draw import NOTE, table_rows, write_plan
+    from ..plan.draw import NOTE, followed_rows, table_rows, write_plan
     from ..train.plan import budget_of, micro_batch
 
     batch = args.batch or micro_batch(cfg)
@@ -59,6 +59,7 @@ def run(argv: Sequence[str]) -> int:
             largest.append(largest_batch(budget, traces, limit))
     title = title_of(args, cfg, batch)
     print_table(title, table_rows(plans, largest or None), NOTE)
+    print_followed(followed_rows(plans))
     if args.out:
         written = write_plan(plans, title, args.out, largest or None)
         print(f"\npicture: {written.picture}\npage:    {written.page}")
@@ -250,6 +251,22 @@ def print_table(title: str, rows: list[list[str]], note: str) -> None:
             table.add_row(*row, style="bold" if row[0] == "total" else None, end_section=row[0] == "total")
         console.print(table)
     console.print(note, style="dim", highlight=False)
+
+
+def print_followed(rows: list[list[str]]) -> None:
+    """Rule, storage and bytes of every group's state."""
+    from rich.console import Console
+    from rich.table import Table
+
+    head, *body = rows
+    table = Table(
+        title="\nWhat follows what, and its state", title_justify="left", title_style="bold", header_style="bold"
+    )
+    for name in head:
+        table.add_column(name, justify="right" if name == head[-1] else "left", overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
 
 
 def pieces(rows: list[list[str]], width: int) -> list[list[int]]:
