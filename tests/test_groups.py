@@ -1,18 +1,24 @@
 """Which parameters follow the rule: targets, exclusions, tied heads, experts, and the printed table."""
 
+import warnings
+
 import pytest
 import torch
 from low_bit import prepare
 from torch import nn
 
 from apollo_optim import (
+    AdamW,
+    Apollo,
     ApolloMini,
     InputError,
+    RuleOptimizer,
     build_optimizer,
     describe,
     list_optimizers,
     param_groups,
     quantize_weights,
+    rule_of,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -116,6 +122,38 @@ def test_a_seed_is_the_names_whatever_else_is_there():
 def test_most_weights_on_another_rule_are_said():
     with pytest.warns(UserWarning, match="of the hidden weights follow another rule"):
         build_optimizer("apollo-mini", llama(), targets="k_proj")
+
+
+def test_most_weights_on_another_rule_are_said_by_every_way_in():
+    """A rank that is too large, targets that are too few, groups written by hand: nothing follows AdamW in silence."""
+    model, said = llama(), "of the hidden weights follow another rule"
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    for make in (
+        lambda: Apollo(weights, rank=64),
+        lambda: Apollo([{"params": weights, "rank": 64}, {"params": [nn.Parameter(torch.ones(2))]}]),
+        lambda: ApolloMini(param_groups(model, rank=1, targets="k_proj")),
+        lambda: RuleOptimizer([{"params": weights, "rule": "apollo", "rank": 64}]),
+    ):
+        with pytest.warns(UserWarning, match=said):
+            make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ApolloMini(param_groups(model, rank=1))
+        Apollo([{"params": weights[:1]}, {"params": weights[1:], "rank": 2}])
+        AdamW(model.parameters())
+
+
+def test_rule_of_names_the_rule_of_a_parameter():
+    model = llama(num_key_value_heads=1)  # k and v: 16 x 8
+    optimizer = build_optimizer("apollo", model, rank=8, rest="adafactor")
+    names = {id(p): name for name, p in model.named_parameters()}
+    rules = {names[id(p)]: rule_of(p, group) for group in optimizer.param_groups for p in group["params"]}
+    first = "model.layers.0.self_attn."
+    assert (rules[first + "q_proj.weight"], rules[first + "k_proj.weight"]) == ("apollo", "adamw")
+    assert (rules["lm_head.weight"], rules["model.norm.weight"]) == ("adafactor", "adamw")
+    group = param_groups(model, rank=8)[0]
+    with pytest.raises(InputError, match=r"give one of optimizer\.param_groups"):
+        rule_of(group["params"][0], group)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from apollo_optim.core.names import unwrapped
 from apollo_optim.core.random import mix_seed, name_word
 from apollo_optim.optim.apply import apply_update
 from apollo_optim.optim.compiled import Graphs, is_compiled, prepare_compiled
+from apollo_optim.optim.describe import warn_of_others
 from apollo_optim.optim.knobs import GENERAL, PASSED, Group, check_group, find_rule, known_keys
 from apollo_optim.optim.loading import fit_groups, fit_state
 from apollo_optim.optim.parameter import Known, arguments, init_state
@@ -86,6 +87,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if rule is not None:  # torch's schedulers look there for betas or a momentum to cycle
             cls = find_rule(rule)
             self.defaults |= cls.defaults() | {key: knobs[key] for key in cls.knobs() if key in knobs}
+        warn_of_others(self.name, rule, self.param_groups)
 
     def _check_knobs(self) -> None:
         known = known_keys([find_rule(name) for name in (self._rule, self._otherwise) if name is not None])

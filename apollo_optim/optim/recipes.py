@@ -5,19 +5,18 @@ Every rule is one: matrices follow it, the rest AdamW. A recipe says more: other
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.optim.classes import AdamW, Apollo, ApolloMini, ApolloSvd
 from apollo_optim.optim.groups import param_groups
-from apollo_optim.optim.knobs import Group, find_rule, known_keys, nearest
+from apollo_optim.optim.knobs import find_rule, known_keys, nearest
 from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.optim.parameter import chosen_rule
 from apollo_optim.rules import RULES, Rule
@@ -156,18 +155,4 @@ def build_optimizer(
         rank = optimizer.param_groups[0].get("rank")
         why = f" at rank {rank}: every small side is no larger. Choose a smaller rank" if ranked else ""
         raise InputError(f"{name}: no matrix follows the rule{why}")
-    _warn_of_others(name, recipe.rule, [(p, group) for p, group in pairs if p.requires_grad])
     return optimizer
-
-
-def _warn_of_others(name: str, rule: str, pairs: list[tuple[Tensor, Group]]) -> None:
-    """Say it where most of the hidden weights do not follow the rule that was asked for."""
-    hidden = [(p, group) for p, group in pairs if p.ndim > 1 and group["name"].startswith(("matrices", "others"))]
-    total = sum(p.numel() for p, _ in hidden)
-    left = sum(p.numel() for p, group in hidden if chosen_rule(p, group).name != rule)
-    if left > total / 2:
-        warnings.warn(
-            f"{name}: {left / total:.0%} of the hidden weights follow another rule (see apollo_optim.describe): widen "
-            'targets, for example to "all-linear", or lower the rank',
-            stacklevel=3,
-        )
