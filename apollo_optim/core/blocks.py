@@ -55,6 +55,8 @@ def part(t: Tensor, at: Block) -> Tensor:
 
 def by_rows(function: Callable[[Tensor, Block], Tensor], t: Tensor) -> Tensor:
     """``function(rows, block)`` of every block of whole rows, put together: (.., c, k) -> (.., c, x)."""
+    if t.numel() <= BLOCK:
+        return function(t, ())
     cuts = blocks(tuple(t.shape), whole=1)
     if len(cuts) == 1:
         return function(part(t, cuts[0]), cuts[0])

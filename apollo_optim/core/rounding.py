@@ -41,8 +41,3 @@ def spacing(value: Tensor, bits: int) -> Tensor:
     """
     scaled = value * ((2.0**23 + 1) * 2.0**-bits)
     return (scaled - scaled * (1 - 2.0**-24)).abs()
-
-
-def store(target: Tensor, value: Tensor, noise: Tensor | None) -> None:
-    """``target <- value`` in the target's dtype: the one rounding. Without noise, to nearest."""
-    target.copy_(value if noise is None else round_stochastically(value, noise))

@@ -15,11 +15,11 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.core.names import unwrapped
 from apollo_optim.core.random import mix_seed, name_word
 from apollo_optim.optim.apply import apply_update
-from apollo_optim.optim.compiled import Graphs, is_compiled, prepare_compiled
+from apollo_optim.optim.compiled import Graphs, Memo, prepare_compiled
 from apollo_optim.optim.describe import warn_of_others
 from apollo_optim.optim.knobs import GENERAL, PASSED, Group, check_group, find_rule, known_keys
 from apollo_optim.optim.loading import fit_groups, fit_state
-from apollo_optim.optim.parameter import Known, arguments, init_state
+from apollo_optim.optim.parameter import Known, Look, chosen_rule, init_state, local_parts, static_of
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -181,32 +181,47 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _take(self, pairs: list[tuple[Group, list[Tensor]]]) -> None:
         """Step them, all of them prepared first: a large matrix leaves nothing of Python in a core's cache."""
-        for p in (p for _, params in pairs for p in params):
-            if p.grad is None or p.grad.is_sparse:
-                shape = tuple(p.shape)
-                raise InputError(f"no dense gradient of the parameter {shape}; nn.Embedding(sparse=False) gives one")
+        for _, params in pairs:
+            for p in params:
+                if p.grad is None or p.grad.is_sparse:
+                    raise InputError(
+                        f"no dense gradient of the parameter {tuple(p.shape)}; nn.Embedding(sparse=False) gives one"
+                    )
         steps = []
+        memo: Memo = {}
         for group, params in pairs:
-            knobs = tuple(value for key, value in group.items() if key not in _PER_STEP)
-            steps += [self._prepared(p, group, knobs) for p in params]
+            knobs = [value for key, value in group.items() if key not in _PER_STEP]
+            for p in params:
+                known, state = self._known.get(p), self.state[p]
+                if known is None or not known.fits(group, knobs, state):
+                    known = self._learn(p, group, knobs, state)
+                steps.append(self._prepared(p, known, state, memo))
         for take in steps:
             take()
 
-    def _prepared(self, p: Tensor, group: Group, knobs: tuple[Any, ...]) -> Callable[[], None]:
-        """One parameter's step, all but what is done to its tensors."""
-        known, state = self._known.get(p), self.state[p]
-        if known is None or not known.fits(group, knobs, state):
-            self._refuse_flat(p, group)
-            if not state:
-                state.update(init_state(p, group, self._seed(p, group)))
-            known = self._known[p] = Known(p, group, knobs, state)
-        state["step"] += 1
+    def _learn(self, p: Tensor, group: Group, knobs: list[Any], state: dict[str, Any]) -> Known:
+        """What stays of a parameter from step to step; its state, where there is none yet."""
+        self._refuse_flat(p, group)
+        if not state:
+            state.update(init_state(p, group, self._seed(p, group)))
+        rule = chosen_rule(p, group)
+        static = static_of(p, group, rule)
+        of_group = id(group), rule, static
+        if of_group not in self._looks:
+            self._looks[of_group] = Look(group, rule, static)
+        known = self._known[p] = Known(p, group, knobs, state, self._looks[of_group])
+        return known
+
+    def _prepared(self, p: Tensor, known: Known, state: dict[str, Any], memo: Memo) -> Callable[[], None]:
+        """One parameter's step, all but what is done to its tensors. `memo`: of those that are prepared together."""
+        state["step"].add_(1)
         step = int(state["step"].item())  # on the CPU: no device waits for it
         assert p.grad is not None  # it was there when the step began
-        given = known.at(step), *arguments(p, p.grad), known.tensors, known.inputs(step)
-        sharded = known.static.place.mesh is not None  # steps eagerly
-        if not sharded and is_compiled(self.compile, p, p.device.type) and can_compile(p.device.type):
-            return prepare_compiled(self.graphs, *given)
+        weight, grad = local_parts(p, p.grad) if known.sharded else (p, p.grad)
+        look = known.look
+        given = look.at(step), weight, grad, known.tensors, known.inputs(step)
+        if (known.compiled if self.compile is None else self.compile) and can_compile(p.device.type):
+            return prepare_compiled(self.graphs, look.graphs, memo, *given)
         return partial(apply_update, *given)
 
     def _refuse_flat(self, p: Tensor, group: Group) -> None:
@@ -229,6 +244,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """What is known of parameters, between steps."""
         self._known: dict[Tensor, Known] = {}
+        self._looks: dict[Any, Look] = {}
         self._where: dict[Tensor, tuple[int, int, int]] = {}
 
     def locate(self, p: Tensor) -> tuple[Group, int]:
@@ -250,8 +266,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         _, position = self.locate(p)
         if "param_names" not in group:
             return mix_seed(group["seed"], position)
-        index = next(i for i, q in enumerate(group["params"]) if q is p)
-        return mix_seed(group["seed"], name_word(unwrapped(group["param_names"][index])))
+        return mix_seed(group["seed"], name_word(unwrapped(group["param_names"][self._where[p][1]])))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps the dtype it was saved in, and a foreign state is refused.
