@@ -27,6 +27,9 @@ def run(argv: Sequence[str]) -> int:
         told = ", ".join(f"{key} {plain(defaults[key])}" for key in OptimConfig.__dataclass_fields__ if key in defaults)
         table.add_row(info.name, Text.assemble(f"{info.summary}\n{info.paper}\n", (told, "dim")))
     Console(highlight=False).print(table)
+    print(
+        "a+b, as in muon+adamw: hidden matrices follow a; embedding, head and all matrices that a is not for follow b."
+    )
     print("d, n: the small and the large side of a matrix; r: the rank. Every key: apollo-optim pretrain --help")
     return 0
 
