@@ -181,10 +181,9 @@ def with_optimizer(cfg: "RunConfig", name: str, rank: int | None) -> "RunConfig"
     kept += [] if "rest" in info.groups else ["rest", "rest_rank"]
     optim = cfg.optim
     if name != optim.name:
-        shared = {key: getattr(optim, key) for key in kept if hasattr(optim, key)}
-        optim = type(optim)(name=name, **shared)
+        optim = type(optim)(name, **{key: getattr(optim, key) for key in kept})
     if rank is not None and info.defaults.get("rank") == "auto":
-        optim = dataclasses.replace(optim, rank=rank)
+        optim = optim.changed(rank=rank)
     return dataclasses.replace(cfg, optim=optim)
 
 
