@@ -294,13 +294,13 @@ def test_a_run_is_planned_as_its_file_says() -> None:
     cfg = RunConfig(
         model=ModelConfig("llama-1m", dtype="bfloat16"),
         data=DataConfig(seq_len=SEQ),
-        optim=OptimConfig("apollo", rank=8),
+        optim=OptimConfig("apollo", knobs={"rank": 8}),
         train=TrainConfig(batch_size=4, micro_batch=2),
     )
     one = planned(cfg)
     assert (one.optimizer, one.batch) == ("apollo", 2)
     assert at(one, "forward")["gradients"] > 0, "two micro-batches: the first one's gradients are there"
-    small = dataclasses.replace(cfg.optim, rank=4)
+    small = cfg.optim.changed(rank=4)
     less = planned(dataclasses.replace(cfg, optim=small)).rows["state, matrices"]
     assert less < one.rows["state, matrices"]
     assert planned(cfg, vocab_size=512).rows["weights"] == one.rows["weights"] - 2 * (4096 - 512) * 128 * 2
@@ -422,12 +422,13 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_other_optimizers_keep_their_own_rule() -> None:
-    cfg = RunConfig(optim=OptimConfig("apollo-mini", rank=1, scale=64.0, state_dtype="bfloat16", exclude=["gate"]))
+    knobs = {"rank": 1, "scale": 64.0}
+    cfg = RunConfig(optim=OptimConfig("apollo-mini", state_dtype="bfloat16", exclude=["gate"], knobs=knobs))
     other = command.with_optimizer(cfg, "apollo", 16).optim
-    assert (other.name, other.rank, other.scale, other.state_dtype) == ("apollo", 16, None, "bfloat16")
+    assert (other.name, other.knobs, other.state_dtype) == ("apollo", {"rank": 16}, "bfloat16")
     assert other.exclude == ["gate"]
-    assert command.with_optimizer(cfg, "apollo-mini", 16).optim.rank == 1, "one column is what Mini is"
-    assert command.with_optimizer(cfg, "adamw", 16).optim.rank is None
+    assert command.with_optimizer(cfg, "apollo-mini", 16).optim.knobs == knobs, "one column is what Mini is"
+    assert not command.with_optimizer(cfg, "adamw", 16).optim.knobs
 
 
 def test_a_narrow_terminal_gets_several_tables() -> None:

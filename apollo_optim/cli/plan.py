@@ -90,8 +90,12 @@ def names_of(args: argparse.Namespace) -> list[str]:
     """The optimizers that are asked for: those that fit the weights."""
     from apollo_optim import list_optimizers
 
+    from ..optim.recipes import find_optimizer
+
     infos = {info.name: info for info in list_optimizers()}
     for name in args.optimizer or []:
+        if "+" in name:
+            infos[name] = find_optimizer(name)
         if name not in infos:
             there = ", ".join(infos)
             raise InputError(f"--optimizer {name}: no such optimizer{nearest(name, infos)}; there are {there}")
@@ -106,7 +110,9 @@ def make_parser() -> Parser:
         "what", nargs="?", metavar="WHAT", help="a size, a run file, a model's directory or config.json"
     )
     parser.add_argument("--config", metavar="RUN.yaml", help="a run file, instead of WHAT")
-    parser.add_argument("--optimizer", nargs="+", metavar="NAME", help="only these (all that are registered)")
+    parser.add_argument(
+        "--optimizer", nargs="+", metavar="NAME", help="only these (all that are registered), muon+adamw among them"
+    )
     parser.add_argument("--rank", type=int, help="of the optimizers that have no rank of their own (a quarter)")
     parser.add_argument(
         "--bits", type=int, choices=(4, 8, 16, 32), help="of a weight: 4 and 8 are low-bit, 16 bfloat16"
@@ -168,16 +174,16 @@ def config_of(args: argparse.Namespace, keys: list[str]) -> "RunConfig":
 
 def with_optimizer(cfg: "RunConfig", name: str, rank: int | None) -> "RunConfig":
     """The same run with another optimizer: the keys of its rule are not handed on, those of all parameters are."""
-    from apollo_optim import list_optimizers
+    from ..optim.recipes import find_optimizer
 
-    info = next(info for info in list_optimizers() if info.name == name)
-    kept = ("lr", "targets", "exclude", "no_decay", "state_dtype", "rest", "rest_rank")
+    info = find_optimizer(name)
+    kept = ["lr", "targets", "exclude", "no_decay", "state_dtype"]
+    kept += [] if "rest" in info.groups else ["rest", "rest_rank"]
     optim = cfg.optim
     if name != optim.name:
-        shared = {key: getattr(optim, key) for key in kept if hasattr(optim, key)}
-        optim = type(optim)(name=name, **shared)
+        optim = type(optim)(name, **{key: getattr(optim, key) for key in kept})
     if rank is not None and info.defaults.get("rank") == "auto":
-        optim = dataclasses.replace(optim, rank=rank)
+        optim = optim.changed(rank=rank)
     return dataclasses.replace(cfg, optim=optim)
 
 

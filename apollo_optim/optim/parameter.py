@@ -32,10 +32,10 @@ def chosen_rule(p: Tensor, group: Group) -> Rule:
     Decided by the group and the *global* shape alone. Raises InputError where neither applies.
     """
     rule = make_rule(group["rule"], group)
-    if _applies(rule, p, group):
+    if applies(rule, p, group["view"]):
         return rule
     other = make_rule(group["otherwise"], group)
-    if not _applies(other, p, group):
+    if not applies(other, p, group["view"]):
         raise InputError(
             f"neither {rule.title} nor {other.title}, which the group names otherwise, is a rule for a parameter of "
             f"shape {tuple(p.shape)}: give it a group of its own"
@@ -43,10 +43,11 @@ def chosen_rule(p: Tensor, group: Group) -> Rule:
     return other
 
 
-def _applies(rule: Rule, p: Tensor, group: Group) -> bool:
+def applies(rule: Rule, p: Tensor, view: str | None) -> bool:
+    """Is it a rule for `p`, seen as its group's `view` says?"""
     if rule.view == "any":
         return rule.applies(tuple(p.shape))
-    return p.ndim > 1 and p.numel() > 0 and rule.applies(_seen_shape(rule, matrix_shape(tuple(p.shape), group["view"])))
+    return p.ndim > 1 and p.numel() > 0 and rule.applies(_seen_shape(rule, matrix_shape(tuple(p.shape), view)))
 
 
 def _seen_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
