@@ -62,6 +62,10 @@ def test_the_rest_is_stepped_in_one_piece(two: Found, four: Found) -> None:
     assert not far([row for row in rows if not row["refused"]])
 
 
+def test_compiled_steps_on_shards_are_those_of_one_process(two: Found) -> None:
+    assert not far(two["compiled"])
+
+
 def test_bf16_weights_are_rounded_by_the_same_bits(two: Found) -> None:
     """Equal to the bit, but where another order of summation moves a value across its rounding bit: rare, one ulp."""
     for row in two["bf16"]:

@@ -1,4 +1,4 @@
-"""The step compiled: what `apply.apply_update` defines, one graph for each look of a parameter.
+"""The step compiled: what `apply.apply_update` defines, one graph for each signature of a parameter.
 
 A compiled step passes over the gradient twice, once to see it and once to write the weight, and makes nothing of its
 size in between. Nothing that changes from step to step is compiled in, so a schedule, a seed or a resumed run compiles
@@ -35,7 +35,7 @@ def prepare_compiled(
     tensors: Tensors,
     inputs: Inputs,
 ) -> Callable[[], None]:
-    """`apply_update` by a graph of `graphs`, which is made if there is none for this look yet.
+    """`apply_update` by a graph of `graphs`, which is made if there is none for this signature yet.
 
     A weight that writes itself has a compiled way of doing so; of its step only the rest is compiled here, and nothing
     of a rule whose state is as large as the weight: its step goes from block to block.

@@ -19,7 +19,7 @@ from apollo_optim.optim.compiled import Graphs, Memo, prepare_compiled
 from apollo_optim.optim.describe import warn_of_others
 from apollo_optim.optim.knobs import GENERAL, PASSED, Group, check_group, find_rule, known_keys
 from apollo_optim.optim.loading import fit_groups, fit_state
-from apollo_optim.optim.parameter import Known, Look, chosen_rule, init_state, local_parts, static_of
+from apollo_optim.optim.parameter import Known, Shared, chosen_rule, init_state, local_parts, static_of
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -207,9 +207,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         rule = chosen_rule(p, group)
         static = static_of(p, group, rule)
         of_group = id(group), rule, static
-        if of_group not in self._looks:
-            self._looks[of_group] = Look(group, rule, static)
-        known = self._known[p] = Known(p, group, knobs, state, self._looks[of_group])
+        if of_group not in self._shared:
+            self._shared[of_group] = Shared(group, rule, static)
+        known = self._known[p] = Known(p, group, knobs, state, self._shared[of_group])
         return known
 
     def _prepared(self, p: Tensor, known: Known, state: dict[str, Any], memo: Memo) -> Callable[[], None]:
@@ -218,10 +218,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         step = int(state["step"].item())  # on the CPU: no device waits for it
         assert p.grad is not None  # it was there when the step began
         weight, grad = local_parts(p, p.grad) if known.sharded else (p, p.grad)
-        look = known.look
-        given = look.at(step), weight, grad, known.tensors, known.inputs(step)
+        shared = known.shared
+        given = shared.at(step), weight, grad, known.tensors, known.inputs(step)
         if (known.compiled if self.compile is None else self.compile) and can_compile(p.device.type):
-            return prepare_compiled(self.graphs, look.graphs, memo, *given)
+            return prepare_compiled(self.graphs, shared.graphs, memo, *given)
         return partial(apply_update, *given)
 
     def _refuse_flat(self, p: Tensor, group: Group) -> None:
@@ -244,7 +244,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """What is known of parameters, between steps."""
         self._known: dict[Tensor, Known] = {}
-        self._looks: dict[Any, Look] = {}
+        self._shared: dict[Any, Shared] = {}
         self._where: dict[Tensor, tuple[int, int, int]] = {}
 
     def locate(self, p: Tensor) -> tuple[Group, int]:

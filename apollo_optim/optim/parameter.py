@@ -130,11 +130,11 @@ def _zeros(static: Static, slot: Slot, dtype: torch.dtype, device: torch.device)
     return static.seen.zeros(slot.shape, slot.split, dtype, device)
 
 
-class Look:
+class Shared:
     """What the parameters of a group share whose steps differ in nothing but tensors and seeds.
 
     Attributes:
-        graphs: Compiled steps of this look, by phase and by what the tensors look like.
+        graphs: Compiled steps, by phase and by shapes, strides and dtypes of the tensors.
     """
 
     def __init__(self, group: Group, rule: Rule, static: Static) -> None:
@@ -168,8 +168,8 @@ class Look:
 class Known:
     """One parameter and its state, until its group says otherwise."""
 
-    def __init__(self, p: Tensor, group: Group, knobs: list[Any], state: dict[str, Any], look: Look) -> None:
-        self.group, self.knobs, self.state, self.look = group, knobs, state, look
+    def __init__(self, p: Tensor, group: Group, knobs: list[Any], state: dict[str, Any], shared: Shared) -> None:
+        self.group, self.knobs, self.state, self.shared = group, knobs, state, shared
         self.given = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
         self.tensors = {name: local(t) for name, t in self.given.items()}
         self.sharded = is_sharded(p)
@@ -184,11 +184,11 @@ class Known:
         """What this step does not share with others."""
         keys: dict[str, Key] = {}
         seed = self.state["seed"]
-        for name, counter in self.look.rule.draws(step).items():
+        for name, counter in self.shared.rule.draws(step).items():
             keys[name] = key_at(seed, name, counter)
-        for name in self.look.rounded:
+        for name in self.shared.rounded:
             keys[name] = key_at(seed, name, step)
-        return Inputs(self.look.numbers(step), keys)
+        return Inputs(self.shared.numbers(step), keys)
 
 
 def local_parts(p: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
