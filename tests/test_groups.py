@@ -135,6 +135,7 @@ def test_most_weights_on_another_rule_are_said_by_every_way_in():
         lambda: Apollo([{"params": weights, "rank": 64}, {"params": [nn.Parameter(torch.ones(2))]}]),
         lambda: ApolloMini(param_groups(model, rank=1, targets="k_proj")),
         lambda: RuleOptimizer([{"params": weights, "rule": "apollo", "rank": 64}]),
+        lambda: RuleOptimizer(param_groups(model, rank=1, rule="apollo-mini", targets="k_proj")),
     ):
         with pytest.warns(UserWarning, match=said):
             make()
@@ -343,6 +344,9 @@ def test_what_the_first_rule_is_not_for_follows_the_second():
 
 
 def test_a_recipe_of_ones_own_is_data():
+    lone = nn.ModuleDict({"mlp": nn.Linear(32, 16)})
+    rules = rules_of(build_optimizer("muon+adamw", lone, targets="mlp"))
+    assert rules == {"matrices": {"muon"}, "norms": {"adamw"}}
     recipe = Recipe("mine", "muon", groups={"embedding": "scale", "head": "adamw8bit", "nesterov": False})
     optimizer = build_optimizer(recipe, llama())
     assert rules_of(optimizer) == {"matrices": {"muon"}, "embedding": {"scale"}, "head": {"adamw"}, "norms": {"adamw"}}
@@ -365,6 +369,7 @@ def test_two_rules_are_refused_where_they_make_no_sense():
             "nothing follows scale: there is no embedding, head or other",
         ),
         (lambda: build_optimizer("apollo+muon", llama(), rank=16), "no matrix follows the rule at rank 16"),
+        (lambda: param_groups(llama(), rank=16, rule="apollo"), "apollo: no matrix follows the rule at rank 16"),
         (lambda: build_optimizer("muon", llama(), rule="adamw"), "has its rule: leave rule='adamw' out"),
     ]:
         with pytest.raises(InputError) as error:

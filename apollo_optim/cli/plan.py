@@ -178,7 +178,7 @@ def with_optimizer(cfg: "RunConfig", name: str, rank: int | None) -> "RunConfig"
 
     info = find_optimizer(name)
     kept = ["lr", "targets", "exclude", "no_decay", "state_dtype"]
-    kept += [] if "rest" in info.groups else ["rest", "rest_rank"]
+    kept += [] if "rest" in info.groups else ["rest", "rest_rank", "embedding", "head"]
     optim = cfg.optim
     if name != optim.name:
         optim = type(optim)(name, **{key: getattr(optim, key) for key in kept})

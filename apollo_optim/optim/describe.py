@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,12 +81,14 @@ HIDDEN = ("matrices", "others")  # the groups of `param_groups` that hidden weig
 NOT_HIDDEN = ("embedding", "head", "norms")
 
 
-def warn_of_others(name: str, rule: str | None, groups: Iterable[Group]) -> None:
+def warn_of_others(name: str, rule: str | None, groups: Sequence[Group]) -> None:
     """Warn where more than half of the hidden weights do not follow the rule that was asked for.
 
-    That is `rule` for the groups that `param_groups` makes, and for all others - unless they follow what is there for
-    the rest, as groups without a rank do - the one that the group names itself.
+    For the groups that `param_groups` makes, that is `rule`, or what `matrices` name; for all others - unless they
+    follow what is there for the rest, as groups without a rank do - the one that the group names itself.
     """
+    if rule is None:
+        rule = next((group["rule"] for group in groups if str(group.get("name", "")).startswith("matrices")), None)
     total = left = 0
     for group in groups:
         kind = str(group.get("name", ""))

@@ -76,7 +76,8 @@ def param_groups(
             a knob that it does not have is one of the other groups' rules.
 
     Raises InputError for a target, an exclusion that matches nothing, listing what exists, for a `rest` that is no
-    rule, for `rest="apollo"` without a rank, and for the rate of a group that this model does not have.
+    rule, for `rest="apollo"` without a rank, for a `rule` that no matrix can follow, and for the rate of a group that
+    this model does not have.
     """
     choices = {"embedding": embedding or rest, "head": head or rest, "others": others or rest, "norms": "adamw"}
     own_rule = "apollo" if rule is None else rule  # what the choices call the rule of the matrices
@@ -257,3 +258,7 @@ def _move_small(members: dict[tuple[str, bool, bool], list[tuple[str, Tensor]]],
             fits = applies(rule, named[1], "conv" if conv else group.get("view"))
             key = ("matrices", decays, conv) if fits else ("others", decays, conv and shaped)
             members.setdefault(key, []).append(named)
+    if not any(kind == "matrices" for kind, _, _ in members):
+        why = ": every small side is no larger. Choose a smaller rank"
+        why = f" at rank {group['rank']}{why}" if "rank" in group else ""
+        raise InputError(f"{rule.name}: no matrix follows the rule{why}")

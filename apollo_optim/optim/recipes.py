@@ -187,18 +187,23 @@ def build_optimizer(
     settings: dict[str, Any] = {"lr": recipe.cls.lr if lr is None else lr, "compile": compile}
     make = CLASSES.get(recipe.rule, partial(RuleOptimizer, rule=recipe.rule))
     optimizer: RuleOptimizer = make(groups, **settings)
-    pairs = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-    trained = [(p, group) for p, group in pairs if p.requires_grad] or pairs  # none: they are to be unfrozen later
-    follows = {chosen_rule(p, group).name for p, group in trained if p.ndim > 1 and group["rule"] == recipe.rule}
-    if recipe.rule not in follows:
+    if not _is_followed(recipe.rule, optimizer, ndim=2):
         rank = next((group["rank"] for group in optimizer.param_groups if "rank" in group), rank)
         why = f" at rank {rank}: every small side is no larger. Choose a smaller rank" if ranked else ""
         raise InputError(f"{name}: no matrix follows the rule{why}")
     if "rest" in recipe.groups:
         rest = rule_and_codec(recipe.groups["rest"])["rule"]
-        if not any(group["rule"] == rest == chosen_rule(p, group).name for p, group in trained):
+        if not _is_followed(rest, optimizer):
             raise InputError(
                 f"{name}: nothing follows {rest}: there is no embedding, head or other matrix that it is a rule for. "
                 f"Ask for {name.partition('+')[0]} alone"
             )
     return optimizer
+
+
+def _is_followed(rule: str, optimizer: RuleOptimizer, ndim: int = 0) -> bool:
+    """Does a parameter of a group of this rule follow it? One that is trained, or they are to be unfrozen later."""
+    pairs = [(p, group) for group in optimizer.param_groups for p in group["params"] if group["rule"] == rule]
+    pairs = [(p, group) for p, group in pairs if p.ndim >= ndim]
+    trained = [(p, group) for p, group in pairs if p.requires_grad]
+    return any(chosen_rule(p, group).name == rule for p, group in trained or pairs)
