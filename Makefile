@@ -1,6 +1,7 @@
 # Every target sets up .venv by itself, once, and again when pyproject.toml or constraints.txt change.
 #   make demo     train a small LLaMA on real text with APOLLO-Mini: text, table, picture (about 6 minutes on 2 cores)
-#   make test     the test suite                make lint   ruff and mypy --strict
+#   make test     the test suite (minutes)      make lint   ruff and mypy --strict
+#   make test-all the suite and what is marked slow (a quarter of an hour)
 #   make bench    the race of the optimizers on a small LLaMA (hours; goes on where it was)
 #   make gpu      what a GPU is measured with, in eight minutes (docs/gpu.md)
 #   make docs     the documentation as a web site
@@ -10,19 +11,22 @@ PYTHON ?= python3
 PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Threads that wait do so asleep: each test process has as many as there are cores.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup
 SAY := printf '\n\033[1m==> %s\033[0m\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu docs wheel clean distclean
+.PHONY: help demo test test-all lint bench gpu docs wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '2,9s/^# *//p' Makefile
+	@sed -n '2,10s/^# *//p' Makefile
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -50,7 +54,11 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.dev
 	@$(SAY) "running the tests"
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-all: $(VENV)/.dev
+	@$(SAY) "running the tests, the slow ones too"
+	$(PYTEST) -m '' $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	@$(SAY) "ruff"

@@ -1,12 +1,23 @@
 """The bench of the training loop: that it measures what it says, on a model that takes no time."""
 
+import dataclasses
 import json
+
+from train_tiny import tiny
 
 from apollo_optim.bench import loop
 from apollo_optim.bench.contenders import BASELINE
 
 
-def test_every_optimizer_is_measured_in_both_loops(tmp_path, capsys):
+def test_every_optimizer_is_measured_in_both_loops(tmp_path, capsys, monkeypatch):
+    real = loop.config_of
+
+    def small(args, optimizer):
+        cfg = real(args, optimizer)
+        cfg.data = dataclasses.replace(tiny(tmp_path).data, seq_len=args.seq_len)
+        return cfg
+
+    monkeypatch.setattr(loop, "config_of", small)
     words = "--model llama-1m --optimizers apollo-mini --batch 2 --seq-len 16 --steps 10 --rounds 2 --threads 1"
     assert loop.main([*words.split(), "--no-compile", "--out", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "loop.jsonl").read_text().splitlines()]

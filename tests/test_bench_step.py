@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_a_row(quick):
 
 
 def test_recompilations_are_counted(monkeypatch):
-    """None of ours under a schedule; one for each value of a rate that is compiled in."""
+    """One for each value of a rate that is compiled in."""
     setting = replace(TINY, layers=1, dtype="bfloat16")
     monkeypatch.setitem(CONTENDERS, "recompiler", contender(Recompiler, package="apollo-optim"))
     found = step.schedule("recompiler", setting, 4)
@@ -285,6 +285,11 @@ def test_recompilations_are_counted(monkeypatch):
     assert found["recompiled"] >= 3
     row = {"contender": "recompiler", "size": "llama-1m", "dtype": "bfloat16", **found}
     assert "compiled after the first step" in step.at_fault([row])[0]
+
+
+@pytest.mark.slow  # test_contract.py has it of every rule
+def test_ours_are_not_compiled_again_under_a_schedule():
+    setting = replace(TINY, layers=1, dtype="bfloat16")
     found = step.schedule("apollo-mini-sr", setting, 12)
     assert found["graphs"] > 0
     assert found["recompiled"] == 0

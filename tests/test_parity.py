@@ -113,6 +113,7 @@ def test_adamw_is_torchs(shape):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_muon_is_torchs_within_its_own_noise(shape, size):
     """With bf16 products no further from torch's than torch's are from fp32's: processors round those differently."""
+    shape = tuple(n // 4 for n in shape)  # bf16 products take a CPU long
     start = torch.randn(shape, generator=torch.Generator().manual_seed(4)) * 0.02
     ends = {}
     for name in ("torch", "bfloat16", "float32"):
