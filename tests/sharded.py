@@ -639,7 +639,6 @@ CHECKS: dict[int, list[Callable[[], Found]]] = {
         parity,
         rests,
         bf16,
-        compiled,
         mutants,
         non_finite,
         checkpoints,
@@ -652,10 +651,11 @@ CHECKS: dict[int, list[Callable[[], Found]]] = {
     ],
     4: [parity, rests],
 }
+COMPILED = [compiled]  # a compiler takes minutes for it
 
 
-def work(rank: int, world: int, folder: str) -> None:
-    """One process of ``world``: everything in CHECKS, and what was found to ``folder``/found.json."""
+def work(rank: int, world: int, folder: str, checks: list[Callable[[], Found]]) -> None:
+    """One process of ``world``: what ``checks`` find goes to ``folder``/found.json."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)  # what a 2-D mesh could do with fewer messages
@@ -664,7 +664,7 @@ def work(rank: int, world: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=600)
     )
     found: dict[str, list[Row]] = {}
-    for check in CHECKS[world]:
+    for check in checks:
         began, cpu = time.perf_counter(), time.process_time()
         for name, row in check():
             found.setdefault(name, []).append(row)
@@ -675,9 +675,9 @@ def work(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def find(world: int, folder: Path) -> dict[str, list[Row]]:
+def find(world: int, folder: Path, checks: list[Callable[[], Found]] | None = None) -> dict[str, list[Row]]:
     """Run ``work`` in ``world`` processes of one thread each. An exception in one of them is raised here."""
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
-        torch.multiprocessing.spawn(work, args=(world, str(folder)), nprocs=world)
+        torch.multiprocessing.spawn(work, args=(world, str(folder), checks or CHECKS[world]), nprocs=world)
     found: dict[str, list[Row]] = json.loads((folder / "found.json").read_text())
     return found
