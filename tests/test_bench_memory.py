@@ -53,6 +53,7 @@ def test_a_fresh_process_takes_what_was_planned() -> None:
     assert row["residual"]["pages"] > 0
 
 
+@pytest.mark.slow
 def test_a_case_that_crashes_is_a_row_that_says_why() -> None:
     cfg = config("torch-adamw")
     cfg.data.seq_len = 4096

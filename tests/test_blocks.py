@@ -107,7 +107,7 @@ def test_no_temporary_of_a_step_is_large(cls, knobs, shape):
     assert 0 < largest_allocation(optimizer) <= p.numel() * 4 // 4
 
 
-@pytest.mark.parametrize("proj", ["gaussian", "sketch"])
+@pytest.mark.parametrize("proj", ["gaussian", pytest.param("sketch", marks=pytest.mark.slow)])
 def test_no_temporary_of_a_compiled_step_is_large(proj):
     """Not even the fp32 copy that a product needs."""
     p = nn.Parameter(torch.zeros(2048, 4096, dtype=torch.bfloat16))
@@ -117,7 +117,7 @@ def test_no_temporary_of_a_compiled_step_is_large(proj):
     assert 0 < largest_allocation(optimizer) <= p.numel() * 4 // 4
 
 
-@pytest.mark.parametrize("parts", [4, 16])
+@pytest.mark.parametrize("parts", [pytest.param(4, marks=pytest.mark.slow), 16])
 def test_a_compiled_sketch_is_never_whole_in_memory(parts):
     """R is added up wherever it is needed, at 350M (4 columns of the gradient for one of R) as at 7B (16)."""
     p = nn.Parameter(torch.zeros(1024, 2048, dtype=torch.bfloat16))
@@ -127,7 +127,7 @@ def test_a_compiled_sketch_is_never_whole_in_memory(parts):
     assert 0 < largest_allocation(optimizer) < 2048 * 1024 // parts * 4 // 2
 
 
-@pytest.mark.parametrize("cls", [AdamW, Apollo])
+@pytest.mark.parametrize("cls", [AdamW, pytest.param(Apollo, marks=pytest.mark.slow)])
 def test_a_compiled_step_takes_bf16_by_whole_vectors(cls):
     """Halves of them are masked loads and stores, which took a third of AdamW's time."""
     vector = pick_vec_isa().nelements(dtype=torch.bfloat16)

@@ -65,8 +65,16 @@ def at(one: Plan, when: str) -> dict[str, int]:
     return next(moment.rows for moment in one.moments if moment.when.startswith(when))
 
 
-@every_optimizer
-@both_dtypes
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(
+            name, dtype, marks=[] if dtype == "float32" or name in ("apollo", "q-apollo") else pytest.mark.slow
+        )
+        for dtype in ("float32", "bfloat16")
+        for name in NAMES
+    ],
+)
 def test_planned_bytes_are_the_real_ones_after_a_real_step(name: str, dtype: str) -> None:
     one = plan_of(name, dtype)
     model = real_of(name, dtype)

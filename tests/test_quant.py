@@ -74,8 +74,16 @@ def test_bytes_are_those_of_codes_and_scales(bits):
 # --- the write ---
 
 
-@both_bits
-@pytest.mark.parametrize("n", [128, 200, 7])
+@pytest.mark.parametrize(
+    ("bits", "n"),
+    [
+        (8, 128),
+        (4, 200),
+        (8, 7),
+        (4, 7),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in ((4, 128), (8, 200))),
+    ],
+)
 def test_a_step_is_on_average_what_it_should_be(bits, n):
     """The mean over many draws is (1 - lr wd) w - lr factor tensor, growth of scales included."""
     draws, rows, lr, decay = 2000, 8, 0.5, 0.1
@@ -172,6 +180,7 @@ def test_a_step_taken_in_blocks_of_rows_is_that_of_the_whole_weight(bits, shape)
     check_blocks_of_rows(bits, shape, factor=torch.rand(shape[-1], generator=torch.Generator().manual_seed(1)))
 
 
+@pytest.mark.slow  # three graphs: test_compiled_is_eager has the whole weight
 def test_a_compiled_step_taken_in_blocks_of_rows_is_that_of_the_whole_weight(monkeypatch):
     monkeypatch.setattr(write_module, "COMPILED_FROM", 0)
     check_blocks_of_rows(8, (12, 70), factor=0.3)
