@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         param_groups,
         register,
         release,
+        rule_of,
     )
     from apollo_optim.quant import LowBitWeight, quantize_weights
 
@@ -41,6 +42,7 @@ __all__ = [
     "quantize_weights",
     "register",
     "release",
+    "rule_of",
 ]
 __version__ = "0.1.0"
 

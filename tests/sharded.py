@@ -76,7 +76,7 @@ class Zoo(nn.Module):
         """Never called: the gradients are made by hand. (`fully_shard` wants one.)"""
 
 
-def zoo(dtype: torch.dtype = torch.float32, convolution: bool = True) -> nn.Module:
+def zoo(dtype: torch.dtype = torch.float32, convolution: bool = True, only: tuple[str, ...] = ()) -> nn.Module:
     """One of each shape that may be split in a way of its own; two and four ranks get uneven and empty parts."""
     torch.manual_seed(0)
     modules: dict[str, nn.Module] = {
@@ -94,7 +94,7 @@ def zoo(dtype: torch.dtype = torch.float32, convolution: bool = True) -> nn.Modu
     }
     if convolution:
         modules["conv"] = nn.Conv2d(4, 6, 3, bias=False)
-    return Zoo(modules).to(dtype)
+    return Zoo({name: modules[name] for name in only or modules}).to(dtype)
 
 
 def optimizer_for(model: nn.Module, game: str, **knobs: Any) -> RuleOptimizer:
@@ -153,14 +153,22 @@ def distance(ours: Tensor, single: Tensor, start: Tensor) -> float:
 
 
 def compare(
-    split: Layout, game: str, dtype: torch.dtype = torch.float32, steps: int = STEPS, **knobs: Any
+    split: Layout,
+    game: str,
+    dtype: torch.dtype = torch.float32,
+    steps: int = STEPS,
+    only: tuple[str, ...] = (),
+    compiled: bool | None = None,
+    **knobs: Any,
 ) -> list[Row]:
-    """The same steps on shards and in one process: a row per tensor."""
-    start = weights(zoo(dtype))
+    """The same steps on shards (compiled or not) and in one process: a row per tensor."""
+    start = weights(zoo(dtype, only=only))
     ends = []
-    for build in (split, lambda model: model):
-        model = build(zoo(dtype))
-        walk(model, optimizer_for(model, game, **knobs), range(1, steps + 1))
+    for build, compile in ((split, compiled), (lambda model: model, None)):
+        model = build(zoo(dtype, only=only))
+        optimizer = optimizer_for(model, game, compile=compile, **knobs)
+        walk(model, optimizer, range(1, steps + 1))
+        assert bool(optimizer.graphs) == bool(compile)
         ends.append(weights(model))
     sharded, single = ends
     return [
@@ -309,6 +317,21 @@ def bf16() -> Found:
     ):
         for row in compare(layouts()[where], game, torch.bfloat16, weight_decay=0.1, state_dtype=state_dtype):
             yield "bf16", {"layout": where, "game": game, "state": str(state_dtype)[6:], **row}
+
+
+def compiled() -> Found:
+    """Steps on shards - uneven ones, empty ones - from compiled graphs, what they send to one another included."""
+    least = ("apollo_optim.core.codecs.LEAST_ENTRIES", 0), ("apollo_optim.core.codecs.LEAST_GROUP", 1)
+    with mock.patch(*least[0]), mock.patch(*least[1]):
+        for where, game, only in (
+            ("fsdp 2", "apollo gaussian", ("tall", "one_row")),
+            ("fsdp 2", "apollo sketch", ("experts",)),
+            ("columns 2", "apollo gaussian", ("uneven_wide",)),
+            ("columns 2", "scale columns", ("square",)),
+            ("fsdp 2", "adamw8bit", ("tall",)),
+        ):
+            for row in compare(layouts()[where], game, steps=GAP + 2, only=only, compiled=True, weight_decay=0.1):
+                yield "compiled", {"layout": where, "game": game, **row}
 
 
 def mutants() -> Found:
@@ -628,19 +651,20 @@ CHECKS: dict[int, list[Callable[[], Found]]] = {
     ],
     4: [parity, rests],
 }
+COMPILED = [compiled]  # a compiler takes minutes for it
 
 
-def work(rank: int, world: int, folder: str) -> None:
-    """One process of ``world``: everything in CHECKS, and what was found to ``folder``/found.json."""
+def work(rank: int, world: int, folder: str, checks: list[Callable[[], Found]]) -> None:
+    """One process of ``world``: what ``checks`` find goes to ``folder``/found.json."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)  # what a 2-D mesh could do with fewer messages
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "SHARDED_FOLDER": folder}
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=600)
     )
     found: dict[str, list[Row]] = {}
-    for check in CHECKS[world]:
+    for check in checks:
         began, cpu = time.perf_counter(), time.process_time()
         for name, row in check():
             found.setdefault(name, []).append(row)
@@ -651,9 +675,9 @@ def work(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def find(world: int, folder: Path) -> dict[str, list[Row]]:
+def find(world: int, folder: Path, checks: list[Callable[[], Found]] | None = None) -> dict[str, list[Row]]:
     """Run ``work`` in ``world`` processes of one thread each. An exception in one of them is raised here."""
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
-        torch.multiprocessing.spawn(work, args=(world, str(folder)), nprocs=world)
+        torch.multiprocessing.spawn(work, args=(world, str(folder), checks or CHECKS[world]), nprocs=world)
     found: dict[str, list[Row]] = json.loads((folder / "found.json").read_text())
     return found

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from apollo_optim import list_optimizers
 from apollo_optim.cli import pretrain, sample
 from apollo_optim.cli.main import COMMANDS, main
 from apollo_optim.cli.words import nearest
 from apollo_optim.core.errors import InputError
-from apollo_optim.train.config import RunConfig
+from apollo_optim.train.config import RunConfig, check, from_dict, key_types
 
 TINY = [
     "--model.name=llama-1m",
@@ -94,7 +95,7 @@ def test_wrong_words_get_one_line_and_exit_2(words: str, message: str, capsys: p
     [
         ("optim: {lrr: 3}", "unknown key optim.lrr (did you mean optim.lr?)"),
         ("optm: {lr: 3}", "unknown key optm (did you mean optim?)"),
-        ("optim: {lr: much}", "optim.lr=much: expected a number"),
+        ("optim: {lr: much}", "run.yaml: optim.lr=much: expected float | null"),
         ("log: {display: loud}", "log.display=loud: expected Literal"),
         ("model: {}\ntrain: {steps: [", "run.yaml, line 2, is not a YAML run file"),
         ("- a\n- b", "is not a run file"),
@@ -117,10 +118,63 @@ def test_words_change_the_run_file(tmp_path: Path) -> None:
     path.write_text("optim: {name: apollo, lr: 1e-3, betas: [0.9, 0.95]}\nmodel: {config: {rope_theta: 5.0}}\n")
     words = ["--config", str(path), "--optim.lr", "3e-4", "--optim.targets", "[attn]", "--optim.scale", "auto"]
     cfg, resume, _ = pretrain.parse([*words, "--model.config.rms_norm_eps", "1e-5", "--eval.every", "null"])
-    assert (cfg.optim.name, cfg.optim.lr, cfg.optim.betas) == ("apollo", 3e-4, (0.9, 0.95))
-    assert (cfg.optim.targets, cfg.optim.scale, cfg.eval.every, resume) == (["attn"], "auto", None, False)
+    assert (cfg.optim.name, cfg.optim.lr, cfg.optim.targets) == ("apollo", 3e-4, ["attn"])
+    assert (cfg.optim.knobs, cfg.eval.every, resume) == ({"betas": (0.9, 0.95), "scale": "auto"}, None, False)
     assert cfg.model.config == {"rope_theta": 5.0, "rms_norm_eps": 1e-5}
     assert pretrain.parse([])[0] == RunConfig()
+
+
+def test_every_knob_of_every_rule_is_a_key(tmp_path: Path) -> None:
+    """Without a line written by hand: as the rule's default, it is what the rule has."""
+    path = tmp_path / "run.yaml"
+    for info in list_optimizers():
+        knobs = {key: value for key, value in info.cls.defaults().items() if value is not None}
+        given = {key: list(value) if isinstance(value, tuple) else value for key, value in knobs.items()}
+        path.write_text(yaml.safe_dump({"optim": {"name": info.name, **given}}))
+        cfg = pretrain.parse(["--config", str(path)]).cfg
+        check(cfg)
+        assert cfg.optim.knobs == knobs
+        words = [word for key, value in given.items() for word in (f"--optim.{key}", json.dumps(value).strip('"'))]
+        assert pretrain.parse(["--optim.name", info.name, *words]).cfg == cfg
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--optim.name muon --optim.momentm 0.9", "(did you mean --optim.momentum?)"),
+        ("--optim.name muon --optim.momentum 1.5", "momentum=1.5, but it must be a number in [0, 1)"),
+        ("--optim.name muon --optim.momentum fast", "momentum='fast', but it must be a number in [0, 1)"),
+        (
+            "--optim.name muon --optim.proj svd",
+            "unknown key 'proj'. It is a key of apollo, apollo-mini, apollo-svd; this ",
+        ),
+        ("--optim.name mouon+adamw", "no optimizer is called 'mouon' (in 'mouon+adamw'). Did you mean 'muon'?"),
+        ("--optim.name muon+adamv", "no rule is called 'adamv'. Did you mean 'adamw'?"),
+        ("--optim.rest adamv", "no rule is called 'adamv'. Did you mean 'adamw'?"),
+        ("--optim.state_dtype 9bit", "state_dtype='9bit', but it must be"),
+        ("--optim.knobs {}", "unknown key --optim.knobs"),
+    ],
+)
+def test_a_knob_is_judged_by_its_rule(words: str, message: str) -> None:
+    """In the library's words, before anything is read or made."""
+    with pytest.raises(InputError) as error:
+        check(pretrain.parse(words.split()).cfg)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_run_files_of_old_say_null_for_what_is_not_theirs() -> None:
+    old = {"name": "adamw", "lr": 1e-3, "rank": None, "scale": None, "proj": None, "betas": None, "eps": "1e-6"}
+    cfg = from_dict({"optim": old, "train": None})
+    assert (cfg.optim.lr, cfg.optim.knobs) == (1e-3, {"eps": 1e-6})
+    check(cfg)
+    for wrong, message in (
+        ({"optim": {"momentum": {"class_path": "os.system"}}}, "optim.momentum="),
+        ({"train": {"steps": None}}, "train.steps: a value is missing"),
+        ({"optim": {"momentm": 1}}, r"unknown key optim.momentm \(did you mean optim.momentum\?\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            from_dict(wrong)
 
 
 def test_help_teaches_every_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,9 +182,10 @@ def test_help_teaches_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         main(["pretrain", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for key, _ in pretrain.keys(RunConfig):
+    for key in key_types():
         assert f"--{key} " in text or f"--{key}," in text, key
     assert "Peak learning rate of the matrices" in text
+    assert "muon: Newton-Schulz steps. (a whole number >= 1;" in text
     assert "--config runs/llama-60m-apollo.yaml" in text
 
 
@@ -169,8 +224,6 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_optimizers_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
-    from apollo_optim import list_optimizers
-
     assert main(["optimizers"]) == 0
     text = capsys.readouterr().out
     assert all(info.name in text for info in list_optimizers())

@@ -55,9 +55,9 @@ def test_the_papers_hyper_parameters(size: str) -> None:
         for name in ("apollo", "apollo-mini", "adamw")
     )
     assert {cfg.train.steps for cfg in (apollo, mini, adamw)} == {steps}
-    assert (apollo.optim.lr, apollo.optim.rank, apollo.optim.scale) == (0.01, rank, 1)
-    assert (mini.optim.lr, mini.optim.rank, mini.optim.scale) == (0.01, 1, scale)
-    assert bool(mini.optim.scale_front) == (size in ("60m", "130m"))
+    assert (apollo.optim.lr, apollo.optim.knobs) == (0.01, {"rank": rank, "scale": 1})
+    assert (mini.optim.lr, mini.optim.knobs["rank"], mini.optim.knobs["scale"]) == (0.01, 1, scale)
+    assert mini.optim.knobs.get("scale_front", False) == (size in ("60m", "130m"))
     assert adamw.optim.lr == lr
 
 
@@ -67,7 +67,7 @@ LONG = [("apollo", 0.01, 2), ("apollo-mini", 0.01, 384), ("adamw", 0.005, None)]
 @pytest.mark.parametrize(("name", "lr", "scale"), LONG)
 def test_the_runs_of_sequence_1024(name: str, lr: float, scale: float | None) -> None:
     cfg = pretrain.parse(["--config", str(RUNS / f"llama-350m-seq1024-{name}.yaml")]).cfg
-    assert (cfg.data.seq_len, cfg.optim.lr, cfg.optim.scale) == (1024, lr, scale)
+    assert (cfg.data.seq_len, cfg.optim.lr, cfg.optim.knobs.get("scale")) == (1024, lr, scale)
 
 
 @pytest.mark.parametrize("name", ["demo", "llama-60m-adamw", "llama-60m-apollo", "llama-60m-apollo-mini"])

@@ -16,7 +16,7 @@ import apollo_optim
 from apollo_optim import AdamW, Apollo, InputError, RuleOptimizer, build_optimizer, describe, list_optimizers
 from apollo_optim.optim.compiled import is_compiled
 from apollo_optim.optim.describe import state_bytes
-from apollo_optim.optim.parameter import rule_of, static_of
+from apollo_optim.optim.parameter import chosen_rule, static_of
 from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.rules import Rule
 
@@ -171,7 +171,7 @@ def test_state_is_complete_at_the_first_step_and_plain(name):
     slots = set()
     for group in optimizer.param_groups:
         for p in group["params"]:
-            static = static_of(p, group, rule_of(p, group))
+            static = static_of(p, group, chosen_rule(p, group))
             slots |= set(dict(static.slots))
     keys = {key for _, key in first}
     assert keys == {"step", "seed", "skipped"} | slots
@@ -510,7 +510,7 @@ def test_compiled_is_eager(name, dtype, shapes):
         for q in twins:
             q.grad = torch.randn(q.shape).to(dtype)
         fast.step()
-    phases = {rule_of(q, fast.param_groups[0]).phase(step) for q in twins for step in range(1, 4)}
+    phases = {chosen_rule(q, fast.param_groups[0]).phase(step) for q in twins for step in range(1, 4)}
     assert len(fast.graphs) <= graphs + (len(phases) - 1) * len(shapes)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counters
 
@@ -592,6 +592,27 @@ def test_refusals_name_the_key_and_the_nearest():
         AdamW([nn.Parameter(torch.ones(2, dtype=torch.float64))])
     with pytest.raises(InputError, match="complex"):
         AdamW([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize("again", [lambda x: x, copy.deepcopy])
+def test_flat_partitions_of_another_engine_are_refused(again):
+    """DeepSpeed and FSDP1 put flat tensors in the place of a group's matrices: no rule for matrices sees any."""
+    matrices = [nn.Parameter(torch.ones(8, 4)) for _ in range(2)]
+
+    def flattened(rule: str, params: list[nn.Parameter]) -> RuleOptimizer:
+        optimizer = again(RuleOptimizer([{"params": params}], rule, **({"rank": 2} if rule == "apollo" else {})))
+        flat = nn.Parameter(torch.cat([p.detach().flatten() for p in params]))
+        flat.grad = torch.ones_like(flat)
+        optimizer.param_groups[0]["params"] = [flat]
+        return optimizer
+
+    for rule in ("apollo", "muon"):
+        optimizer = flattened(rule, matrices)
+        with pytest.raises(InputError, match=r"flat parameters .* took the place of the matrices .*fully_shard"):
+            optimizer.step()
+        assert not any(optimizer.state.values())
+    flattened("adamw", matrices).step()  # entry by entry: a partition is as good as a matrix
+    flattened("muon", [nn.Parameter(torch.ones(4))]).step()  # a vector it was from the beginning
 
 
 def test_keys_of_others_pass():

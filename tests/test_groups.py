@@ -1,19 +1,27 @@
 """Which parameters follow the rule: targets, exclusions, tied heads, experts, and the printed table."""
 
+import warnings
+
 import pytest
 import torch
 from low_bit import prepare
 from torch import nn
 
 from apollo_optim import (
+    AdamW,
+    Apollo,
     ApolloMini,
     InputError,
+    Recipe,
+    RuleOptimizer,
     build_optimizer,
     describe,
     list_optimizers,
     param_groups,
     quantize_weights,
+    rule_of,
 )
+from apollo_optim.optim.recipes import find_optimizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -116,6 +124,39 @@ def test_a_seed_is_the_names_whatever_else_is_there():
 def test_most_weights_on_another_rule_are_said():
     with pytest.warns(UserWarning, match="of the hidden weights follow another rule"):
         build_optimizer("apollo-mini", llama(), targets="k_proj")
+
+
+def test_most_weights_on_another_rule_are_said_by_every_way_in():
+    """A rank that is too large, targets that are too few, groups written by hand: nothing follows AdamW in silence."""
+    model, said = llama(), "of the hidden weights follow another rule"
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    for make in (
+        lambda: Apollo(weights, rank=64),
+        lambda: Apollo([{"params": weights, "rank": 64}, {"params": [nn.Parameter(torch.ones(2))]}]),
+        lambda: ApolloMini(param_groups(model, rank=1, targets="k_proj")),
+        lambda: RuleOptimizer([{"params": weights, "rule": "apollo", "rank": 64}]),
+        lambda: RuleOptimizer(param_groups(model, rank=1, rule="apollo-mini", targets="k_proj")),
+    ):
+        with pytest.warns(UserWarning, match=said):
+            make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ApolloMini(param_groups(model, rank=1))
+        Apollo([{"params": weights[:1]}, {"params": weights[1:], "rank": 2}])
+        AdamW(model.parameters())
+
+
+def test_rule_of_names_the_rule_of_a_parameter():
+    model = llama(num_key_value_heads=1)  # k and v: 16 x 8
+    optimizer = build_optimizer("apollo", model, rank=8, rest="adafactor")
+    names = {id(p): name for name, p in model.named_parameters()}
+    rules = {names[id(p)]: rule_of(p, group) for group in optimizer.param_groups for p in group["params"]}
+    first = "model.layers.0.self_attn."
+    assert (rules[first + "q_proj.weight"], rules[first + "k_proj.weight"]) == ("apollo", "adamw")
+    assert (rules["lm_head.weight"], rules["model.norm.weight"]) == ("adafactor", "adamw")
+    group = param_groups(model, rank=8)[0]
+    with pytest.raises(InputError, match=r"give one of optimizer\.param_groups"):
+        rule_of(group["params"][0], group)
 
 
 @pytest.mark.parametrize(
@@ -267,12 +308,81 @@ def test_a_matrix_too_small_for_its_rank_is_said_to_follow_adamw():
         build_optimizer("apollo", model, rank=16)
 
 
+def rules_of(optimizer: torch.optim.Optimizer) -> dict[str, set[str]]:
+    """Group -> the rules that its parameters follow."""
+    return {g["name"]: {rule_of(p, g) for p in g["params"]} for g in optimizer.param_groups}
+
+
+@pytest.mark.parametrize("first", ["apollo", "apollo-mini", "adamw", "muon", "adafactor"])
+@pytest.mark.parametrize("second", ["adamw", "adamw8bit", "adafactor", "scale", "muon", "apollo"])
+def test_two_rules_share_a_model(first, second):
+    """a+b: hidden matrices follow a, embedding and head b, and what is 1-D AdamW."""
+    optimizer = build_optimizer(f"{first}+{second}", llama(hidden_size=32), rest_lr=1e-3)
+    b = second.removesuffix("8bit")
+    assert rules_of(optimizer) == {"matrices": {first}, "embedding": {b}, "head": {b}, "norms": {"adamw"}}
+    assert optimizer.param_groups[0]["lr"] == find_optimizer(first).cls.lr
+    assert all(group["lr"] == 1e-3 for group in optimizer.param_groups[1:])
+    assert ("8bit" in describe(optimizer)) == (second == "adamw8bit")
+
+
+def test_what_the_first_rule_is_not_for_follows_the_second():
+    """Where neither is one for it, AdamW; each rule with its own knobs, wherever they have one name."""
+    model = llama(num_key_value_heads=1)  # k and v: 16 x 8
+    optimizer = build_optimizer("apollo+muon", model, rank=8, eps=1e-5, nesterov=False, rest_lr=0.5)
+    assert rules_of(optimizer)["others"] == {"muon"}
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert (groups["others"]["nesterov"], groups["others"]["lr"]) == (False, 0.5)
+    assert groups["matrices"]["eps"] == 1e-5
+    optimizer = build_optimizer("apollo+apollo-svd", model, rank=8, rest_rank=12)
+    assert rules_of(optimizer)["others"] == {"adamw"}, "16 x 8 is too small for both"
+    assert rules_of(optimizer)["embedding"] == {"apollo-svd"}
+    ranks = {group["name"]: group.get("rank") for group in optimizer.param_groups}
+    assert (ranks["matrices"], ranks["embedding"]) == (8, 12)
+    optimizer = build_optimizer("muon+apollo", model, rank=2, momentum=0.5, betas=(0.5, 0.6))
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert (groups["matrices"]["momentum"], groups["head"]["rank"], groups["head"]["betas"]) == (0.5, 2, (0.5, 0.6))
+
+
+def test_a_recipe_of_ones_own_is_data():
+    lone = nn.ModuleDict({"mlp": nn.Linear(32, 16)})
+    rules = rules_of(build_optimizer("muon+adamw", lone, targets="mlp"))
+    assert rules == {"matrices": {"muon"}, "norms": {"adamw"}}
+    recipe = Recipe("mine", "muon", groups={"embedding": "scale", "head": "adamw8bit", "nesterov": False})
+    optimizer = build_optimizer(recipe, llama())
+    assert rules_of(optimizer) == {"matrices": {"muon"}, "embedding": {"scale"}, "head": {"adamw"}, "norms": {"adamw"}}
+    assert optimizer.param_groups[0]["nesterov"] is False
+    assert build_optimizer(recipe, llama(), nesterov=True).param_groups[0]["nesterov"] is True
+
+
+def test_two_rules_are_refused_where_they_make_no_sense():
+    lone = nn.ModuleDict({"mlp": nn.Linear(32, 16)})
+    for call, message in [
+        (lambda: build_optimizer("mouon+adamw", llama()), "'mouon' (in 'mouon+adamw'). Did you mean 'muon'?"),
+        (lambda: build_optimizer("muon+adamv", llama()), "'muon+adamv': no rule is called 'adamv'. Did you mean 'ad"),
+        (lambda: build_optimizer("muon+adamw+scale", llama()), "a+b is of two rules"),
+        (lambda: build_optimizer("muon+", llama()), "a+b is of two rules"),
+        (lambda: build_optimizer("muon+scale", llama(), rest="adamw"), "leave rest='adamw' out"),
+        (lambda: build_optimizer("muon+scale", llama(), rank=2), "has no rank"),
+        (lambda: build_optimizer("muon+scale", llama(), proj="svd"), "It is a key of apollo, apollo-mini, apollo-svd"),
+        (
+            lambda: build_optimizer("muon+scale", lone, targets="mlp"),
+            "nothing follows scale: there is no embedding, head or other",
+        ),
+        (lambda: build_optimizer("apollo+muon", llama(), rank=16), "no matrix follows the rule at rank 16"),
+        (lambda: param_groups(llama(), rank=16, rule="apollo"), "apollo: no matrix follows the rule at rank 16"),
+        (lambda: build_optimizer("muon", llama(), rule="adamw"), "has its rule: leave rule='adamw' out"),
+    ]:
+        with pytest.raises(InputError) as error:
+            call()
+        assert message in str(error.value)
+
+
 def test_building_refuses_what_it_does_not_know():
     for call, message in [
         (lambda: build_optimizer("apolo", llama()), "Did you mean 'apollo'"),
         (lambda: build_optimizer("apollo", llama(), scael=2), "Did you mean 'scale'"),
         (lambda: build_optimizer("adamw", llama(), rank=4), "has no rank"),
-        (lambda: build_optimizer("adamw", llama(), proj="svd"), "takes no 'proj'"),
+        (lambda: build_optimizer("adamw", llama(), proj="svd"), "unknown key 'proj'. It is a key of apollo, "),
         (lambda: build_optimizer("apollo", llama(), rank=0), "rank=0"),
         (lambda: build_optimizer("apollo", llama(), rank="half"), "rank='half'"),
     ]:

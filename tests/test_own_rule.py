@@ -14,8 +14,11 @@ from apollo_optim.plan import plan, trace_step
 from apollo_optim.rules import RULES
 from apollo_optim.rules.base import Rule, Slot, Update, knob
 from apollo_optim.rules.knobs import BETA
+from apollo_optim.train.config import check, from_dict, to_dict
+from apollo_optim.train.config.parser import knob_help
 from apollo_optim.train.loss import summed_loss
 from apollo_optim.train.models import ModelConfig, skeleton
+from apollo_optim.train.optimizer import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,18 @@ def test_it_is_planned_and_listed():
     trace = trace_step(model, summed_loss, 2, 16)
     ours, adamw = (plan(model, name, trace).most["state, matrices"] for name in ("sign-of-mean", "adamw"))
     assert ours == pytest.approx(adamw / 2, rel=1e-3)
+
+
+def test_a_run_file_says_its_knobs():
+    cfg = from_dict({"optim": {"name": "sign-of-mean", "momentum": 0.5, "targets": ["mlp"]}})
+    check(cfg)
+    assert cfg.optim.knobs == {"momentum": 0.5}
+    assert from_dict(to_dict(cfg)) == cfg
+    model = nn.ModuleDict({"mlp": nn.Linear(64, 96), "lm_head": nn.Linear(96, 64, bias=False)})
+    assert make_optimizer(cfg.optim, model).param_groups[0]["momentum"] == 0.5
+    assert "sign-of-mean: Decay of the average. (a number in [0, 1); default: 0.9)" in knob_help()["momentum"]
+    with pytest.raises(InputError, match="momentum=2, but it must be a number in"):
+        check(from_dict({"optim": {"name": "sign-of-mean+adamw", "momentum": 2}}))
 
 
 def test_a_name_that_is_taken_is_refused():

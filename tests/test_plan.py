@@ -17,7 +17,7 @@ from apollo_optim.core import blocks
 from apollo_optim.core.errors import InputError
 from apollo_optim.optim.parameter import init_state
 from apollo_optim.plan import PARTS, Budget, Parallel, Plan, Trace, Traces, budget, plan, trace_step
-from apollo_optim.plan.draw import draw, table_rows
+from apollo_optim.plan.draw import draw, followed_rows, table_rows
 from apollo_optim.plan.shards import first_part, mesh_of, units
 from apollo_optim.plan.trace import most_alive
 from apollo_optim.quant import products
@@ -303,13 +303,13 @@ def test_a_run_is_planned_as_its_file_says() -> None:
     cfg = RunConfig(
         model=ModelConfig("llama-1m", dtype="bfloat16"),
         data=DataConfig(seq_len=SEQ),
-        optim=OptimConfig("apollo", rank=8),
+        optim=OptimConfig("apollo", knobs={"rank": 8}),
         train=TrainConfig(batch_size=4, micro_batch=2),
     )
     one = planned(cfg)
     assert (one.optimizer, one.batch) == ("apollo", 2)
     assert at(one, "forward")["gradients"] > 0, "two micro-batches: the first one's gradients are there"
-    small = dataclasses.replace(cfg.optim, rank=4)
+    small = cfg.optim.changed(rank=4)
     less = planned(dataclasses.replace(cfg, optim=small)).rows["state, matrices"]
     assert less < one.rows["state, matrices"]
     assert planned(cfg, vocab_size=512).rows["weights"] == one.rows["weights"] - 2 * (4096 - 512) * 128 * 2
@@ -377,6 +377,22 @@ def test_the_printed_parts_add_up() -> None:
     assert sum(bar.get_width() for bar in bars) == pytest.approx(sum(one.total for one in plans) / 1e6)
 
 
+def test_a_plan_says_what_every_group_follows_and_keeps() -> None:
+    plans = [plan_of(name, state_dtype="8bit") for name in ("apollo", "adamw")]
+    for one in plans:
+        kept = one.rows["state, matrices"] + one.rows["state, rest"]
+        assert sum(row.size for row in one.followed) == kept > 0
+    said = {(row.group, row.rule, row.state) for row in plans[0].followed}
+    assert said >= {("matrices", "APOLLO r=32", "8bit"), ("embedding", "AdamW", "8bit"), ("norms", "AdamW", "float32")}
+    head, *body = followed_rows(plans)
+    assert head[:4] == ["optimizer", "group", "follows", "state"]
+    assert [row[0] for row in body if row[1] == "embedding"] == ["all"]
+    assert [row[:3] for row in body if row[1] == "matrices"] == [
+        ["apollo", "matrices", "APOLLO r=32"],
+        ["adamw", "matrices", "AdamW"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -415,12 +431,13 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_other_optimizers_keep_their_own_rule() -> None:
-    cfg = RunConfig(optim=OptimConfig("apollo-mini", rank=1, scale=64.0, state_dtype="bfloat16", exclude=["gate"]))
+    knobs = {"rank": 1, "scale": 64.0}
+    cfg = RunConfig(optim=OptimConfig("apollo-mini", state_dtype="bfloat16", exclude=["gate"], knobs=knobs))
     other = command.with_optimizer(cfg, "apollo", 16).optim
-    assert (other.name, other.rank, other.scale, other.state_dtype) == ("apollo", 16, None, "bfloat16")
+    assert (other.name, other.knobs, other.state_dtype) == ("apollo", {"rank": 16}, "bfloat16")
     assert other.exclude == ["gate"]
-    assert command.with_optimizer(cfg, "apollo-mini", 16).optim.rank == 1, "one column is what Mini is"
-    assert command.with_optimizer(cfg, "adamw", 16).optim.rank is None
+    assert command.with_optimizer(cfg, "apollo-mini", 16).optim.knobs == knobs, "one column is what Mini is"
+    assert not command.with_optimizer(cfg, "adamw", 16).optim.knobs
 
 
 def test_a_narrow_terminal_gets_several_tables() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import warnings
 
 import pytest
@@ -99,9 +100,9 @@ def test_it_steps_what_it_is_for_with_all_its_state_planned(name, rest):
     table = describe(optimizer)
     assert f"{planned:,}" in table
     follows = {line.split()[0]: line for line in table.splitlines() if line}
-    said = {"adamw8bit": "AdamW, 8bit", "adamw4bit": "AdamW, 4bit", "adafactor": "Adafactor", "scale": "SCALE"}
+    said = {"adamw8bit": "AdamW *8bit", "adamw4bit": "AdamW *4bit", "adafactor": "Adafactor", "scale": "SCALE"}
     said = said.get(rest, "SCALE" if "scale" in rest else "APOLLO")
-    assert all(said in follows[group] for group in ("embedding", "head", "others", "others_conv"))
+    assert all(re.search(said, follows[group]) for group in ("embedding", "head", "others", "others_conv"))
     assert "AdamW " in follows["norms"]
     assert "bit" not in follows["norms"]
 
@@ -401,8 +402,8 @@ def test_small_matrices_keep_fp32_moments():
     model = nn.ModuleDict({"small": nn.Linear(64, 8), "prime": nn.Linear(257, 64), "embedding": nn.Embedding(100, 64)})
     optimizer = build_optimizer("adamw", model, targets="embedding", exclude="small.weight", rest="adamw8bit")
     table = describe(optimizer)
-    assert table.count("AdamW (does not fit 8bit)") == 2, table
-    assert "AdamW, 8bit" in table
+    assert table.count("float32 (does not fit 8bit)") == 2, table
+    assert re.search("embedding +AdamW +8bit", table)
 
 
 def test_refusals():
@@ -410,9 +411,9 @@ def test_refusals():
     for call, message in [
         (lambda: build_optimizer("apollo", model, targets="mlp", rest="adam"), "no rule is called 'adam'"),
         (lambda: build_optimizer("adamw", model, targets="mlp", rest="apollo"), "has no rank"),
-        (lambda: build_optimizer("apollo", model, targets="mlp", rest_rank=2), "only rest='apollo' has a rank"),
+        (lambda: build_optimizer("apollo", model, targets="mlp", rest_rank=2), "which has no rank"),
         (lambda: build_optimizer("apollo", model, targets="mlp", rest="apollo", rest_rank=0), "rank=0"),
-        (lambda: build_optimizer("apollo", model, targets="mlp", momentum=0.5), "takes no 'momentum'"),
+        (lambda: build_optimizer("apollo", model, targets="mlp", momentum=0.5), "this optimizer follows 'apollo'"),
         (lambda: param_groups(model, rank=None, targets="mlp", rest="apollo"), "name a rank"),
         (lambda: AdamW([{"params": [w], "rule": "apollo"}]), "needs rank"),
         (lambda: AdamW([{"params": [w], "rule": "adamv"}]), "no rule is called 'adamv'. Did you mean 'adamw'?"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sharded import ON_FOUR, ON_TWO, RESTS, Row, find
+from sharded import COMPILED, ON_FOUR, ON_TWO, RESTS, Row, find
 from torch import nn
 
 from apollo_optim import AdamW, Apollo, ApolloMini, InputError
@@ -61,6 +61,11 @@ def test_the_rest_is_stepped_in_one_piece(two: Found, four: Found) -> None:
     assert all("whole rows" in row["said"] for row in rows if row["refused"])
     assert {row["game"] for row in rows if not row["refused"]} == set(RESTS)
     assert not far([row for row in rows if not row["refused"]])
+
+
+@pytest.mark.slow
+def test_compiled_steps_on_shards_are_those_of_one_process(tmp_path: Path) -> None:
+    assert not far(find(2, tmp_path, COMPILED)["compiled"])
 
 
 def test_bf16_weights_are_rounded_by_the_same_bits(two: Found) -> None:

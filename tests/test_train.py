@@ -435,7 +435,7 @@ def test_spoilt_weights_are_never_saved(tmp_path, monkeypatch):
         ("checkpoint", {"keep": 0}, "checkpoint.keep"),
         ("schedule", {"min_lr": 2.0}, "schedule.min_lr"),
         ("schedule", {"warmup": 100}, "longer than the run"),
-        ("schedule", {"kind": "sine"}, "choose from cosine"),
+        ("schedule", {"kind": "sine"}, "schedule.kind=sine: expected Literal"),
         ("log", {"to": ["abacus"]}, "log.to"),
         ("optim", {"rank": 0}, "rank"),
         ("optim", {"name": "apolo"}, "apollo"),

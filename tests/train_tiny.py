@@ -43,7 +43,7 @@ def tiny(folder: Path, name: str = "run", **sections: dict[str, Any]) -> RunConf
             cache_dir=str(folder),
             validation_percent=5,
         ),
-        optim=OptimConfig("apollo", lr=1e-2, rank=8, update_proj_gap=3),
+        optim=OptimConfig("apollo", lr=1e-2, knobs={"rank": 8, "update_proj_gap": 3}),
         train=TrainConfig(steps=8, batch_size=4, threads=1, device="cpu"),
         eval=EvalConfig(every=4, tokens=512),
         checkpoint=CheckpointConfig(every=4),
@@ -51,7 +51,9 @@ def tiny(folder: Path, name: str = "run", **sections: dict[str, Any]) -> RunConf
         out=str(folder / name),
     )
     for section, changes in sections.items():
-        setattr(cfg, section, dataclasses.replace(getattr(cfg, section), **changes))
+        old = getattr(cfg, section)
+        new = old.changed(**changes) if isinstance(old, OptimConfig) else dataclasses.replace(old, **changes)
+        setattr(cfg, section, new)
     return cfg
 
 

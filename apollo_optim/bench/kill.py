@@ -80,7 +80,7 @@ def two_runs(steps: int) -> dict[str, RunConfig]:
         dtype: RunConfig(
             model=ModelConfig("llama-1m", dtype=dtype, config={"attention_dropout": 0.1}),
             data=DataConfig(seq_len=64),
-            optim=OptimConfig(name, update_proj_gap=7),
+            optim=OptimConfig(name, knobs={"update_proj_gap": 7}),
             train=TrainConfig(steps=steps, batch_size=4, micro_batch=2, clip=1.0, threads=1),
             eval=EvalConfig(every=10, tokens=2048),
             checkpoint=CheckpointConfig(every=8, keep=2),

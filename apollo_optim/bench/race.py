@@ -103,7 +103,10 @@ def config_of(trial: Trial, out: Path) -> RunConfig:
     cfg.log.display = "none"
     for key, value in method.keys.items():
         section, name = key.split(".")
-        setattr(getattr(cfg, section), name, value)
+        if section == "optim":
+            cfg.optim = cfg.optim.changed(**{name: value})
+        else:
+            setattr(getattr(cfg, section), name, value)
     return cfg
 
 

@@ -1,9 +1,8 @@
 """`apollo-optim optimizers`: the registry, as a table."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from ..train.config import OptimConfig
+from ..train.config import plain
 from .words import Parser
 
 
@@ -24,15 +23,11 @@ def run(argv: Sequence[str]) -> int:
     table.add_column()
     for info in list_optimizers():
         defaults = info.defaults
-        told = ", ".join(f"{key} {plain(defaults[key])}" for key in OptimConfig.__dataclass_fields__ if key in defaults)
+        told = ", ".join(f"{key} {plain(value)}" for key, value in defaults.items())
         table.add_row(info.name, Text.assemble(f"{info.summary}\n{info.paper}\n", (told, "dim")))
     Console(highlight=False).print(table)
+    print(
+        "a+b, as in muon+adamw: hidden matrices follow a; embedding, head and all matrices that a is not for follow b."
+    )
     print("d, n: the small and the large side of a matrix; r: the rank. Every key: apollo-optim pretrain --help")
     return 0
-
-
-def plain(value: Any) -> str:
-    """As a run file would write it."""
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(plain, value))}]"
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value).removeprefix("torch."))

@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
     check_words(parser, args, keys)
     cfg, limit = config_of(args, keys), memory_of(args.memory) if args.memory else None
     from ..plan import Parallel
-    from ..plan.draw import NOTE, table_rows, write_plan
+    from ..plan.draw import NOTE, followed_rows, table_rows, write_plan
     from ..train.plan import budget_of, micro_batch
 
     batch = args.batch or micro_batch(cfg)
@@ -59,6 +59,7 @@ def run(argv: Sequence[str]) -> int:
             largest.append(largest_batch(budget, traces, limit))
     title = title_of(args, cfg, batch)
     print_table(title, table_rows(plans, largest or None), NOTE)
+    print_followed(followed_rows(plans))
     if args.out:
         written = write_plan(plans, title, args.out, largest or None)
         print(f"\npicture: {written.picture}\npage:    {written.page}")
@@ -89,8 +90,12 @@ def names_of(args: argparse.Namespace) -> list[str]:
     """The optimizers that are asked for: those that fit the weights."""
     from apollo_optim import list_optimizers
 
+    from ..optim.recipes import find_optimizer
+
     infos = {info.name: info for info in list_optimizers()}
     for name in args.optimizer or []:
+        if "+" in name:
+            infos[name] = find_optimizer(name)
         if name not in infos:
             there = ", ".join(infos)
             raise InputError(f"--optimizer {name}: no such optimizer{nearest(name, infos)}; there are {there}")
@@ -105,7 +110,9 @@ def make_parser() -> Parser:
         "what", nargs="?", metavar="WHAT", help="a size, a run file, a model's directory or config.json"
     )
     parser.add_argument("--config", metavar="RUN.yaml", help="a run file, instead of WHAT")
-    parser.add_argument("--optimizer", nargs="+", metavar="NAME", help="only these (all that are registered)")
+    parser.add_argument(
+        "--optimizer", nargs="+", metavar="NAME", help="only these (all that are registered), muon+adamw among them"
+    )
     parser.add_argument("--rank", type=int, help="of the optimizers that have no rank of their own (a quarter)")
     parser.add_argument(
         "--bits", type=int, choices=(4, 8, 16, 32), help="of a weight: 4 and 8 are low-bit, 16 bfloat16"
@@ -167,16 +174,16 @@ def config_of(args: argparse.Namespace, keys: list[str]) -> "RunConfig":
 
 def with_optimizer(cfg: "RunConfig", name: str, rank: int | None) -> "RunConfig":
     """The same run with another optimizer: the keys of its rule are not handed on, those of all parameters are."""
-    from apollo_optim import list_optimizers
+    from ..optim.recipes import find_optimizer
 
-    info = next(info for info in list_optimizers() if info.name == name)
-    kept = ("lr", "targets", "exclude", "no_decay", "state_dtype", "rest", "rest_rank")
+    info = find_optimizer(name)
+    kept = ["lr", "targets", "exclude", "no_decay", "state_dtype"]
+    kept += [] if "rest" in info.groups else ["rest", "rest_rank", "embedding", "head"]
     optim = cfg.optim
     if name != optim.name:
-        shared = {key: getattr(optim, key) for key in kept if hasattr(optim, key)}
-        optim = type(optim)(name=name, **shared)
+        optim = type(optim)(name, **{key: getattr(optim, key) for key in kept})
     if rank is not None and info.defaults.get("rank") == "auto":
-        optim = dataclasses.replace(optim, rank=rank)
+        optim = optim.changed(rank=rank)
     return dataclasses.replace(cfg, optim=optim)
 
 
@@ -250,6 +257,22 @@ def print_table(title: str, rows: list[list[str]], note: str) -> None:
             table.add_row(*row, style="bold" if row[0] == "total" else None, end_section=row[0] == "total")
         console.print(table)
     console.print(note, style="dim", highlight=False)
+
+
+def print_followed(rows: list[list[str]]) -> None:
+    """Rule, storage and bytes of every group's state."""
+    from rich.console import Console
+    from rich.table import Table
+
+    head, *body = rows
+    table = Table(
+        title="\nWhat follows what, and its state", title_justify="left", title_style="bold", header_style="bold"
+    )
+    for name in head:
+        table.add_column(name, justify="right" if name == head[-1] else "left", overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
 
 
 def pieces(rows: list[list[str]], width: int) -> list[list[int]]:

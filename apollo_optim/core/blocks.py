@@ -1,7 +1,7 @@
 """Large tensors go through a step in blocks of rows, so that what a step computes with stays small.
 
 A 7B model's embedding has 131 million entries: each fp32 temporary of it would be 0.5 GB. Eager steps therefore cut
-every tensor into blocks of about ``BLOCK`` entries; a compiled step has no temporaries to keep small and is left whole.
+every tensor into blocks of about `BLOCK` entries; a compiled step has no temporaries to keep small and is left whole.
 All of this is about plain tensors: of a DTensor, each rank's own part.
 """
 
@@ -30,9 +30,9 @@ def few_blocks() -> Iterator[None]:
 
 
 def blocks(shape: tuple[int, ...], whole: int = 0, size: int | None = None) -> list[Block]:
-    """Indices that cut a tensor of this shape into parts of about ``size`` (``BLOCK``) entries, in order of memory.
+    """Indices that cut a tensor of this shape into parts of about `size` (`BLOCK`) entries, in order of memory.
 
-    The last ``whole`` dimensions are never cut. One index, (), where there is nothing to cut, and under torch.compile.
+    The last `whole` dimensions are never cut. One index, (), where there is nothing to cut, and under torch.compile.
     """
     most = size or BLOCK
     if torch.compiler.is_compiling() or prod(shape) <= most or len(shape) <= whole:
@@ -47,14 +47,16 @@ def blocks(shape: tuple[int, ...], whole: int = 0, size: int | None = None) -> l
 
 
 def part(t: Tensor, at: Block) -> Tensor:
-    """This block of ``t``, a view. ``t`` may broadcast to what the block was cut from: its dimensions of 1 stay."""
+    """This block of `t`, a view. `t` may broadcast to what the block was cut from: its dimensions of 1 stay."""
     if not at or t.ndim == 0:
         return t
     return t[tuple(s if size > 1 else slice(None) for s, size in zip(at, t.shape, strict=False))]
 
 
 def by_rows(function: Callable[[Tensor, Block], Tensor], t: Tensor) -> Tensor:
-    """``function(rows, block)`` of every block of whole rows, put together: (.., c, k) -> (.., c, x)."""
+    """`function(rows, block)` of every block of whole rows, put together: (.., c, k) -> (.., c, x)."""
+    if t.numel() <= BLOCK:
+        return function(t, ())
     cuts = blocks(tuple(t.shape), whole=1)
     if len(cuts) == 1:
         return function(part(t, cuts[0]), cuts[0])

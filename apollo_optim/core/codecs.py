@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apollo_optim.core.rounding import round_stochastically, spacing
+from apollo_optim.core.rounding import spacing
 
 SCALE = "_scale"  # what the second tensor of a coded slot is called, after the slot
 LEAST_GROUP = 32  # entries that share a scale, at least
@@ -189,14 +189,8 @@ FOUR_BITS = Codec(
 CODECS = {codec.name: codec for codec in (FP32, BF16, EIGHT_BITS, FOUR_BITS)}
 
 
-def store_float(old: Tensor, value: Tensor, finite: Tensor, noise: Tensor | None) -> None:
-    """`old <- value` where `finite`: in its dtype, the one rounding. Without noise, to nearest."""
-    chosen = torch.where(finite, value, old.float())
-    old.copy_(chosen if noise is None else round_stochastically(chosen, noise))
-
-
 def store_codes(old: Tensor, scale: Tensor, value: Tensor, finite: Tensor, noise: Tensor, coding: Coding) -> None:
-    """The same for a slot of codes: whole rows of `value` (.., n), fp32."""
+    """`core.write.store_float` for a slot of codes: whole rows of `value` (.., n), fp32."""
     new = coding.encode(value, noise, scale.shape[-1])
     for here, fresh in zip((old, scale), new, strict=True):
         here.copy_(torch.where(finite, fresh, here.float()))  # a choice between integers is slow when compiled

@@ -15,7 +15,7 @@ COMPILED_FROM = 1 << 18  # entries of a parameter for which compiling (seconds a
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` compiled as one whole graph for the shapes it is first called with.
+    """`function` compiled as one whole graph for the shapes it is first called with.
 
     Every call gives a function of its own (torch counts recompilations per code object and gives up after a few: a
     model has more shapes than that), so call it once per shape and keep the result. Whatever changes from step to step
@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def compiled_in_place(function: Callable[..., None], options: dict[str, Any] = OPTIONS) -> Callable[..., None]:
-    """As ``compiled``, of a function of tensors that writes into them and returns nothing; ``options``: the compiler's.
+    """As `compiled`, of a function of tensors that writes into them and returns nothing; `options`: the compiler's.
 
     Calls after the first go past torch's check of whether the graph fits, which takes longer than a small matrix's
     step. So it is the caller who must keep one for each look of the tensors: shapes, strides, dtypes, device, and the
@@ -118,7 +118,7 @@ def in_memory(value: Tensor) -> Tensor: ...
 @overload
 def in_memory(value: float | Tensor) -> float | Tensor: ...
 def in_memory(value: float | Tensor) -> float | Tensor:
-    """``value``, which a compiler would otherwise compute again for every entry that it is combined with."""
+    """`value`, which a compiler would otherwise compute again for every entry that it is combined with."""
     if isinstance(value, Tensor) and torch.compiler.is_compiling():
         return value.as_strided(value.shape, value.stride())
     return value

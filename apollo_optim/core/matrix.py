@@ -76,11 +76,11 @@ def channel_norms(t: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return _channel_sums(t.float().square(), lies_across(t)).sqrt()
 
-    def rows(block: Tensor, _: Block) -> Tensor:
+    def rows(block: Tensor, _: Block = ()) -> Tensor:
         norms: Tensor = vector_norm(block, dim=-1, keepdim=True, dtype=torch.float32)
         return norms
 
-    return by_rows(rows, t)
+    return rows(t) if t.dtype is torch.float32 else by_rows(rows, t)  # others are copied for it
 
 
 def _channel_sums(t: Tensor, across: bool) -> Tensor:

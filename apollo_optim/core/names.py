@@ -14,7 +14,7 @@ def as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """A plain word is a substring, one with ``* ? [`` a glob over the whole name, ``re:...`` a regular expression."""
+    """A plain word is a substring, one with `* ? [` a glob over the whole name, `re:...` a regular expression."""
     if pattern.startswith("re:"):
         return re.search(pattern[3:], name) is not None
     if is_pattern(pattern):
@@ -52,10 +52,10 @@ def is_vector(name: str, p: Tensor) -> bool:
 
 
 def summary(names: Sequence[str], most: int = 60) -> str:
-    """The names with their layer numbers as ``*``, each once: what there is to choose from."""
+    """The names with their layer numbers as `*`, each once: what there is to choose from."""
     return ", ".join(sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names})[:most])
 
 
 def with_matrices(parameters: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of the modules that hold a matrix themselves, from ``named_parameters(remove_duplicate=False)``."""
+    """The names of the modules that hold a matrix themselves, from `named_parameters(remove_duplicate=False)`."""
     return list(dict.fromkeys(name.rpartition(".")[0] for name, p in parameters if p.ndim >= 2))

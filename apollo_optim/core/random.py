@@ -1,10 +1,10 @@
 """The one source of random numbers: a counter-based integer hash. A file format, with golden values.
 
-A projection, a sign or a rounding bit is ``h(key, index)``: no generator, no stream, no state. So it is the same on
-every device and every shard, in any order, eager or compiled, and a checkpoint need not hold it. ``torch.Generator``
+A projection, a sign or a rounding bit is `h(key, index)`: no generator, no stream, no state. So it is the same on
+every device and every shard, in any order, eager or compiled, and a checkpoint need not hold it. `torch.Generator`
 promises none of this (its streams differ by device, size and release).
 
-Keys are pairs of 32-bit words made on the host from a parameter's seed and a counter (``key_at``); indices are global
+Keys are pairs of 32-bit words made on the host from a parameter's seed and a counter (`key_at`); indices are global
 flat positions. Everything on the device is int32 arithmetic modulo 2^32, which every backend has.
 """
 
@@ -24,6 +24,7 @@ Key = tuple["int | Tensor", "int | Tensor"]  # two int32 words; 0-D tensors wher
 PURPOSES = {"projection": 0, "weight": 1, "exp_avg": 2, "exp_avg_sq": 3}
 
 _64_BITS = (1 << 64) - 1
+_SIGN = 1 << 31
 
 
 def _mix64(z: int) -> int:
@@ -54,19 +55,16 @@ def _before_counting(seed: int, purpose: str) -> int:
 
 
 def key_at(seed: int, purpose: str, counter: int) -> tuple[int, int]:
-    """The key of one draw: ``counter`` is the refresh for a projection and the step for rounding bits."""
+    """The key of one draw: `counter` is the refresh for a projection and the step for rounding bits."""
     z = _mixed_in(_before_counting(seed, purpose), counter) >> 1  # mix_seed(seed, its number, counter)
-    return _as_int32(z & 0xFFFFFFFF), _as_int32((z >> 31) & 0xFFFFFFFF)
-
-
-def _as_int32(word: int) -> int:
-    return word - (1 << 32) if word >= 1 << 31 else word
+    low, high = z & 0xFFFFFFFF, (z >> 31) & 0xFFFFFFFF
+    return low - ((low & _SIGN) << 1), high - ((high & _SIGN) << 1)  # as int32
 
 
 def hash32(index: Tensor, key: Key) -> Tensor:
     """32 random bits for every index.
 
-    ``index``: int64 or int32, any shape, >= 0. Returns int32 of the same shape, uniform over all 2^32 words.
+    `index`: int64 or int32, any shape, >= 0. Returns int32 of the same shape, uniform over all 2^32 words.
     The mixer is "lowbias32" (C. Wellons, 2018, public domain); the second key word goes in between its two
     multiplications, so that two keys never give permutations of one another's stream.
     """
@@ -76,7 +74,7 @@ def hash32(index: Tensor, key: Key) -> Tensor:
     if index.dtype == torch.int64:  # beyond 2^32 elements the high word counts too; for all others it is 0
         x = x ^ ((index >> 32).to(torch.int32) * 0x9E3779B)
     x = x ^ key1
-    x = (x ^ _shift(x, 15)) * _as_int32(0x846CA68B)
+    x = (x ^ _shift(x, 15)) * (0x846CA68B - (1 << 32))
     return x ^ _shift(x, 16)
 
 
@@ -88,7 +86,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 def dither(rows: Tensor, columns: Tensor, key: Key) -> Tensor:
     """What stochastic rounding adds to every entry (.., m, n) of a matrix: uniform in [0, 1) in steps of 2^-16, fp32.
 
-    ``rows`` (.., m) and ``columns`` (n), int32: global positions. Not a hash for each entry, which would cost more than
+    `rows` (.., m) and `columns` (n), int32: global positions. Not a hash for each entry, which would cost more than
     the step it rounds, but one for each row and column: u_ij = frac(a_i t_j + b_i). As a_i is odd, every u_ij is
     uniform and any two are independent, so that errors of rounding add up as if all were. All of it is exact in fp32.
     """
@@ -113,6 +111,7 @@ def uniform(index: Tensor, key: Key) -> Tensor:
 
 def normal_pairs(index: Tensor, key: Key) -> tuple[Tensor, Tensor]:
     """Two independent standard normals for every index (Box & Muller, 1958), fp32."""
-    radius = (-2.0 * uniform(2 * index, key).log()).sqrt()
-    angle = (2.0 * math.pi) * uniform(2 * index + 1, key)
+    second = torch.arange(2, dtype=index.dtype, device=index.device)
+    u, v = uniform(2 * index + second.view(2, *[1] * index.ndim), key)  # of numbers 2i and 2i + 1
+    radius, angle = (-2.0 * u.log()).sqrt(), (2.0 * math.pi) * v
     return radius * angle.cos(), radius * angle.sin()

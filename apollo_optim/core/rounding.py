@@ -7,7 +7,7 @@ from torch import Tensor
 def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
     """fp32 -> bf16, up with a probability equal to the part of the way up it is, so that the mean is the number.
 
-    ``value``: fp32; ``noise``: fp32 of the same shape, uniform in [0, 1) in steps of 2^-16. A bf16 is the top half of
+    `value`: fp32; `noise`: fp32 of the same shape, uniform in [0, 1) in steps of 2^-16. A bf16 is the top half of
     an fp32: adding 16 random bits carries into the top half as often as it should. Bits are of magnitudes, and a
     magnitude grows downwards where the number is negative. NaN and infinities stay what they are.
     """
@@ -35,14 +35,9 @@ def _on_a_grid(value: Tensor, noise: Tensor) -> Tensor:
 
 
 def spacing(value: Tensor, bits: int) -> Tensor:
-    """Of the floats with so many bits of mantissa, at ``value``: its leading power of two times 2^-bits.
+    """Of the floats with so many bits of mantissa, at `value`: its leading power of two times 2^-bits.
 
     Two roundings lay that bare (Rump, 2009, "ufp").
     """
     scaled = value * ((2.0**23 + 1) * 2.0**-bits)
     return (scaled - scaled * (1 - 2.0**-24)).abs()
-
-
-def store(target: Tensor, value: Tensor, noise: Tensor | None) -> None:
-    """``target <- value`` in the target's dtype: the one rounding. Without noise, to nearest."""
-    target.copy_(value if noise is None else round_stochastically(value, noise))

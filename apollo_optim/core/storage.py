@@ -7,23 +7,23 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def parts(t: Tensor) -> dict[str, Tensor]:
-    """The plain tensors behind ``t`` by name: ``{"": t}`` unless ``t`` says otherwise (``_parts``)."""
+    """The plain tensors behind `t` by name: `{"": t}` unless `t` says otherwise (`_parts`)."""
     own: dict[str, Tensor] = t._parts() if hasattr(t, "_parts") else {"": t}
     return own
 
 
 def nbytes(t: Tensor) -> int:
-    """Bytes of ``t`` as it is stored, on any device, meta too."""
+    """Bytes of `t` as it is stored, on any device, meta too."""
     return sum(part.numel() * part.element_size() for part in parts(t).values())
 
 
 def writes_itself(t: Tensor) -> bool:
-    """Does ``t`` know better than ``core.write`` how a step is written into it?"""
+    """Does `t` know better than `core.write` how a step is written into it?"""
     return hasattr(t, "_write_update_")
 
 
 def rebuilt(t: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """A tensor of the same kind whose plain tensors are ``make`` of those of ``t``."""
+    """A tensor of the same kind whose plain tensors are `make` of those of `t`."""
     if not is_traceable_wrapper_subclass(t):
         return make(t)
     names, context = t.__tensor_flatten__()
@@ -33,6 +33,6 @@ def rebuilt(t: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def is_finite(t: Tensor) -> bool:
-    """No NaN, no infinity; without a temporary of ``t``'s size. Waits for the device."""
+    """No NaN, no infinity; without a temporary of `t`'s size. Waits for the device."""
     plain = (part for part in parts(t).values() if part.is_floating_point() and part.numel())
     return all(bool(end.isfinite()) for part in plain for end in part.detach().aminmax())

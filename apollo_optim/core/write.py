@@ -1,4 +1,4 @@
-"""The only place a weight of floats is written."""
+"""The only place where floats are written, of a weight or of its state: each once a step, and rounded once."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from apollo_optim.core.blocks import Block, blocks, part
 from apollo_optim.core.compile import in_memory
 from apollo_optim.core.matrix import Number
-from apollo_optim.core.rounding import store
+from apollo_optim.core.rounding import round_stochastically
 
 Noise = Callable[[Block], Tensor]
 """The noise of stochastic rounding for a block."""
@@ -48,6 +48,15 @@ def write_block(
     """The arithmetic of `write`, of one block."""
     # in memory: a compiler would make them anew for every few entries, roots and quotients of norms included
     keep, size, finite = in_memory(1 - lr * weight_decay), in_memory(factor * lr), in_memory(finite)
-    old = weight.reshape(tensor.shape).float()
+    flat = weight.shape != tensor.shape
+    old = (weight.reshape(tensor.shape) if flat else weight).float()
     stepped = torch.where(finite, old * keep - tensor.float() * size, old)
-    store(weight, stepped.view(weight.shape), None if noise is None else noise.view(weight.shape))
+    if flat:
+        stepped, noise = stepped.view(weight.shape), None if noise is None else noise.view(weight.shape)
+    weight.copy_(stepped if noise is None else round_stochastically(stepped, noise))
+
+
+def store_float(old: Tensor, value: Tensor, finite: Tensor, noise: Tensor | None) -> None:
+    """`old <- value` where `finite`: state, in its dtype. Without noise, to nearest."""
+    chosen = torch.where(finite, value, old.float())
+    old.copy_(chosen if noise is None else round_stochastically(chosen, noise))

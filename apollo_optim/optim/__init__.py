@@ -1,7 +1,7 @@
 """Optimizers. `apollo_optim` hands these names on."""
 
 from apollo_optim.optim.classes import AdamW, Apollo, ApolloMini
-from apollo_optim.optim.describe import describe
+from apollo_optim.optim.describe import describe, rule_of
 from apollo_optim.optim.groups import param_groups
 from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.optim.recipes import Recipe, build_optimizer, list_optimizers
@@ -21,4 +21,5 @@ __all__ = [
     "param_groups",
     "register",
     "release",
+    "rule_of",
 ]

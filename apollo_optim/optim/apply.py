@@ -4,22 +4,21 @@
 Everything here is this rank's part; what is sharded, and how, the `Place`s of `Static` know.
 """
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from apollo_optim.core.blocks import Block, blocks, part
-from apollo_optim.core.codecs import SCALE, Codec, Coding, store_codes, store_float
+from apollo_optim.core.codecs import SCALE, Codec, Coding, store_codes
 from apollo_optim.core.compile import in_memory
 from apollo_optim.core.matrix import Number, channel_norms, full_norm
 from apollo_optim.core.place import Place
 from apollo_optim.core.random import Key
-from apollo_optim.core.storage import writes_itself
-from apollo_optim.core.write import write, write_block
+from apollo_optim.core.write import store_float, write, write_block
 from apollo_optim.rules import Rule
 from apollo_optim.rules.base import Scalars, Slot, State
 
@@ -28,35 +27,43 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Stored:
-    """How one slot is stored, and where this rank's part of it lies."""
+    """How one slot is stored, and where this rank's part of it lies.
+
+    Attributes:
+        coding: Of codes; None for floats.
+    """
 
     slot: Slot
     codec: Codec
     place: Place
-
-    @property
-    def coding(self) -> Coding | None:
-        """Of codes; None for floats."""
-        return self.codec.coding.get(self.slot.kind)
+    coding: Coding | None
 
 
 @dataclass(frozen=True)
 class Static:
-    """What stays from step to step: a compiled step is specialised on it."""
+    """What stays from step to step: a compiled step is specialised on it.
+
+    Attributes:
+        conv: Is the gradient flattened to (out, the rest)?
+        wide: Does the rule see a transpose?
+        place: Of the matrix form, as it lies.
+        seen: Of the rule's view.
+        stochastic: Is the weight rounded stochastically?
+        own: Does the weight write itself? (A low-bit one does.)
+        small: Is it one block?
+        phase: Of the rule.
+    """
 
     rule: Rule
     conv: bool
-    """Is the gradient flattened to (out, the rest)?"""
     wide: bool
-    """Does the rule see a transpose?"""
     place: Place
-    """Of the matrix form, as it lies."""
     seen: Place
-    """Of the rule's view."""
     slots: tuple[tuple[str, Stored], ...]
     stochastic: bool
-    """Is the weight rounded stochastically?"""
     maximize: bool
+    own: bool
+    small: bool
     phase: Hashable = None
 
     @property
@@ -103,11 +110,11 @@ def apply_update(static: Static, weight: Tensor, grad: Tensor, tensors: Tensors,
     """
     seen = _observe(static, grad, tensors, inputs)
     lr, weight_decay, key = inputs.numbers["lr"], inputs.numbers["weight_decay"], inputs.keys.get("weight")
-    for at in _cuts(static, weight, seen.matrix):
+    for at in [()] if static.small else _cuts(static, weight, seen.matrix):
         step = _update(static, seen, tensors, inputs, at)
-        if writes_itself(weight):
+        if static.own:
             weight._write_rows_(at, *step, lr, weight_decay, key)  # type: ignore[attr-defined]
-        elif at:
+        elif at or static.small:
             noise = None if key is None else static.place.noise(seen.matrix, key, at)
             write_block(part(weight, at), *step, lr, weight_decay, noise)
         else:
@@ -123,7 +130,7 @@ def compute_update(static: Static, grad: Tensor, tensors: Tensors, inputs: Input
 def broadcast_like(per_matrix: Tensor, t: Tensor) -> Tensor:
     """One number a matrix, (..), in a shape that broadcasts to (.., m, n)."""
     missing = t.ndim - per_matrix.ndim
-    return per_matrix[(..., *[None] * missing)] if missing else per_matrix
+    return per_matrix[(..., *[None] * missing)] if missing and per_matrix.ndim else per_matrix
 
 
 def _observe(static: Static, grad: Tensor, tensors: Tensors, inputs: Inputs) -> _Seen:
@@ -136,25 +143,29 @@ def _observe(static: Static, grad: Tensor, tensors: Tensors, inputs: Inputs) -> 
     s: dict[str, Any] = {**inputs.numbers, **inputs.keys, "phase": static.phase}
     found = static.rule.observe(view, state, s, static.seen)
     norm = found.pop("grad_norm") if "grad_norm" in found else _grad_norm(static, view)
-    finite = in_memory(torch.isfinite(norm))
+    finite = in_memory(norm < math.inf)  # no norm is negative
     for name, stored in static.slots:
         if name in found:
             value = found[name]
             where = static.seen.every_matrix(finite) if stored.slot.split == "whole" else finite
-            for at in [()] if stored.coding is not None else blocks(tuple(value.shape)):
-                _store(name, stored, part(value, at), tensors, where, value, inputs, at)
+            for at in [()] if static.small or stored.coding is not None else blocks(tuple(value.shape)):
+                _store(name, stored, part(value, at) if at else value, tensors, where, value, inputs, at)
     tensors["skipped"].add_(~finite)
     return _Seen(matrix, view, state.with_seen(found), s, finite)
 
 
 def _update(static: Static, seen: _Seen, tensors: Tensors, inputs: Inputs, at: Block) -> Step:
     """The step of one block, as it lies; its state is stored."""
-    here = _as_seen(static, at, seen.matrix.ndim)
-    new = static.rule.update(part(seen.view, here), seen.state.at(here), seen.s)
+    here, view, finite = at, seen.view, seen.finite
+    if at:
+        here = _as_seen(static, at, seen.matrix.ndim)
+        view, finite = part(view, here), part(broadcast_like(finite, seen.matrix), at)
+    elif finite.ndim:
+        finite = broadcast_like(finite, seen.matrix)
+    new = static.rule.update(view, seen.state.at(here), seen.s)
     for name, stored in static.slots:
         if name in new.state:
             _store(name, stored, new.state[name], tensors, seen.finite, seen.view, inputs, here)
-    finite = part(broadcast_like(seen.finite, seen.matrix), at)
     if not static.wide:
         return Step(new.tensor, new.factor, finite)
     factor = new.factor.mT if isinstance(new.factor, Tensor) and new.factor.ndim > 1 else new.factor
@@ -171,7 +182,7 @@ def _grad_norm(static: Static, view: Tensor) -> Tensor:
 
 def _cuts(static: Static, weight: Tensor, matrix: Tensor) -> list[Block]:
     """The blocks of the matrix that are stepped one after the other, so that temporaries stay small."""
-    own = writes_itself(weight)  # it goes through blocks of its own, unless state must come along
+    own = static.own  # it goes through blocks of its own, unless state must come along
     if not static.rule.blockwise or (own and not static.full_state):
         return [()]
     rows = own or static.rule.view != "any" or weight.ndim != matrix.ndim
@@ -190,15 +201,15 @@ def _store(
     name: str, stored: Stored, value: Tensor, tensors: Tensors, finite: Tensor, like: Tensor, inputs: Inputs, at: Block
 ) -> None:
     """One block of one slot, where finite. `like`: all of the slot, for the positions of its entries."""
+    old = part(tensors[name], at) if at else tensors[name]
     if stored.slot.kind == "drawn":  # a draw has nothing to do with this gradient
-        part(tensors[name], at).copy_(value)
+        old.copy_(value)
         return
-    here = part(broadcast_like(finite, like), at)
-    key = inputs.keys.get(name)
-    noise = None if key is None else stored.place.noise(like, key, at)
+    if finite.ndim:
+        finite = part(broadcast_like(finite, like), at)
+    noise = stored.place.noise(like, inputs.keys[name], at) if name in inputs.keys else None
     if stored.coding is None:
-        store_float(part(tensors[name], at), value, here, noise)
+        store_float(old, value, finite, noise)
         return
     assert noise is not None  # codes are always rounded stochastically
-    scale = part(tensors[name + SCALE], at[: like.ndim - 1])
-    store_codes(part(tensors[name], at), scale, value, here, noise, stored.coding)
+    store_codes(old, part(tensors[name + SCALE], at[: like.ndim - 1]), value, finite, noise, stored.coding)

@@ -1,4 +1,4 @@
-"""The step compiled: what `apply.apply_update` defines, one graph for each look of a parameter.
+"""The step compiled: what `apply.apply_update` defines, one graph for each signature of a parameter.
 
 A compiled step passes over the gradient twice, once to see it and once to write the weight, and makes nothing of its
 size in between. Nothing that changes from step to step is compiled in, so a schedule, a seed or a resumed run compiles
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from apollo_optim.core.compile import COMPILED_FROM, compiled, compiled_in_place
 from apollo_optim.core.random import Key
-from apollo_optim.core.storage import writes_itself
 from apollo_optim.optim.apply import Inputs, Static, Tensors, apply_update, compute_update
 
 Graphs = dict[Any, Callable[..., Any]]
+Memo = dict[int, Tensor]
 
 
 def is_compiled(choice: bool | None, p: Tensor, device_type: str) -> bool:
@@ -26,23 +26,42 @@ def is_compiled(choice: bool | None, p: Tensor, device_type: str) -> bool:
 
 
 def prepare_compiled(
-    graphs: Graphs, static: Static, weight: Tensor, grad: Tensor, tensors: Tensors, inputs: Inputs
+    graphs: Graphs,
+    known: Graphs,
+    memo: Memo,
+    static: Static,
+    weight: Tensor,
+    grad: Tensor,
+    tensors: Tensors,
+    inputs: Inputs,
 ) -> Callable[[], None]:
-    """`apply_update` by a graph of `graphs`, which is made if there is none for this look yet.
+    """`apply_update` by a graph of `graphs`, which is made if there is none for this signature yet.
 
     A weight that writes itself has a compiled way of doing so; of its step only the rest is compiled here, and nothing
     of a rule whose state is as large as the weight: its step goes from block to block.
+
+    Args:
+        known: The graphs of parameters that differ in nothing else, so that of `static` only the phase has to be
+            looked at.
+        memo: See `as_tensors`.
     """
-    own = writes_itself(weight)
-    if own and static.full_state:
+    if static.own and static.full_state:
         return partial(apply_update, static, weight, grad, tensors, inputs)
-    given = [*([] if own else [weight]), grad, *tensors.values(), *as_tensors(inputs, grad.device)]
-    key = (grad.device, torch.get_num_threads(), static, *((t.shape, t.stride(), t.dtype) for t in given))
-    if key not in graphs:
-        make = _computing if own else _applying
-        graphs[key] = make(static, list(tensors), list(inputs.numbers), list(inputs.keys))
-    graph = graphs[key]
-    return partial(_write_itself, graph, weight, given, inputs) if own else partial(graph, *given)
+    given = [grad, *tensors.values(), *as_tensors(inputs, grad.device, memo)]
+    if not static.own:
+        given.insert(0, weight)
+    seen = [static.phase, torch.get_num_threads(), grad.device]
+    for t in given:
+        seen += t.shape, t.stride(), t.dtype
+    key = tuple(seen)
+    if key not in known:
+        everything = static, key
+        if everything not in graphs:
+            make = _computing if static.own else _applying
+            graphs[everything] = make(static, list(tensors), list(inputs.numbers), list(inputs.keys))
+        known[key] = graphs[everything]
+    graph = known[key]
+    return partial(_write_itself, graph, weight, given, inputs) if static.own else partial(graph, *given)
 
 
 def _write_itself(graph: Callable[..., Any], weight: Any, given: list[Tensor], inputs: Inputs) -> None:
@@ -71,17 +90,23 @@ def _state_and_inputs(
     return dict(zip(names, others[:n], strict=True)), from_tensors(others[n:], numbers, keys)
 
 
-def as_tensors(inputs: Inputs, device: torch.device) -> list[Tensor]:
+def as_tensors(inputs: Inputs, device: torch.device, memo: Memo) -> list[Tensor]:
     """All of them as tensors, so that no value is compiled in: `from_tensors` goes back.
 
     For a CPU two tensors, fp32 and int32. The kernels of a GPU take numbers of the host one by one, so that nothing has
     to be copied there.
+
+    Args:
+        memo: The fp32 tensors that were made of the same `numbers` object, by its id, while that is in use.
     """
-    plain, words = list(inputs.numbers.values()), [word for key in inputs.keys.values() for word in key]
-    if device.type == "cpu":
-        return [torch.tensor(plain, dtype=torch.float32), *([torch.tensor(words, dtype=torch.int32)] if words else [])]
-    scalars = [torch.as_tensor(value, dtype=torch.float32) for value in plain]
-    return [*scalars, *(torch.tensor(word, dtype=torch.int32) for word in words)]
+    words = [word for key in inputs.keys.values() for word in key]
+    if device.type != "cpu":
+        scalars = [torch.as_tensor(value, dtype=torch.float32) for value in inputs.numbers.values()]
+        return [*scalars, *(torch.tensor(word, dtype=torch.int32) for word in words)]
+    numbers = id(inputs.numbers)
+    if numbers not in memo:
+        memo[numbers] = torch.tensor(list(inputs.numbers.values()), dtype=torch.float32)
+    return [memo[numbers], *([torch.tensor(words, dtype=torch.int32)] if words else [])]
 
 
 def from_tensors(given: Sequence[Tensor], numbers: list[str], keys: list[str]) -> Inputs:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.matrix import matrix_shape
 from apollo_optim.core.names import as_tuple, is_pattern, is_router, is_vector, matches, summary, with_matrices
-from apollo_optim.optim.knobs import GENERAL, Group, check_parameter, find_rule
+from apollo_optim.optim.knobs import GENERAL, Group, check_group, check_parameter, find_rule, make_rule
+from apollo_optim.optim.parameter import applies
 
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("lm_head", "embed_out", "output", "head", "score", "classifier")
@@ -31,7 +32,7 @@ def param_groups(
     exclude: str | Sequence[str] = (),
     no_decay: str | Sequence[str] = ("bias", "norm"),
     rest: str = "adamw",
-    rest_rank: int | None = None,
+    rest_rank: int | str | None = None,
     rest_lr: float | None = None,
     embedding_lr: float | None = None,
     head_lr: float | None = None,
@@ -50,7 +51,8 @@ def param_groups(
     Args:
         rank: Of the projection. "auto" is a quarter of the most common small side (the paper's d/4). None makes the
             same groups without one, for AdamW and all rules that have no rank.
-        rule: Of `matrices`; None: that of the optimizer that they are for.
+        rule: Of `matrices`; matrices that it does not apply to are `others` then. None: the rule is that of the
+            optimizer that the groups are for, which looks at their shapes later.
         targets: Which modules' matrices follow the rule. Each is matched against the module's full name: a plain word
             as a substring, one with `* ? [` as a glob over the whole name, `re:...` as a regular expression that
             may match anywhere; `"all-linear"` is every matrix that activations are multiplied by - linear layers,
@@ -61,26 +63,29 @@ def param_groups(
         rest: What `embedding`, `head` and `others` follow (norms and all that is 1-D always follow AdamW): the name of
             a rule ("adamw"; "adafactor", second moments factored into rows and columns and no first; "scale", the
             gradient normalised - the head's rows after a momentum of 0.9, the embedding's columns, other matrices'
-            rows; ...), with "8bit" or "4bit" after it if its state is to be stored so ("adamw8bit"). "apollo" is the
-            optimizer's own rule, if it has a rank.
-        rest_rank: With `rest="apollo"`, their rank; None: the matrices'.
+            rows; ...), with "8bit" or "4bit" after it if its state is to be stored so ("adamw8bit"). Where no `rule` is
+            named, "apollo" is the optimizer's own, if it has a rank.
+        rest_rank: Their rank, if they follow a rule with one; None: the rule's own or, as "auto", a quarter of the most
+            common small side of the matrices; with `rest="apollo"` the matrices'.
         rest_lr: Learning rate of all groups but `matrices`.
         embedding_lr, head_lr, norm_lr: Learning rates of `embedding`, `head` and `norms` apart; each falls back to
             `rest_lr`, and that to the optimizer's `lr`.
         embedding, head, others: As `rest`, for one of them.
         **knobs: Go into every group that they mean something to: `lr`, `weight_decay`, ... into all, the rule's own
-            (`scale`, `proj`, ...) into `matrices`.
+            (`scale`, `proj`, ...) into `matrices`, `betas` and `eps` into all that are Adam's. Where a `rule` is named,
+            a knob that it does not have is one of the other groups' rules.
 
     Raises InputError for a target, an exclusion that matches nothing, listing what exists, for a `rest` that is no
-    rule, for `rest="apollo"` without a rank, and for the rate of a group that this model does not have.
+    rule, for `rest="apollo"` without a rank, for a `rule` that no matrix can follow, and for the rate of a group that
+    this model does not have.
     """
     choices = {"embedding": embedding or rest, "head": head or rest, "others": others or rest, "norms": "adamw"}
-    for choice in choices.values():
-        if choice == "apollo" and rank is None:
-            raise InputError("rest='apollo' is the rule of an optimizer with a rank: name a rank, or another rest")
-        rule_and_codec(choice)
-    if "apollo" not in choices.values() and rest_rank is not None:
-        raise InputError(f"rest_rank={rest_rank} means nothing to rest={rest!r}: only rest='apollo' has a rank")
+    own_rule = "apollo" if rule is None else rule  # what the choices call the rule of the matrices
+    if rule is None and rank is None and own_rule in choices.values():
+        raise InputError("rest='apollo' is the rule of an optimizer with a rank: name a rank, or another rest")
+    theirs = {choice: rule_and_codec(choice) for choice in choices.values()}
+    if rest_rank is not None and not any("rank" in find_rule(their["rule"]).knobs() for their in theirs.values()):
+        raise InputError(f"rest_rank={rest_rank} means nothing to rest={rest!r}, which has no rank: leave it out")
     targets, exclude, no_decay = (as_tuple(x) for x in (targets, exclude, no_decay))
     owners = _owners(model)
     output = _head_of(model)
@@ -95,10 +100,18 @@ def param_groups(
         members.setdefault((kind, decays, conv), []).append((name, p))
     _check_cover(targets, exclude, used, model)
 
+    quarter = _quarter(members)
+    rest_rank = quarter if rest_rank == "auto" else rest_rank
+    own = knobs | ({} if rank is None else {"rank": quarter if rank == "auto" else rank})
+    elsewhere: Group = {} if rest_rank is None else {"rank": rest_rank}
+    if rule is not None:
+        own |= rule_and_codec(rule)
+        known = {key for their in theirs.values() for key in find_rule(their["rule"]).knobs()}
+        foreign = known - find_rule(own["rule"]).knobs().keys()
+        elsewhere = {key: own.pop(key) for key in foreign if key in own} | elsewhere
+        _move_small(members, own, shaped=choices["others"] != "adamw")
     apart = {"embedding": embedding_lr, "head": head_lr, "norms": norm_lr}
     rates = _rates(rest_lr, apart, {kind for kind, _, _ in members})
-    ranked: Group = {} if rank is None else {"rank": _quarter(members) if rank == "auto" else rank}
-    own = knobs | ranked | ({} if rule is None else rule_and_codec(rule))
     groups = []
     for kind, decays, conv in sorted(members, key=lambda key: (KINDS.index(key[0]), not key[1], key[2])):
         alone = sum(other[0] == kind for other in members) == 1
@@ -110,18 +123,25 @@ def param_groups(
         }
         if kind == "matrices":
             group |= own
-        elif choices[kind] == "apollo":
+        elif choices[kind] == own_rule and kind != "norms":
             group |= own | ({} if rest_rank is None else {"rank": rest_rank})
         else:
-            chosen = rule_and_codec(choices[kind])
-            known = find_rule(chosen["rule"]).knobs().keys() & {"betas", "eps"} | GENERAL.keys() - {"rule"}
-            group |= {key: value for key, value in knobs.items() if key in known} | chosen
-            group |= SCALE_RULES[kind] if chosen["rule"] == "scale" else {}
+            group |= _of_rest(kind, theirs[choices[kind]], knobs, elsewhere, quarter)
         group |= {"view": "conv"} if conv else {}
         group |= {} if decays else {"weight_decay": 0.0}
         group |= {} if rates.get(kind) is None else {"lr": rates[kind]}
         groups.append(group)
     return groups
+
+
+def _of_rest(kind: str, their: Group, knobs: Group, elsewhere: Group, quarter: int) -> Group:
+    """What a group says that does not follow the rule of the matrices, but `their` rule."""
+    cls = find_rule(their["rule"])
+    known = cls.knobs().keys() & {"betas", "eps"} | GENERAL.keys() - {"rule"}
+    group = {key: value for key, value in knobs.items() if key in known} | their
+    group |= SCALE_RULES[kind] if cls.name == "scale" else {}
+    group |= {"rank": quarter} if "rank" in cls.knobs().keys() - cls.defaults().keys() else {}
+    return group | {key: value for key, value in elsewhere.items() if key in cls.knobs()}
 
 
 _INSTEAD = {
@@ -225,4 +245,20 @@ def _quarter(members: dict[tuple[str, bool, bool], list[tuple[str, Tensor]]]) ->
         for _, p in named
         if p.requires_grad or not trained
     )
-    return max(1, sides.most_common(1)[0][0] // 4)
+    return max(1, sides.most_common(1)[0][0] // 4) if sides else 1
+
+
+def _move_small(members: dict[tuple[str, bool, bool], list[tuple[str, Tensor]]], own: Group, shaped: bool) -> None:
+    """Make `others` of the matrices that their rule does not apply to."""
+    group = {"otherwise": "adamw", **own, "params": []}
+    check_group(group, "param_groups")
+    rule = make_rule(group["rule"], group)
+    for _, decays, conv in [key for key in members if key[0] == "matrices"]:
+        for named in members.pop(("matrices", decays, conv)):
+            fits = applies(rule, named[1], "conv" if conv else group.get("view"))
+            key = ("matrices", decays, conv) if fits else ("others", decays, conv and shaped)
+            members.setdefault(key, []).append(named)
+    if not any(kind == "matrices" for kind, _, _ in members):
+        why = ": every small side is no larger. Choose a smaller rank"
+        why = f" at rank {group['rank']}{why}" if "rank" in group else ""
+        raise InputError(f"{rule.name}: no matrix follows the rule{why}")

@@ -1,7 +1,7 @@
 """The keys of a parameter group: whose they are, what each may be, and what a wrong one is told."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -80,6 +80,28 @@ def known_keys(rules: Iterable[type[Rule]]) -> dict[str, Knob]:
     return {**GENERAL, **{key: kind for rule in rules for key, kind in rule.knobs().items()}}
 
 
+def tidy(group: Group) -> None:
+    """Bring other spellings of values into the form in which they are kept."""
+    if group.get("proj") == RANDOM:
+        group["proj"] = "gaussian"
+    if isinstance(group.get("state_dtype"), torch.dtype):
+        group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
+
+
+def check_keys(keys: Mapping[str, Any], rules: Sequence[type[Rule]], where: str, what: str = "group") -> None:
+    """Refuse a key that none of these rules knows, naming its owners or the nearest, and a value out of range."""
+    known = known_keys(rules)
+    for key, value in keys.items():
+        if key not in known:
+            owners = [rule.name for rule in RULES.values() if key in rule.knobs()]
+            hint = nearest(key, known)
+            if owners:
+                hint = f"It is a key of {', '.join(owners)}; this {what} follows {rules[0].name!r}. Leave it out"
+            raise InputError(f"{where}: unknown key {key!r}. {hint}")
+        if not known[key].fits(value):
+            raise InputError(f"{where}: {key}={value!r}, but it must be {known[key].wanted}")
+
+
 def check_group(group: Group, owner: str) -> None:
     """Refuse what a group must not say, naming the key, and bring it into the form in which it is kept.
 
@@ -88,27 +110,13 @@ def check_group(group: Group, owner: str) -> None:
     """
     where = f"{owner}, group {group['name']!r}" if "name" in group else owner
     rules = [find_rule(group[key]) for key in ("rule", "otherwise")]
-    known = known_keys(rules)
     if group.pop("proj_type", "std") != "std":
         raise InputError(
             f'{where}: proj_type must be "std": the side to compress is always the smaller one (the paper\'s rule), so '
             "the other types of apollo-torch have nothing to choose; leave the key out"
         )
-    if group.get("proj") == RANDOM:
-        group["proj"] = "gaussian"
-    if isinstance(group.get("state_dtype"), torch.dtype):
-        group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
-    for key, value in group.items():
-        if key in PASSED:
-            continue
-        if key not in known:
-            owners = [rule.name for rule in RULES.values() if key in rule.knobs()]
-            hint = nearest(key, known)
-            if owners:
-                hint = f"It is a key of {', '.join(owners)}; this group follows {group['rule']!r}. Leave it out"
-            raise InputError(f"{where}: unknown key {key!r}. {hint}")
-        if not known[key].fits(value):
-            raise InputError(f"{where}: {key}={value!r}, but it must be {known[key].wanted}")
+    tidy(group)
+    check_keys({key: value for key, value in group.items() if key not in PASSED}, rules, where)
     lacking = [key for key in rules[0].knobs() if key not in group and key not in rules[0].defaults()]
     if lacking:
         raise InputError(f"{where}: the rule {group['rule']!r} needs {lacking[0]}")

@@ -15,10 +15,11 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.core.names import unwrapped
 from apollo_optim.core.random import mix_seed, name_word
 from apollo_optim.optim.apply import apply_update
-from apollo_optim.optim.compiled import Graphs, is_compiled, prepare_compiled
+from apollo_optim.optim.compiled import Graphs, Memo, prepare_compiled
+from apollo_optim.optim.describe import warn_of_others
 from apollo_optim.optim.knobs import GENERAL, PASSED, Group, check_group, find_rule, known_keys
 from apollo_optim.optim.loading import fit_groups, fit_state
-from apollo_optim.optim.parameter import Known, arguments, init_state
+from apollo_optim.optim.parameter import Known, Shared, chosen_rule, init_state, local_parts, static_of
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -70,6 +71,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.compile = compile
         self._rule, self._otherwise, self._knobs = rule, otherwise, knobs
         self._incoming: dict[Tensor, Any] | None = None
+        self._had_matrices: list[bool] = []  # by group, when it was made
         self.graphs: Graphs = {}
         self._forget()
         if rule is not None:
@@ -85,6 +87,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if rule is not None:  # torch's schedulers look there for betas or a momentum to cycle
             cls = find_rule(rule)
             self.defaults |= cls.defaults() | {key: knobs[key] for key in cls.knobs() if key in knobs}
+        warn_of_others(self.name, rule, self.param_groups)
 
     def _check_knobs(self) -> None:
         known = known_keys([find_rule(name) for name in (self._rule, self._otherwise) if name is not None])
@@ -109,6 +112,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._name(param_group)
         known = known_keys([find_rule(param_group[key]) for key in ("rule", "otherwise")]).keys() | PASSED
         super().add_param_group(param_group)
+        self._had_matrices.append(any(p.ndim > 1 for p in param_group["params"]))
         for key in self.defaults.keys() - known:  # torch fills in what another rule knows
             param_group.pop(key)
 
@@ -177,38 +181,70 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _take(self, pairs: list[tuple[Group, list[Tensor]]]) -> None:
         """Step them, all of them prepared first: a large matrix leaves nothing of Python in a core's cache."""
-        for p in (p for _, params in pairs for p in params):
-            if p.grad is None or p.grad.is_sparse:
-                shape = tuple(p.shape)
-                raise InputError(f"no dense gradient of the parameter {shape}; nn.Embedding(sparse=False) gives one")
+        for _, params in pairs:
+            for p in params:
+                if p.grad is None or p.grad.is_sparse:
+                    raise InputError(
+                        f"no dense gradient of the parameter {tuple(p.shape)}; nn.Embedding(sparse=False) gives one"
+                    )
         steps = []
+        memo: Memo = {}
         for group, params in pairs:
-            knobs = tuple(value for key, value in group.items() if key not in _PER_STEP)
-            steps += [self._prepared(p, group, knobs) for p in params]
+            knobs = [value for key, value in group.items() if key not in _PER_STEP]
+            for p in params:
+                known, state = self._known.get(p), self.state[p]
+                if known is None or not known.fits(group, knobs, state):
+                    known = self._learn(p, group, knobs, state)
+                steps.append(self._prepared(p, known, state, memo))
         for take in steps:
             take()
 
-    def _prepared(self, p: Tensor, group: Group, knobs: tuple[Any, ...]) -> Callable[[], None]:
-        """One parameter's step, all but what is done to its tensors."""
-        known, state = self._known.get(p), self.state[p]
-        if known is None or not known.fits(group, knobs, state):
-            if not state:
-                state.update(init_state(p, group, self._seed(p, group)))
-            known = self._known[p] = Known(p, group, knobs, state)
-        state["step"] += 1
+    def _learn(self, p: Tensor, group: Group, knobs: list[Any], state: dict[str, Any]) -> Known:
+        """What stays of a parameter from step to step; its state, where there is none yet."""
+        self._refuse_flat(p, group)
+        if not state:
+            state.update(init_state(p, group, self._seed(p, group)))
+        rule = chosen_rule(p, group)
+        static = static_of(p, group, rule)
+        of_group = id(group), rule, static
+        if of_group not in self._shared:
+            self._shared[of_group] = Shared(group, rule, static)
+        known = self._known[p] = Known(p, group, knobs, state, self._shared[of_group])
+        return known
+
+    def _prepared(self, p: Tensor, known: Known, state: dict[str, Any], memo: Memo) -> Callable[[], None]:
+        """One parameter's step, all but what is done to its tensors. `memo`: of those that are prepared together."""
+        state["step"].add_(1)
         step = int(state["step"].item())  # on the CPU: no device waits for it
         assert p.grad is not None  # it was there when the step began
-        given = known.at(step), *arguments(p, p.grad), known.tensors, known.inputs(step)
-        sharded = known.static.place.mesh is not None  # steps eagerly
-        if not sharded and is_compiled(self.compile, p, p.device.type) and can_compile(p.device.type):
-            return prepare_compiled(self.graphs, *given)
+        weight, grad = local_parts(p, p.grad) if known.sharded else (p, p.grad)
+        shared = known.shared
+        given = shared.at(step), weight, grad, known.tensors, known.inputs(step)
+        if (known.compiled if self.compile is None else self.compile) and can_compile(p.device.type):
+            return prepare_compiled(self.graphs, shared.graphs, memo, *given)
         return partial(apply_update, *given)
+
+    def _refuse_flat(self, p: Tensor, group: Group) -> None:
+        """Raise InputError where other tools have put flat partitions in the place of a group's matrices.
+
+        Their rule applies to none of them, so that everything would follow `otherwise` without a word.
+        """
+        if p.ndim > 1 or find_rule(group["rule"]).view == "any" or any(q.ndim > 1 for q in group["params"]):
+            return
+        groups = zip(self.param_groups, self._had_matrices, strict=True)
+        if any(had for other, had in groups if other is group):
+            raise InputError(
+                f"{self.name}: flat parameters (partitions of DeepSpeed ZeRO, FSDP1) took the place of the matrices of "
+                f"group {group.get('name', '')!r}, and {group['rule']!r} needs rows and columns. Shard with FSDP2 "
+                "instead (torch.distributed.fsdp.fully_shard), or let the group follow adamw"
+            )
 
     # --- state ---
 
     def _forget(self) -> None:
         """What is known of parameters, between steps."""
         self._known: dict[Tensor, Known] = {}
+        self._shared: dict[Any, Shared] = {}
         self._where: dict[Tensor, tuple[int, int, int]] = {}
 
     def locate(self, p: Tensor) -> tuple[Group, int]:
@@ -230,8 +266,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         _, position = self.locate(p)
         if "param_names" not in group:
             return mix_seed(group["seed"], position)
-        index = next(i for i, q in enumerate(group["params"]) if q is p)
-        return mix_seed(group["seed"], name_word(unwrapped(group["param_names"][index])))
+        return mix_seed(group["seed"], name_word(unwrapped(group["param_names"][self._where[p][1]])))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps the dtype it was saved in, and a foreign state is refused.
@@ -261,8 +296,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._incoming = None
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: getattr(self, key) for key in ("compile", "_rule", "_otherwise", "_knobs", "_some_rank")}
-        return {**super().__getstate__(), **own}
+        own = ("compile", "_rule", "_otherwise", "_knobs", "_some_rank", "_had_matrices")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         incoming: dict[Tensor, Any] | None = getattr(self, "_incoming", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apollo_optim.core.blocks import blocks
 from apollo_optim.core.codecs import BF16, CODECS, FP32, SCALE, Codec
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.matrix import Number, is_wide, matrix_shape
@@ -16,6 +18,7 @@ from apollo_optim.core.place import Place, aligned, is_sharded, local
 from apollo_optim.core.random import Key, key_at
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.optim.apply import Inputs, Static, Stored
+from apollo_optim.optim.compiled import is_compiled
 from apollo_optim.optim.knobs import Group, make_rule
 from apollo_optim.rules import Rule
 from apollo_optim.rules.base import Slot
@@ -23,16 +26,16 @@ from apollo_optim.rules.base import Slot
 OURS = ("step", "seed", "skipped")  # what the optimizer keeps for every parameter, beside the rule's slots
 
 
-def rule_of(p: Tensor, group: Group) -> Rule:
+def chosen_rule(p: Tensor, group: Group) -> Rule:
     """The rule that steps `p`: its group's, or what the group names for those that this one does not apply to.
 
     Decided by the group and the *global* shape alone. Raises InputError where neither applies.
     """
     rule = make_rule(group["rule"], group)
-    if _applies(rule, p, group):
+    if applies(rule, p, group["view"]):
         return rule
     other = make_rule(group["otherwise"], group)
-    if not _applies(other, p, group):
+    if not applies(other, p, group["view"]):
         raise InputError(
             f"neither {rule.title} nor {other.title}, which the group names otherwise, is a rule for a parameter of "
             f"shape {tuple(p.shape)}: give it a group of its own"
@@ -40,10 +43,11 @@ def rule_of(p: Tensor, group: Group) -> Rule:
     return other
 
 
-def _applies(rule: Rule, p: Tensor, group: Group) -> bool:
+def applies(rule: Rule, p: Tensor, view: str | None) -> bool:
+    """Is it a rule for `p`, seen as its group's `view` says?"""
     if rule.view == "any":
         return rule.applies(tuple(p.shape))
-    return p.ndim > 1 and p.numel() > 0 and rule.applies(_seen_shape(rule, matrix_shape(tuple(p.shape), group["view"])))
+    return p.ndim > 1 and p.numel() > 0 and rule.applies(_seen_shape(rule, matrix_shape(tuple(p.shape), view)))
 
 
 def _seen_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -79,9 +83,11 @@ def static_of(p: Tensor, group: Group, rule: Rule) -> Static:
                 f"state_dtype={codec.name!r} has no step for a parameter split as {p.placements}: neighbours in a row "  # type: ignore[attr-defined]
                 "share a scale, so ranks must hold whole rows. Choose another state_dtype for it"
             )
-        slots.append((name, Stored(slot, codec, seen.of_state(slot.shape, slot.split))))
-    rounds = group["stochastic_rounding"] and (p.dtype is torch.bfloat16 or writes_itself(p))
-    return Static(rule.static, conv, wide, place, seen, tuple(slots), rounds, group["maximize"])
+        slots.append((name, Stored(slot, codec, seen.of_state(slot.shape, slot.split), coding)))
+    own = writes_itself(p)
+    rounds = group["stochastic_rounding"] and (p.dtype is torch.bfloat16 or own)
+    small = len(blocks(form)) == 1
+    return Static(rule.static, conv, wide, place, seen, tuple(slots), rounds, group["maximize"], own, small)
 
 
 def _in_codes(rule: Rule, shape: tuple[int, ...], group: Group) -> bool:
@@ -95,7 +101,7 @@ def init_state(p: Tensor, group: Group, seed: int = 0) -> dict[str, Any]:
 
     Runs on the meta device too, so that plans and tables count the bytes of the code that will run.
     """
-    static = static_of(p, group, rule_of(p, group))
+    static = static_of(p, group, chosen_rule(p, group))
     seen = static.seen
     stack = () if static.rule.view == "any" else seen.shape[:-2]
     state: dict[str, Any] = {
@@ -124,44 +130,67 @@ def _zeros(static: Static, slot: Slot, dtype: torch.dtype, device: torch.device)
     return static.seen.zeros(slot.shape, slot.split, dtype, device)
 
 
-class Known:
-    """What is the same at every step of a parameter, until its group says otherwise."""
+class Shared:
+    """What the parameters of a group share whose steps differ in nothing but tensors and seeds.
 
-    def __init__(self, p: Tensor, group: Group, knobs: tuple[Any, ...], state: dict[str, Any]) -> None:
-        self.group, self.knobs, self.state = group, knobs, state
-        self.rule = rule_of(p, group)
-        self.static = static_of(p, group, self.rule)
-        self.given = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
-        self.tensors = {name: local(t) for name, t in self.given.items()}
-        self.rounded = ["weight"] if self.static.stochastic else []
-        for name, stored in self.static.slots:
+    Attributes:
+        graphs: Compiled steps, by phase and by shapes, strides and dtypes of the tensors.
+    """
+
+    def __init__(self, group: Group, rule: Rule, static: Static) -> None:
+        self.group, self.rule, self.static = group, rule, static
+        self.graphs: dict[Any, Any] = {}
+        self.has_phases = type(rule).phase is not Rule.phase
+        self.rounded = ["weight"] if static.stochastic else []
+        for name, stored in static.slots:
             rounds = stored.codec is BF16 and group["stochastic_rounding"]
-            self.rounded += [name] if rounds or stored.codec.dtype is None else []
-        self._phases: dict[Hashable, Static] = {None: self.static}
-
-    def fits(self, group: Group, knobs: tuple[Any, ...], state: dict[str, Any]) -> bool:
-        """Is it still so?"""
-        same = self.group is group and self.state is state and self.knobs == knobs
-        return same and all(state.get(name) is t for name, t in self.given.items())
+            self.rounded += [name] if rounds or stored.coding is not None else []
+        self._phases: dict[Hashable, Static] = {None: static}
+        self._numbers: dict[str, Number] = {}
+        self._step = 0
 
     def at(self, step: int) -> Static:
         """What this step is specialised on."""
-        phase = self.rule.phase(step)
+        phase = self.rule.phase(step) if self.has_phases else None
         if phase not in self._phases:
             self._phases[phase] = replace(self.static, phase=phase)
         return self._phases[phase]
 
+    def numbers(self, step: int) -> dict[str, Number]:
+        """The rates and the rule's scalars: the same object for all parameters at one step, unless a rate changes."""
+        lr, weight_decay, last = self.group["lr"], self.group["weight_decay"], self._numbers
+        if step != self._step or lr is not last["lr"] or weight_decay is not last["weight_decay"]:
+            scalars = self.rule.scalars(step, self.static.seen.shape)
+            self._numbers, self._step = {"lr": lr, "weight_decay": weight_decay, **scalars}, step
+        return self._numbers
+
+
+class Known:
+    """One parameter and its state, until its group says otherwise."""
+
+    def __init__(self, p: Tensor, group: Group, knobs: list[Any], state: dict[str, Any], shared: Shared) -> None:
+        self.group, self.knobs, self.state, self.shared = group, knobs, state, shared
+        self.given = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
+        self.tensors = {name: local(t) for name, t in self.given.items()}
+        self.sharded = is_sharded(p)
+        self.compiled = is_compiled(None, p, p.device.type)
+
+    def fits(self, group: Group, knobs: list[Any], state: dict[str, Any]) -> bool:
+        """Is it still so?"""
+        same = self.group is group and self.state is state and self.knobs == knobs
+        return same and all(map(operator.is_, map(state.get, self.given), self.given.values()))
+
     def inputs(self, step: int) -> Inputs:
         """What this step does not share with others."""
-        numbers: dict[str, Number] = {"lr": self.group["lr"], "weight_decay": self.group["weight_decay"]}
-        numbers |= self.rule.scalars(step, self.static.seen.shape)
+        keys: dict[str, Key] = {}
         seed = self.state["seed"]
-        keys: dict[str, Key] = {name: key_at(seed, name, counter) for name, counter in self.rule.draws(step).items()}
-        for name in self.rounded:
+        for name, counter in self.shared.rule.draws(step).items():
+            keys[name] = key_at(seed, name, counter)
+        for name in self.shared.rounded:
             keys[name] = key_at(seed, name, step)
-        return Inputs(numbers, keys)
+        return Inputs(self.shared.numbers(step), keys)
 
 
-def arguments(p: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's part of the weight and of its gradient."""
-    return (local(p.detach()), local(aligned(grad, p))) if is_sharded(p) else (p, grad)
+def local_parts(p: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's part of a sharded weight and of its gradient."""
+    return local(p.detach()), local(aligned(grad, p))

@@ -6,23 +6,24 @@ from torch import nn
 from apollo_optim.core.storage import rebuilt
 from apollo_optim.optim.compiled import Graphs, is_compiled
 from apollo_optim.optim.optimizer import RuleOptimizer
-from apollo_optim.optim.parameter import init_state, rule_of, static_of
+from apollo_optim.optim.parameter import chosen_rule, init_state, static_of
 
 
 @torch.no_grad()
 def precompile(planned: RuleOptimizer, device: torch.device) -> Graphs:
     """The graphs of an optimizer that was built on a model on the meta device, for weights on `device`.
 
-    A stand-in of zeros for every look of a parameter is stepped, twice (a basis that is state is drawn by the first
-    step alone), and forgotten. The graphs fit an optimizer that is built as this one, on the model with its memory.
+    A stand-in of zeros for every signature of a parameter is stepped, twice (a basis that is state is drawn by the
+    first step alone), and forgotten. The graphs fit an optimizer that is built as this one, on the model with its
+    memory.
     """
     seen = set()
     for group in planned.param_groups:
         for p in group["params"]:
-            look = p.shape, p.dtype, type(p), static_of(p, group, rule_of(p, group))
-            if look in seen or not p.requires_grad or not is_compiled(planned.compile, p, device.type):
+            signature = p.shape, p.dtype, type(p), static_of(p, group, chosen_rule(p, group))
+            if signature in seen or not p.requires_grad or not is_compiled(planned.compile, p, device.type):
                 continue
-            seen.add(look)
+            seen.add(signature)
             stand_in = nn.Parameter(rebuilt(p.detach(), lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device)))
             stand_in.grad = torch.zeros(p.shape, dtype=p.dtype, device=device)
             planned.state[stand_in] = init_state(stand_in, group)

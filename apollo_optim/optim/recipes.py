@@ -1,25 +1,25 @@
 """Every optimizer by name: to be registered is to be tested, planned, benched and documented.
 
 Every rule is one: matrices follow it, the rest AdamW. A recipe says more: other rules for the rest, low-bit weights.
+`a+b` is a recipe of two rules, made when it is asked for: see `combined`.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.optim.classes import AdamW, Apollo, ApolloMini, ApolloSvd
-from apollo_optim.optim.groups import param_groups
-from apollo_optim.optim.knobs import Group, find_rule, known_keys, nearest
+from apollo_optim.optim.groups import KINDS, param_groups, rule_and_codec
+from apollo_optim.optim.knobs import Group, check_keys, find_rule, nearest, tidy
 from apollo_optim.optim.optimizer import RuleOptimizer
-from apollo_optim.optim.parameter import rule_of
+from apollo_optim.optim.parameter import chosen_rule
 from apollo_optim.rules import RULES, Rule
 
 CLASSES: dict[str, type[Any]] = {cls.rule: cls for cls in (Apollo, ApolloMini, ApolloSvd, AdamW)}
@@ -28,16 +28,19 @@ CLASSES: dict[str, type[Any]] = {cls.rule: cls for cls in (Apollo, ApolloMini, A
 class Recipe(NamedTuple):
     """An optimizer by name.
 
+    >>> Recipe("mine", "muon", groups={"embedding": "scale", "head": "adamw8bit", "nesterov": False})
+
     Attributes:
         rule: Of the matrices.
-        groups: Arguments of `param_groups`: what this entry says of the rest.
+        groups: What else is not as by default, as arguments of `param_groups`: the rules of `embedding`, `head` and
+            `others`, or of all of them (`rest`), and knobs.
         bits: Of the weights it is for: `quantize_weights(model, bits)` comes first.
     """
 
     name: str
     rule: str
-    summary: str
-    paper: str
+    summary: str = ""
+    paper: str = ""
     groups: Mapping[str, Any] = MappingProxyType({})
     bits: int | None = None
 
@@ -47,9 +50,16 @@ class Recipe(NamedTuple):
         return find_rule(self.rule)
 
     @property
+    def rules(self) -> list[type[Rule]]:
+        """All that its parameters may follow, that of the matrices first."""
+        rest = (rule_and_codec(self.groups[key])["rule"] for key in ("rest", *KINDS) if key in self.groups)
+        return [find_rule(name) for name in dict.fromkeys((self.rule, *rest, "adamw"))]
+
+    @property
     def defaults(self) -> dict[str, Any]:
         """Keys of its matrices' group: the rule's, and the learning rate."""
         own = {"lr": self.cls.lr, "weight_decay": 1e-2 if self.rule == "adamw" else 0.0, **self.cls.defaults()}
+        own |= {key: value for key, value in self.groups.items() if key in self.cls.knobs()}
         return {"rank": "auto", **own} if "rank" in self.cls.knobs() else own
 
 
@@ -77,15 +87,48 @@ def list_optimizers() -> list[Recipe]:
 
 
 def find_optimizer(name: str) -> Recipe:
-    """The entry of this name. Raises InputError, naming the nearest, where there is none."""
+    """The entry of this name, or `a+b`. Raises InputError, naming the nearest, where there is none."""
     known = {recipe.name: recipe for recipe in list_optimizers()}
-    if name not in known:
-        raise InputError(f"no optimizer is called {name!r}. {nearest(name, known)}")
-    return known[name]
+    first, plus, second = name.partition("+")
+    if first not in known:
+        within = f" (in {name!r})" if plus else ""
+        raise InputError(f"no optimizer is called {first!r}{within}. {nearest(first, known)}")
+    return combined(known[first], second) if plus else known[first]
+
+
+def combined(first: Recipe, second: str) -> Recipe:
+    """`a+b`: the hidden matrices follow `a`; embedding, head and all matrices that `a` is not for follow `b`.
+
+    `a` is an optimizer by name; `b` a rule, with "8bit" or "4bit" after it if its state is to be stored so. What
+    neither is a rule for - norms, biases, all that is 1-D - follows AdamW. So `lr` is the rate of what follows `a`, and
+    `rest_lr` that of all else. A knob that `a` has is its own (`betas` and `eps` are Adam's, wherever it is), and one
+    that only `b` has is `b`'s; `rest_rank` is `b`'s rank.
+    """
+    name = f"{first.name}+{second}"
+    if not second or "+" in second:
+        raise InputError(f"{name!r}: a+b is of two rules, that of the hidden matrices and that of all others")
+    try:
+        rest = find_rule(rule_and_codec(second)["rule"])
+    except InputError as error:
+        raise InputError(f"{name!r}: {error}") from None
+    summary = f"{first.cls.title} for the hidden matrices, {rest.title} for embedding, head and other matrices."
+    groups = {**first.groups, "rest": second}
+    return Recipe(name, first.rule, summary, f"{first.paper}; {rest.paper}", groups, first.bits)
+
+
+def check_knobs(recipe: Recipe, knobs: Group) -> None:
+    """Refuse knobs that mean nothing to this optimizer's rules, and values out of range, as its groups would."""
+    where = f"optimizer {recipe.name!r}"
+    if "rule" in knobs:
+        raise InputError(f"{where} has its rule: leave rule={knobs['rule']!r} out, or ask for another optimizer")
+    knobs = {key: value for key, value in knobs.items() if (key, value) != ("rank", "auto")}
+    tidy(knobs)
+    rules = recipe.rules + ([find_rule(knobs["otherwise"])] if "otherwise" in knobs else [])
+    check_keys(knobs, rules, where, "optimizer")
 
 
 def build_optimizer(
-    name: str,
+    name: str | Recipe,
     model: nn.Module,
     *,
     lr: float | None = None,
@@ -94,7 +137,7 @@ def build_optimizer(
     head_lr: float | None = None,
     norm_lr: float | None = None,
     rest: str | None = None,
-    rest_rank: int | None = None,
+    rest_rank: int | str | None = None,
     embedding: str | None = None,
     head: str | None = None,
     rank: int | str | None = None,
@@ -107,7 +150,7 @@ def build_optimizer(
     """The optimizer of this name on `param_groups(model, ...)`; `None` means its own default.
 
     Args:
-        name: One of `list_optimizers()`.
+        name: One of `list_optimizers()`; two rules, as in "muon+adamw" (see `combined`); or a recipe of your own.
         lr: Of the matrices, and of everything else unless `rest_lr` says otherwise.
         embedding_lr, head_lr, norm_lr: Of these apart; each falls back to `rest_lr`, and that to `lr`.
         rest, embedding, head, rest_rank: What embedding, head and other matrices follow; see `param_groups`.
@@ -115,59 +158,52 @@ def build_optimizer(
         **knobs: Any group key of the optimizer; see its docstring.
 
     Raises InputError for an unknown name or knob (naming the nearest), a target that matches nothing, a rank at which
-    no matrix would follow the rule, the rate of a group that the model does not have, and for a float model where the
-    optimizer is one for low-bit weights.
+    no matrix would follow the rule, a second rule that nothing follows, the rate of a group that the model does not
+    have, and for a float model where the optimizer is one for low-bit weights.
     """
-    recipe = find_optimizer(name)
+    recipe = find_optimizer(name) if isinstance(name, str) else name
+    name = recipe.name
     if recipe.bits is not None and not any(writes_itself(p) for p in model.parameters()):
         raise InputError(
             f"{name} is for low-bit weights and this model has none: call "
             f"apollo_optim.quantize_weights(model, bits={recipe.bits}) first (4 bits are possible, too)"
         )
-    known = known_keys([recipe.cls, find_rule(knobs.get("otherwise", "adamw"))]).keys() - {"rule"}
-    for key in knobs:
-        if key not in known:
-            raise InputError(f"optimizer {name!r} takes no {key!r}. {nearest(key, known)}")
     ranked = "rank" in recipe.cls.knobs()
-    if not ranked and rank is not None:
+    if rank is not None and not any("rank" in rule.knobs() for rule in recipe.rules):
         raise InputError(f"optimizer {name!r} has no rank: leave the key out")
+    if rest is not None and "rest" in recipe.groups:
+        raise InputError(f"optimizer {name!r} says what the rest follows: leave rest={rest!r} out")
     if not ranked and rest == "apollo":
         raise InputError(f"optimizer {name!r} has no rank, so rest='apollo' has no rule to follow. Choose another rest")
+    check_knobs(recipe, knobs)
     asked = {
         "rest": rest, "embedding": embedding, "head": head, "rest_rank": rest_rank, "rest_lr": rest_lr,
         "embedding_lr": embedding_lr, "head_lr": head_lr, "norm_lr": norm_lr,
     }  # fmt: skip
-    groups = param_groups(
-        model,
-        rank=(recipe.defaults["rank"] if rank is None else rank) if ranked else None,
-        targets=targets,
-        exclude=exclude,
-        no_decay=no_decay,
-        **{**recipe.groups, **{key: value for key, value in asked.items() if value is not None}},
-        **knobs,
-    )
+    given = {**recipe.groups, **{key: value for key, value in asked.items() if value is not None}, **knobs}
+    given["rank"] = recipe.defaults["rank"] if ranked and rank is None else rank
+    given["rule"] = recipe.rule if recipe.groups else None
+    groups = param_groups(model, targets=targets, exclude=exclude, no_decay=no_decay, **given)
     settings: dict[str, Any] = {"lr": recipe.cls.lr if lr is None else lr, "compile": compile}
     make = CLASSES.get(recipe.rule, partial(RuleOptimizer, rule=recipe.rule))
     optimizer: RuleOptimizer = make(groups, **settings)
-    pairs = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-    matrices = [(p, group) for p, group in pairs if group["rule"] == recipe.rule and p.ndim > 1]
-    trained = [(p, group) for p, group in matrices if p.requires_grad]  # none: they are to be unfrozen later
-    if not any(rule_of(p, group).name == recipe.rule for p, group in trained or matrices):
-        rank = optimizer.param_groups[0].get("rank")
+    if not _is_followed(recipe.rule, optimizer, ndim=2):
+        rank = next((group["rank"] for group in optimizer.param_groups if "rank" in group), rank)
         why = f" at rank {rank}: every small side is no larger. Choose a smaller rank" if ranked else ""
         raise InputError(f"{name}: no matrix follows the rule{why}")
-    _warn_of_others(name, recipe.rule, [(p, group) for p, group in pairs if p.requires_grad])
+    if "rest" in recipe.groups:
+        rest = rule_and_codec(recipe.groups["rest"])["rule"]
+        if not _is_followed(rest, optimizer):
+            raise InputError(
+                f"{name}: nothing follows {rest}: there is no embedding, head or other matrix that it is a rule for. "
+                f"Ask for {name.partition('+')[0]} alone"
+            )
     return optimizer
 
 
-def _warn_of_others(name: str, rule: str, pairs: list[tuple[Tensor, Group]]) -> None:
-    """Say it where most of the hidden weights do not follow the rule that was asked for."""
-    hidden = [(p, group) for p, group in pairs if p.ndim > 1 and group["name"].startswith(("matrices", "others"))]
-    total = sum(p.numel() for p, _ in hidden)
-    left = sum(p.numel() for p, group in hidden if rule_of(p, group).name != rule)
-    if left > total / 2:
-        warnings.warn(
-            f"{name}: {left / total:.0%} of the hidden weights follow another rule (see apollo_optim.describe): widen "
-            'targets, for example to "all-linear", or lower the rank',
-            stacklevel=3,
-        )
+def _is_followed(rule: str, optimizer: RuleOptimizer, ndim: int = 0) -> bool:
+    """Does a parameter of a group of this rule follow it? One that is trained, or they are to be unfrozen later."""
+    pairs = [(p, group) for group in optimizer.param_groups for p in group["params"] if group["rule"] == rule]
+    pairs = [(p, group) for p, group in pairs if p.ndim >= ndim]
+    trained = [(p, group) for p, group in pairs if p.requires_grad]
+    return any(chosen_rule(p, group).name == rule for p, group in trained or pairs)

@@ -1,7 +1,7 @@
 """The step inside backward: a weight is stepped as soon as its gradient is there, and the gradient is set free.
 
-No second optimizer: the hooks run ``step_one`` of the one there is ("LOMO", Lv et al., arXiv 2306.09782, fused SGD's
-update into the backward pass; torch runs any code there with ``register_post_accumulate_grad_hook``).
+No second optimizer: the hooks run `step_one` of the one there is ("LOMO", Lv et al., arXiv 2306.09782, fused SGD's
+update into the backward pass; torch runs any code there with `register_post_accumulate_grad_hook`).
 """
 
 import contextlib
@@ -26,24 +26,24 @@ _released: WeakSet[torch.optim.Optimizer] = WeakSet()
 def release(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, clip: float | None = None, track_norm: bool = False
 ) -> "Released":
-    """Step every parameter of ``optimizer`` inside ``backward()`` and set its gradient free at once.
+    """Step every parameter of `optimizer` inside `backward()` and set its gradient free at once.
 
-    One gradient is in memory at a time instead of all of them, and the weights that come out are ``step()``'s to the
-    bit, whatever changes on the way: schedules, ``load_state_dict``, added groups, unfrozen parameters, tied weights.
+    One gradient is in memory at a time instead of all of them, and the weights that come out are `step()`'s to the
+    bit, whatever changes on the way: schedules, `load_state_dict`, added groups, unfrozen parameters, tied weights.
 
     >>> handle = release(model, optimizer)
     >>> for x, y in batches:
     ...     loss(model(x), y).backward()  # every weight is stepped in here
-    ...     optimizer.step()  # steps what no hook could (see ``Released``); nothing is left, mostly
+    ...     optimizer.step()  # steps what no hook could (see `Released`); nothing is left, mostly
     ...     scheduler.step()
 
-    Call it when the model is as it will be trained: on its device, sharded (``fully_shard``), compiled.
+    Call it when the model is as it will be trained: on its device, sharded (`fully_shard`), compiled.
 
     Args:
         clip: Clip the gradient of each parameter to this norm of its own. The total norm of all gradients, what
-            ``clip_grad_norm_`` needs, is not known when the first weight is stepped. (APOLLO's limiter bounds the
+            `clip_grad_norm_` needs, is not known when the first weight is stepped. (APOLLO's limiter bounds the
             growth of every matrix's step without clipping.)
-        track_norm: Collect the gradients' norms for ``grad_norm``; may be switched on and off later.
+        track_norm: Collect the gradients' norms for `grad_norm`; may be switched on and off later.
 
     Raises InputError for an optimizer that is not of this library or is released already, a clip that is not above 0,
     and a model in DistributedDataParallel, which averages gradients later than the hooks run.
@@ -66,14 +66,14 @@ def release(
 
 
 class Released:
-    """What ``release`` returns: takes the hooks off again, and knows about accumulation and the gradients' norm.
+    """What `release` returns: takes the hooks off again, and knows about accumulation and the gradients' norm.
 
-    A context manager: the hooks are gone after it. ``optimizer.step()`` stays harmless and right. It steps, and frees,
+    A context manager: the hooks are gone after it. `optimizer.step()` stays harmless and right. It steps, and frees,
     the gradients that no hook could: of a parameter that took part in an earlier micro-batch but not in the last, or
     that was put into the optimizer's groups by hand.
 
     Attributes:
-        clip, track_norm: As given to ``release``; obeyed from the next gradient on.
+        clip, track_norm: As given to `release`; obeyed from the next gradient on.
     """
 
     def __init__(self, model: nn.Module, optimizer: RuleOptimizer, clip: float | None, track_norm: bool) -> None:
@@ -97,7 +97,7 @@ class Released:
     def accumulate(self) -> Iterator[None]:
         """Within it gradients are kept and added up as usual: for all micro-batches but the last.
 
-        From the first one's backward pass to the last one's all gradients are in memory, as without ``release``.
+        From the first one's backward pass to the last one's all gradients are in memory, as without `release`.
         """
         before, self._keep = self._keep, True
         try:
@@ -108,7 +108,7 @@ class Released:
     def grad_norm(self) -> Tensor:
         """The total norm (0-D) of the gradients stepped since the last call, before clipping; on their device.
 
-        Read it once after each backward pass that has ``track_norm``. Raises InputError if nothing was collected.
+        Read it once after each backward pass that has `track_norm`. Raises InputError if nothing was collected.
         """
         if not self._norms:
             raise InputError("no gradient norm was collected: set handle.track_norm = True before backward()")
@@ -118,7 +118,7 @@ class Released:
         return get_total_norm([whole(norm) for _, norm in norms])
 
     def remove(self) -> None:
-        """Take the hooks off: from here on ``step()`` steps, as ever."""
+        """Take the hooks off: from here on `step()` steps, as ever."""
         for hook in (*self._hooks.values(), self._rest):
             hook.remove()
         self._hooks = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from apollo_optim.core.blocks import few_blocks
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import nbytes, parts
+from apollo_optim.optim.describe import what_follows
 from apollo_optim.optim.knobs import Group
 from apollo_optim.optim.optimizer import RuleOptimizer
-from apollo_optim.optim.parameter import init_state, rule_of
+from apollo_optim.optim.parameter import chosen_rule, init_state
 from apollo_optim.optim.recipes import build_optimizer
 from apollo_optim.plan.shards import Parallel, distinct_bytes, first_part, local_bytes, mesh_of, rows_of, units
 from apollo_optim.plan.trace import Block, Trace, most_alive, recorded
@@ -48,6 +49,18 @@ class Moment:
         return sum(self.rows.values())
 
 
+class Followed(NamedTuple):
+    """Parameters of a group that follow one rule."""
+
+    group: str
+    rule: str
+    """In the words of `describe`."""
+    state: str
+    """How its moments are stored."""
+    size: int
+    """Bytes of their state, on this device."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """The bytes of one training step on one device, from the second step on (the state exists)."""
@@ -57,6 +70,8 @@ class Plan:
     """Rows in a micro-batch."""
     moments: list[Moment]
     """The largest moment of the forward, of the backward and of the update."""
+    followed: tuple[Followed, ...] = ()
+    """What the optimizer's groups follow."""
 
     @property
     def peak(self) -> Moment:
@@ -134,6 +149,7 @@ class Budget:
         self.name = name or type(optimizer).__name__
         self.release, self.sharded = release, parallel is not None and parallel.kind == "fsdp2"
         self.keeps = not (release or accumulate or self.sharded or (parallel and parallel.bucket_view))
+        self.followed = _followed(optimizer, parallel)
         self.resting = _resting(model, optimizer, parallel)
         self.held = _held(model, release, accumulate, parallel)
         self.updates = _updates(optimizer, model)
@@ -159,7 +175,9 @@ class Budget:
             Moment(f"update of {key}", self._rows(update, beside[when[key]], {"update": size}))
             for key, size in self.updates.items()
         ]
-        return Plan(self.name, trace.batch, moments + sorted(updates, key=lambda moment: moment.total)[-1:])
+        return Plan(
+            self.name, trace.batch, moments + sorted(updates, key=lambda moment: moment.total)[-1:], self.followed
+        )
 
     def _rows(self, *more: dict[str, int]) -> dict[str, int]:
         return {part: sum(rows.get(part, 0) for rows in (self.resting, *more)) for part in PARTS}
@@ -180,9 +198,21 @@ def _resting(model: nn.Module, optimizer: RuleOptimizer, parallel: Parallel | No
     return {**rows, "buffers": distinct_bytes(model.buffers())}
 
 
+def _followed(optimizer: RuleOptimizer, parallel: Parallel | None) -> tuple[Followed, ...]:
+    mesh = mesh_of(parallel.gpus) if parallel and parallel.kind == "fsdp2" else None
+    sizes: dict[tuple[str, str, str], int] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for p in (p for p in group["params"] if p.requires_grad):
+            key = str(group.get("name", number)), *what_follows(p, group)
+            sizes[key] = sizes.get(key, 0) + _state_bytes(
+                p if mesh is None or not p.ndim else first_part(p, mesh), group
+            )
+    return tuple(Followed(*key, size) for key, size in sizes.items())
+
+
 def _of_matrices(p: Tensor, group: Group) -> bool:
     """The split that `param_groups` makes, so that AdamW's state is split, too; else, whether it follows the rule."""
-    return str(group["name"]).startswith("matrices") if "name" in group else rule_of(p, group).view != "any"
+    return str(group["name"]).startswith("matrices") if "name" in group else chosen_rule(p, group).view != "any"
 
 
 def _state_bytes(p: Tensor, group: Group) -> int:

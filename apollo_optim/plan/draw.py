@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from apollo_optim.plan.budget import PARTS, Plan
+from apollo_optim.plan.budget import PARTS, Followed, Plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,6 +64,20 @@ def table_rows(plans: Sequence[Plan], largest: Sequence[int | None] | None = Non
     if largest is not None:
         rows.append(["largest micro-batch", *("-" if batch is None else str(batch) for batch in largest)])
     return rows
+
+
+def followed_rows(plans: Sequence[Plan]) -> list[list[str]]:
+    """What every group of every optimizer follows, by rows, the first one their head; equal groups in one row."""
+    unit, name = unit_of(plans)
+    optimizers: dict[Followed, list[str]] = {}
+    for plan in plans:
+        for followed in plan.followed:
+            optimizers.setdefault(followed, []).append(plan.optimizer)
+    rows = []
+    for row, names in optimizers.items():
+        whose = "all" if len(names) == len(plans) > 1 else ", ".join(names)
+        rows.append([whose, *row[:3], f"{row.size / unit:.3f}"])
+    return [["optimizer", "group", "follows", "state", name], *rows]
 
 
 def draw(plans: Sequence[Plan], title: str) -> Figure:
@@ -126,10 +140,10 @@ th:first-child, td:first-child {{ text-align: left }}
 </style></head><body>
 <h1>{title}</h1>
 <p><img alt="Memory by part, one bar for each optimizer. The figures are in the table below." src="data:image/png;base64,{image}"></p>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>
-{body}
-</tbody></table></div>
+{table}
 <p class="note">{note}</p>
+<h2>What follows what</h2>
+{followed}
 </body></html>
 """  # noqa: E501
 
@@ -145,12 +159,11 @@ def write_plan(
     """Write `plan.png` and `plan.html`, which needs nothing beside it, into the directory `out`."""
     buffer = io.BytesIO()
     draw(plans, title).savefig(buffer, format="png")
-    head, *rows = table_rows(plans, largest)
     page = PAGE.format(
         title=html.escape(title),
         image=base64.b64encode(buffer.getvalue()).decode(),
-        head=_cells("th", head),
-        body="\n".join(f"<tr>{_cells('td', row)}</tr>" for row in rows),
+        table=_table(table_rows(plans, largest)),
+        followed=_table(followed_rows(plans)),
         note=html.escape(note),
     )
     out = Path(out)
@@ -159,6 +172,14 @@ def write_plan(
     written.picture.write_bytes(buffer.getvalue())
     written.page.write_text(page, encoding="utf-8")
     return written
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = "\n".join(f"<tr>{_cells('td', row)}</tr>" for row in body)
+    return (
+        f'<div class="wide"><table><thead><tr>{_cells("th", head)}</tr></thead><tbody>\n{lines}\n</tbody></table></div>'
+    )
 
 
 def _cells(tag: str, texts: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """The low-bit format: how a matrix becomes codes and scales, and how a step is written into it.
 
-Every row is cut into groups of ``group_size`` along the input dimension, the last one padded with zeros; a group has
-one bf16 scale, and a weight is ``code * scale`` with codes in -127 .. 127 (8 bits) or -7 .. 7 (4 bits). Codes of 8 bits
+Every row is cut into groups of `group_size` along the input dimension, the last one padded with zeros; a group has
+one bf16 scale, and a weight is `code * scale` with codes in -127 .. 127 (8 bits) or -7 .. 7 (4 bits). Codes of 8 bits
 are int8 (.., m, groups * group_size); two of 4 bits share a uint8, the first in the low nibble. A file format.
 
 Shapes in this file: r rows of a matrix, g groups in a row, s entries in a group, n entries in a row (n <= g * s).
@@ -34,7 +34,7 @@ def unpack(codes: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """The inverse of ``unpack``."""
+    """The inverse of `unpack`."""
     if bits == 8:
         return codes
     nibbles = in_memory(codes).view(torch.uint8) & 0xF
@@ -57,7 +57,7 @@ def quantised(value: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor
 
 
 def dequantised(codes: Tensor, scales: Tensor, n: int, dtype: torch.dtype, scratch: Tensor | None = None) -> Tensor:
-    """The float (.., n) that codes and scales mean, rounded once; made in ``scratch``, if given, 1-D of that dtype."""
+    """The float (.., n) that codes and scales mean, rounded once; made in `scratch`, if given, 1-D of that dtype."""
     if dtype is torch.float16:  # which has no room for the smallest scales
         value = dequantised(codes, scales, n, torch.float32)
         return value.to(dtype) if scratch is None else scratch[: value.numel()].view(value.shape).copy_(value)
@@ -83,10 +83,10 @@ def stepped(
     key: Key,
     bits: int,
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scales of r whole rows after a step, ``(1 - lr * weight_decay) * w - lr * factor * tensor``, in fp32.
+    """Codes and scales of r whole rows after a step, `(1 - lr * weight_decay) * w - lr * factor * tensor`, in fp32.
 
-    Rounded stochastically: on average it is the number. ``factor`` broadcasts to r x n; where ``usable`` (bool, 1 x 1)
-    is not, nothing changes; ``row``: 0-D int32, the first one's position among all rows of the weight, for which
+    Rounded stochastically: on average it is the number. `factor` broadcasts to r x n; where `usable` (bool, 1 x 1)
+    is not, nothing changes; `row`: 0-D int32, the first one's position among all rows of the weight, for which
     the random bits are drawn.
 
     A scale is kept as long as it can be, since entries that a step does not touch then keep their codes: to round them
@@ -120,6 +120,6 @@ def stepped(
 
 
 def _rounded(value: Tensor, uniform: Tensor) -> Tensor:
-    """Up with a probability equal to the fraction; a whole number stays. ``uniform``: in [0, 1), less than 1."""
+    """Up with a probability equal to the fraction; a whole number stays. `uniform`: in [0, 1), less than 1."""
     floor = value.floor()
     return floor + (uniform < value - floor)

@@ -20,14 +20,14 @@ def quantize_weights(
     targets: str | Sequence[str] = ("attn", "mlp"),
     exclude: str | Sequence[str] = (),
 ) -> list[str]:
-    """Store the matrices of these modules as ``LowBitWeight``s, in place, one at a time; returns their names.
+    """Store the matrices of these modules as `LowBitWeight`s, in place, one at a time; returns their names.
 
     Call it before the optimizer is built: parameters are replaced. On the meta device it replaces shapes.
 
     Args:
         bits: 8 or 4 for each weight.
         group_size: Entries of a row that share a bf16 scale; even. A row need not be a whole number of groups.
-        targets: As in ``param_groups``: part of a module's name, a glob, or ``re:...``. Linear weights and stacks of
+        targets: As in `param_groups`: part of a module's name, a glob, or `re:...`. Linear weights and stacks of
             expert matrices are taken, and embeddings and heads if they are named; a mixture's routers by globs and
             regular expressions alone; convolutions and vectors never.
         exclude: Patterns of the same kind, over parameter names.
@@ -42,7 +42,7 @@ def quantize_weights(
 
 
 def choose_weights(model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] = ()) -> Chosen:
-    """The weights that ``quantize_weights`` would take, found before any of them has a value."""
+    """The weights that `quantize_weights` would take, found before any of them has a value."""
     chosen: Chosen = {}
     owners: dict[Tensor, str] = {}
     for module_name, module in model.named_modules():
@@ -78,7 +78,7 @@ def quantize_module(module: nn.Module, chosen: Chosen, bits: int, group_size: in
 
 
 def quantized(p: nn.Parameter, name: str, bits: int, group_size: int) -> nn.Parameter:
-    """What takes the place of a float parameter. ``name``: for the message if it cannot."""
+    """What takes the place of a float parameter. `name`: for the message if it cannot."""
     if bits not in TOP:
         raise InputError(f"bits={bits}: a weight can have {' or '.join(map(str, TOP))}")
     if group_size < 2 or group_size % 2:

@@ -23,7 +23,7 @@ class Tally:
         self._product = self._square = torch.zeros((), dtype=torch.float64)
 
     def add(self, entries: int, changed: Tensor, product: Tensor, square: Tensor) -> None:
-        """Count a block: what ``measured`` said of it."""
+        """Count a block: what `measured` said of it."""
         self._entries += entries
         self._changed = self._changed + changed
         self._product = self._product + product.double()

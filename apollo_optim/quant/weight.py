@@ -67,11 +67,11 @@ def _asked_by_caller(caller: FrameType, func: Any, args: Any) -> Any:
 
 
 class LowBitWeight(Tensor):
-    """A matrix (.., m, n) stored as ``codes`` and ``scales`` (see ``quant.format``) that looks like a float one.
+    """A matrix (.., m, n) stored as `codes` and `scales` (see `quant.format`) that looks like a float one.
 
-    ``shape`` and ``dtype`` are those of the float weight it stands for, and so are its gradients'. ``F.linear`` and
-    ``F.embedding`` dequantise it forward and once more backward; any other operation reads ``dequantize()``. It is
-    written by the optimizers of this library (``_write_update_``), by ``copy_`` and by initialisers, the last two
+    `shape` and `dtype` are those of the float weight it stands for, and so are its gradients'. `F.linear` and
+    `F.embedding` dequantise it forward and once more backward; any other operation reads `dequantize()`. It is
+    written by the optimizers of this library (`_write_update_`), by `copy_` and by initialisers, the last two
     rounding to nearest.
     """
 
@@ -79,7 +79,7 @@ class LowBitWeight(Tensor):
     scales: Tensor
     bits: int
     group_size: int
-    tally: Tally | None = None  # counts the steps while there is one (``tallied``)
+    tally: Tally | None = None  # counts the steps while there is one (`tallied`)
 
     @staticmethod
     def __new__(
@@ -117,7 +117,7 @@ class LowBitWeight(Tensor):
     def _write_update_(
         self, tensor: Tensor, factor: Number, usable: Tensor, lr: Number, weight_decay: Number, key: Key | None
     ) -> None:
-        """``core.write`` for this weight: `_write_rows_` of all of it."""
+        """`core.write` for this weight: `_write_rows_` of all of it."""
         self._write_rows_((), tensor, factor, usable, lr, weight_decay, key)
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class LowBitWeight(Tensor):
         weight_decay: Number,
         key: Key | None,
     ) -> None:
-        """``w[at] <- (1 - lr * weight_decay) * w[at] - lr * factor * tensor``, block by block, rounded stochastically.
+        """`w[at] <- (1 - lr * weight_decay) * w[at] - lr * factor * tensor`, block by block, rounded stochastically.
 
         The same bits come out however the weight is cut: a row's random bits are those of its position in it.
 

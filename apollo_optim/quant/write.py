@@ -35,12 +35,12 @@ def write_rows(
     *,
     compile: bool,
 ) -> None:
-    """``w[at] <- (1 - lr * weight_decay) * w[at] - lr * factor * tensor`` in a weight's codes and scales (.., m, x).
+    """`w[at] <- (1 - lr * weight_decay) * w[at] - lr * factor * tensor` in a weight's codes and scales (.., m, x).
 
     Args:
         at: Whole rows: a slice for each of some leading dimensions, m the last of them; () is all of the weight.
         tensor: (.., r, n), the update of these rows.
-        factor: A number, or a tensor that broadcasts to ``tensor``.
+        factor: A number, or a tensor that broadcasts to `tensor`.
         finite: bool, (.., 1, 1): where it is not, a matrix stays as it is.
         key: Random bits are drawn for a row's position among all rows of the weight, so cuts do not change them.
         tally: Counts what rounding makes of the step.
@@ -93,7 +93,7 @@ def _rows_at_a_time(rows: int, n: int, block: int) -> int:
 
 @functools.cache
 def _writer(bits: int) -> Callable[..., None]:
-    """``format.stepped`` in place, of a block's codes and scales, and of tensors alone."""
+    """`format.stepped` in place, of a block's codes and scales, and of tensors alone."""
 
     def write(codes: Tensor, scales: Tensor, *others: Any) -> None:
         tensor, factor, finite, lr, weight_decay, row, *key = others

@@ -130,18 +130,19 @@ class Apollo(Rule):
         return random_basis(place, self.rank, self.proj, draw_key(s, "projection"), grad_ck.device)
 
     def observe(self, grad_ck: Tensor, state: State, s: Scalars, place: Place) -> dict[str, Tensor]:
+        channels = place.channels
         basis = self.basis(grad_ck, state, s, place)
         low_cr, low_c1, grad_c1 = project_with_norms(grad_ck, basis, self.rank, place)
         exp_avg, exp_avg_sq = adam_moments(low_cr, state["exp_avg"], state["exp_avg_sq"], s["new1"], s["new2"])
         adam_c1 = channel_norms(exp_avg / (exp_avg_sq.sqrt() + self.eps))
 
         if self.scale_type == "tensor":
-            factor = ratio(matrix_norm(adam_c1, place.channels), matrix_norm(low_c1, place.channels))[..., None, None]
+            factor = ratio(matrix_norm(adam_c1, channels), matrix_norm(low_c1, channels))[..., None, None]
         else:
             factor = ratio(adam_c1, low_c1)
-        new = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grad_norm": matrix_norm(grad_c1, place.channels)}
+        new = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grad_norm": matrix_norm(grad_c1, channels)}
         if self.norm_growth is not None:
-            norm = matrix_norm(factor * grad_c1, place.channels)
+            norm = matrix_norm(factor * grad_c1, channels)
             limit, new["prev_norm"] = limit_growth(s["front"] * norm, state["prev_norm"], self.norm_growth)
             factor = factor * limit[..., None, None]
         if s["phase"]:

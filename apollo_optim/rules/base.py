@@ -74,23 +74,23 @@ class State:
     def __getitem__(self, name: str) -> Tensor:
         t = self._tensors[name]
         if name not in self._codings:
-            broadcasts = t.ndim == len(self._shape) and all(
-                size in (1, whole) for size, whole in zip(t.shape, self._shape, strict=True)
-            )
+            if not self._block or t.ndim != len(self._shape):
+                return t
+            broadcasts = all(size in (1, whole) for size, whole in zip(t.shape, self._shape, strict=True))
             return part(t, self._block) if broadcasts else t
         scale = part(self._tensors[name + SCALE], self._block[: len(self._shape) - 1])
         return self._codings[name].decode(part(t, self._block), scale)
 
     def at(self, block: Block) -> State:
         """The state of a block of rows."""
+        if not block:
+            return self
         return State(self._tensors, self._codings, self._shape, block)
 
     def with_seen(self, seen: Mapping[str, Tensor]) -> State:
         """What `observe` returned, before what is stored."""
-        if not seen:
-            return self
-        codings = {name: coding for name, coding in self._codings.items() if name not in seen}
-        return State({**self._tensors, **seen}, codings, self._shape, self._block)
+        codings = {name: self._codings[name] for name in self._codings.keys() - seen.keys()}
+        return State({**self._tensors, **seen}, codings, self._shape, self._block) if seen else self
 
 
 class Knob(NamedTuple):

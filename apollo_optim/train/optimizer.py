@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -11,15 +10,12 @@ from apollo_optim import build_optimizer
 from apollo_optim.optim.compiled import Graphs
 from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.train.config import OptimConfig
-from apollo_optim.train.models import DTYPES
 
 
 def make_optimizer(cfg: OptimConfig, model: torch.nn.Module, graphs: Graphs | None = None) -> RuleOptimizer:
     """By its name in the registry; keys that are None are left to its defaults. `graphs`: steps compiled already."""
-    knobs = {key: value for key, value in dataclasses.asdict(cfg).items() if value is not None and key != "name"}
-    if cfg.state_dtype is not None:
-        knobs["state_dtype"] = DTYPES[cfg.state_dtype]
-    optimizer = build_optimizer(cfg.name, model, **knobs)
+    asked = {key: value for key, value in cfg.flat().items() if value is not None and key != "name"}
+    optimizer = build_optimizer(cfg.name, model, **asked)
     optimizer.graphs.update(graphs or {})
     return optimizer
 

@@ -3,6 +3,7 @@
 from apollo_optim.data.config import DataConfig
 from apollo_optim.train.config.check import check, differences, may_change, only_rounds
 from apollo_optim.train.config.io import from_dict, load_config, read_run_file, save_config, to_dict
+from apollo_optim.train.config.parser import check_names, key_types, make_parser, parse, plain
 from apollo_optim.train.config.sections import (
     CheckpointConfig,
     EvalConfig,
@@ -27,11 +28,16 @@ __all__ = [
     "ScheduleConfig",
     "TrainConfig",
     "check",
+    "check_names",
     "differences",
     "from_dict",
+    "key_types",
     "load_config",
+    "make_parser",
     "may_change",
     "only_rounds",
+    "parse",
+    "plain",
     "read_run_file",
     "save_config",
     "to_dict",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import typing
 from typing import Any
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.train.config.sections import RunConfig, Sink
+from apollo_optim.optim.groups import rule_and_codec
+from apollo_optim.optim.knobs import GENERAL
+from apollo_optim.optim.recipes import check_knobs, find_optimizer
+from apollo_optim.train.config.io import from_dict, to_dict
+from apollo_optim.train.config.sections import OptimConfig, RunConfig
 
 # What may differ between a run and its continuation: where it lies, what is measured, kept and shown, the number of
 # threads, and whether it steps inside the backward pass (which changes no bit). The number of steps is judged by the
@@ -62,7 +65,12 @@ def only_rounds(key: str) -> bool:
 
 
 def check(cfg: RunConfig) -> None:
-    """Refuse numbers that make no sense, each in one line. (The optimizer and the data check their own keys.)"""
+    """Refuse what makes no sense, each in one line: the optimizer by its rules, as the library does.
+
+    The data check their own keys. A config that was made in Python has its types checked as a file's.
+    """
+    from_dict(to_dict(cfg))
+    check_optimizer(cfg.optim)
     positive: dict[str, int | float | None] = {
         "train.steps": cfg.train.steps,
         "train.batch_size": cfg.train.batch_size,
@@ -101,13 +109,13 @@ def check(cfg: RunConfig) -> None:
         )
     if cfg.train.clip is not None and cfg.train.clip_tensor is not None:
         raise InputError("train.clip and train.clip_tensor: choose one of them")
-    for key, choice, choices in (
-        ("schedule.kind", cfg.schedule.kind, ("cosine", "linear", "constant", "wsd")),
-        ("model.dtype", cfg.model.dtype, ("float32", "bfloat16")),
-        ("train.loss", cfg.train.loss, ("auto", "full", "chunked")),
-        ("train.matmul_precision", cfg.train.matmul_precision, ("highest", "high", "medium")),
-        ("log.display", cfg.log.display, ("auto", "rich", "plain", "none")),
-        *(("log.to", sink, typing.get_args(Sink)) for sink in cfg.log.to),
-    ):
-        if choice not in choices:
-            raise InputError(f"{key}={choice}: choose from {', '.join(choices)}")
+
+
+def check_optimizer(cfg: OptimConfig) -> None:
+    """Refuse an unknown name, a knob that means nothing to its rules, and values that they do not take."""
+    recipe = find_optimizer(cfg.name)
+    for choice in (cfg.rest, cfg.embedding, cfg.head):
+        if choice is not None:
+            rule_and_codec(choice)
+    asked = {key: value for key, value in cfg.flat().items() if value is not None}
+    check_knobs(recipe, {key: value for key, value in asked.items() if key in GENERAL or key in cfg.knobs})

@@ -1,16 +1,14 @@
-"""Run files: plain data to sections and back, with every wrong key and value named."""
+"""Run files: read, written, and what they cannot say."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
-import types
-import typing
 from pathlib import Path
 from typing import Any
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.train.config.parser import parse
 from apollo_optim.train.config.sections import RunConfig
 
 CONSENT, CONSENT_FLAG = "trust_remote_code", "--trust-remote-code"  # a word of the call, never a key of a file
@@ -19,14 +17,13 @@ CONSENT, CONSENT_FLAG = "trust_remote_code", "--trust-remote-code"  # a word of 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
     """The config as plain data: what YAML and JSON can hold."""
     plain: dict[str, Any] = dataclasses.asdict(cfg)
-    if cfg.optim.betas is not None:
-        plain["optim"]["betas"] = list(cfg.optim.betas)
+    plain["optim"] = cfg.optim.flat()
     return plain
 
 
 def from_dict(data: dict[str, Any]) -> RunConfig:
     """The inverse of `to_dict`; missing keys take their defaults, unknown ones are refused."""
-    return typing.cast(RunConfig, _section(RunConfig, without_consent(data), ""))
+    return parse(without_consent(data))
 
 
 def without_consent(data: dict[str, Any]) -> dict[str, Any]:
@@ -56,11 +53,7 @@ def save_config(cfg: RunConfig, path: Path) -> None:
 
 def load_config(path: Path | str) -> RunConfig:
     """Read a run file."""
-    data = read_run_file(path)
-    try:
-        return from_dict(data)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return parse(read_run_file(path), where=str(path))
 
 
 def read_run_file(path: Path | str) -> dict[str, Any]:
@@ -83,41 +76,3 @@ def read_run_file(path: Path | str) -> dict[str, Any]:
         return without_consent(data or {})
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-
-
-def _section(kind: type, data: Any, prefix: str) -> Any:
-    if not isinstance(data, dict):
-        raise InputError(f"{prefix.rstrip('.')}: expected keys and values, not {data!r}")
-    hints = typing.get_type_hints(kind)
-    for key in data:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            raise InputError(f"unknown key {prefix}{key}" + (f" (did you mean {prefix}{near[0]}?)" if near else ""))
-    return kind(**{key: _value(hints[key], value, prefix + key) for key, value in data.items()})
-
-
-def _value(hint: Any, value: Any, key: str) -> Any:
-    """Fit one value to its type; the command line (jsonargparse) is stricter than this."""
-    if dataclasses.is_dataclass(hint):
-        return _section(typing.cast(type, hint), {} if value is None else value, key + ".")
-    options = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
-    if value is None:
-        if type(None) not in options:
-            raise InputError(f"{key}: a value is missing")
-        return None
-    if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in options):
-        return tuple(value)
-    if float in options and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-3 as text
-        except ValueError:
-            if str not in options:
-                raise InputError(f"{key}={value}: expected a number") from None
-    for wanted in (int, bool):
-        if wanted in options and float not in options and str not in options and type(value) is not wanted:
-            raise InputError(f"{key}={value}: expected {'true or false' if wanted is bool else 'a whole number'}")
-    return value

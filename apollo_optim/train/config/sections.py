@@ -56,7 +56,7 @@ class OptimConfig:
     """The optimizer and its knobs. None is the optimizer's own default (`apollo-optim optimizers` prints them)."""
 
     name: str = "apollo-mini"
-    """A name from `apollo-optim optimizers`."""
+    """A name from `apollo-optim optimizers`, or two rules: muon+adamw, the hidden matrices' and all others'."""
     lr: float | None = None
     """Peak learning rate of the matrices that follow the rule."""
     rest_lr: float | None = None
@@ -67,35 +67,19 @@ class OptimConfig:
     """Peak learning rate of the head apart; None: `rest_lr`. A tied head has none."""
     norm_lr: float | None = None
     """Peak learning rate of norms, biases and all else that is 1-D apart; None: `rest_lr`."""
-    rest: Literal["adamw", "adamw8bit", "adafactor", "scale", "apollo"] | None = None
-    """What embedding and head follow (norms: always AdamW); None: adamw. scale normalises the gradient (the head's
-    with a momentum), apollo is the rule of an optimizer with a rank, for them too."""
-    rest_rank: int | None = None
-    """Rank of embedding and head with `rest: apollo`; None: the same `rank`."""
-    rank: int | str | None = None
-    """Size of the compressed side, or "auto" (a quarter of it, as in the paper). APOLLO-Mini: 1."""
-    scale: float | str | None = None
-    """A number, or "auto" (small side / rank). Its square root multiplies the step."""
-    scale_type: Literal["channel", "tensor"] | None = None
-    """One factor per channel (APOLLO) or per matrix (APOLLO-Mini)."""
-    scale_front: bool | None = None
-    """Apply sqrt(scale) before the norm-growth limiter instead of after it."""
-    proj: str | None = None
-    """sketch (APOLLO's default), gaussian (= random; the paper's, and Mini's default), rademacher or svd."""
-    update_proj_gap: int | None = None
-    """A new projection every so many steps."""
-    keep_proj: bool | None = None
-    """Keep a random projection in between instead of drawing it again each step: memory for time."""
-    betas: tuple[float, float] | None = None
-    """Decay of the two moments."""
-    eps: float | None = None
-    """Added to the root of the second moment."""
+    rest: str | None = None
+    """What embedding and head follow (norms: always AdamW): a rule, such as adafactor, with 8bit or 4bit after it if
+    its state is to be stored so (adamw8bit); apollo: the rule of an optimizer with a rank. None: adamw."""
+    embedding: str | None = None
+    """What the embedding follows; None: `rest`."""
+    head: str | None = None
+    """What the head follows; None: `rest`."""
+    rest_rank: int | str | None = None
+    """Rank of embedding and head, if they follow a rule with one; None: with `rest: apollo` the same `rank`."""
     weight_decay: float | None = None
     """Decoupled, as in AdamW: taken from the old weight, times the lr."""
-    norm_growth: float | None = None
-    """A step's norm may grow by at most this factor from one step to the next."""
-    state_dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the moments."""
+    state_dtype: str | None = None
+    """How the moments are stored: float32, bfloat16, 8bit or 4bit."""
     stochastic_rounding: bool | None = None
     """Round bfloat16 weights stochastically when they are written."""
     seed: int | None = None
@@ -108,6 +92,29 @@ class OptimConfig:
     """Parameter names without weight decay."""
     compile: bool | None = None
     """torch.compile the step of the optimizer; None: on a CPU, that of parameters of 262,144 entries and more."""
+    knobs: dict[str, Any] = field(default_factory=dict)
+    """The knobs of its rules, by the names of their fields. In a run file and on the command line they are keys beside
+    those above: which there are, what each may be and what it means is asked of the rules."""
+
+    def __post_init__(self) -> None:
+        given = {key: value for key, value in self.knobs.items() if value is not None}
+        self.knobs = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+
+    @classmethod
+    def of(cls, **keys: Any) -> OptimConfig:
+        """From keys that lie side by side, as in a run file: what is no field is a knob."""
+        fields = cls.__dataclass_fields__.keys() - {"knobs"}
+        own = {key: value for key, value in keys.items() if key in fields}
+        return cls(**own, knobs={key: value for key, value in keys.items() if key not in fields})
+
+    def flat(self) -> dict[str, Any]:
+        """The keys side by side, as in a run file; the knobs that are set among them."""
+        keys = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "knobs"}
+        return {**keys, **{key: list(v) if isinstance(v, tuple) else v for key, v in self.knobs.items()}}
+
+    def changed(self, **keys: Any) -> OptimConfig:
+        """The same with other keys, fields or knobs."""
+        return OptimConfig.of(**{**self.flat(), **keys})
 
 
 @dataclass

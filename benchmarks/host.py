@@ -1,0 +1,125 @@
+"""Host time: what a step costs per parameter where the tensors are small, beside torch's AdamW in the same process.
+
+    python -m benchmarks.host [--parameters 300 8000] [--rounds 9] [--log results/host/host.jsonl]
+
+Matrices of 64 x 96 in fp32, one thread. A round steps every optimizer once, one after the other; a figure is the median
+over rounds, and a ratio the median of the ratios to the looping AdamW (`foreach=False`) of the same round. `release`
+steps inside backward, of a sum of products with constants; the backward pass without a step is taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from apollo_optim import AdamW, Apollo, ApolloMini, release
+from benchmarks.kit import Line, append, commit, hardware, spread, versions
+from benchmarks.table import Table, show
+
+SHAPE = (64, 96)
+BASE = "torch AdamW, looping"
+OURS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "AdamW": AdamW,
+    "APOLLO-Mini": partial(ApolloMini, rank=1),
+    "APOLLO r=16": partial(Apollo, rank=16),
+}
+Step = Callable[[], object]
+Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def parameters(n: int) -> list[nn.Parameter]:
+    """`n` matrices, each with a gradient."""
+    made = [nn.Parameter(torch.randn(SHAPE)) for _ in range(n)]
+    for p in made:
+        p.grad = torch.randn(SHAPE)
+    return made
+
+
+def stepping(make: Make, n: int) -> Step:
+    """A plain step."""
+    return make(parameters(n)).step
+
+
+def backward(n: int, make: Make | None) -> Step:
+    """A backward pass that steps every parameter, or (None) sets the gradients free."""
+    weights = parameters(n)
+    for p in weights:
+        p.grad = None
+    handle = None if make is None else release(nn.ParameterList(weights), make(weights))
+    constant = torch.randn(SHAPE)
+
+    def step() -> None:
+        loss: Tensor = torch.stack([(p * constant).sum() for p in weights]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for p in weights if handle is None else ():
+            p.grad = None
+
+    return step
+
+
+def cases(n: int) -> dict[str, Step]:
+    """What is timed; `(released)` less `backward alone` is a step."""
+    found = {
+        BASE: stepping(partial(torch.optim.AdamW, foreach=False), n),
+        "torch AdamW, foreach": stepping(partial(torch.optim.AdamW, foreach=True), n),
+        "backward alone": backward(n, None),
+    }
+    for name, make in OURS.items():
+        for kind, choice in (("eager", False), ("compiled", True)):
+            found[f"{name}, {kind}"] = stepping(partial(make, compile=choice), n)
+            found[f"{name}, {kind} (released)"] = backward(n, partial(make, compile=choice))
+    return found
+
+
+def measure(n: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Microseconds a parameter of every round, and ratios to the base of the same round."""
+    steps = cases(n)
+    for name in [*steps, *steps]:  # what is compiled, what is allocated
+        steps[name]()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds):
+        print(f"\r{n} parameters, round {i + 1} of {rounds}", end="", file=sys.stderr, flush=True)
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append((time.perf_counter() - start) / n * 1e6)
+    print(file=sys.stderr)
+    for name, taken in times.items():
+        if name.endswith("(released)"):
+            times[name] = [t - alone for t, alone in zip(taken, times["backward alone"], strict=True)]
+    return {
+        name: {"us": taken, "ratio": [t / base for t, base in zip(taken, times[BASE], strict=True)]}
+        for name, taken in times.items()
+    }
+
+
+def main() -> None:
+    """Parse, measure, print a table, write the log."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--parameters", type=int, nargs="+", default=[300, 8000], help="how many (default: 300 8000)")
+    parser.add_argument("--rounds", type=int, default=9, help="steps that are timed, of each (default: 9)")
+    parser.add_argument("--log", type=Path, help="append a JSON line for each case to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for n in args.parameters:
+        rows: list[Sequence[str]] = []
+        for name, found in measure(n, args.rounds).items():
+            us, ratio = spread(found["us"]), spread(found["ratio"])
+            line: Line = {"case": name, "parameters": n, "shape": SHAPE, "us": us, "ratio": ratio}
+            if args.log is not None:
+                args.log.parent.mkdir(parents=True, exist_ok=True)
+                append(args.log, {**line, "commit": commit(), **hardware("cpu"), **versions()})
+            rows.append([name, f"{us['median']:.1f}", *(f"{ratio[key]:.2f}" for key in ("median", "low", "high"))])
+        head = ["", "us a parameter", "ratio", "low", "high"]
+        show([Table(f"{n} matrices of {SHAPE[0]} x {SHAPE[1]}, one thread", head, rows)])
+
+
+if __name__ == "__main__":
+    main()
