@@ -17,8 +17,9 @@ GPU_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Threads that wait do so asleep: each test process has as many as there are cores.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup
+# A file is run by one process: its module fixtures are made once. Threads that wait do so asleep: each test process
+# has as many as there are cores.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 SAY := printf '\n\033[1m==> %s\033[0m\n'
 
 .DEFAULT_GOAL := help

@@ -18,7 +18,6 @@ from apollo_optim import AdamW, Apollo, ApolloMini, InputError
 
 LIMIT = 1e-5  # ||sharded - single|| / ||single - start||, per tensor; measured: 4e-7 at most where gradients are equal
 Found = dict[str, list[Row]]
-pytestmark = pytest.mark.xdist_group("sharded")  # in one of the test processes: the worlds are started once
 
 
 @pytest.fixture(scope="module")
