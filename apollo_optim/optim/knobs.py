@@ -137,3 +137,17 @@ def check_parameter(p: Any, where: str) -> None:
         raise InputError(f"{where}: a parameter of dtype {p.dtype}; only real floating-point ones can be stepped")
     if p.dtype is torch.float64:
         raise InputError(f"{where}: a parameter of dtype torch.float64; steps compute in float32: convert the model")
+
+
+def refuse_flat(p: Tensor, group: Group, owner: str) -> None:
+    """Raise InputError where other tools have put flat partitions in the place of a group's matrices.
+
+    Their rule applies to none of them, so that everything would follow `otherwise` without a word.
+    """
+    if p.ndim > 1 or find_rule(group["rule"]).view == "any" or any(q.ndim > 1 for q in group["params"]):
+        return
+    raise InputError(
+        f"{owner}: flat parameters (partitions of DeepSpeed ZeRO, FSDP1) took the place of the matrices of group "
+        f"{group.get('name', '')!r}, and {group['rule']!r} needs rows and columns. Shard with FSDP2 instead "
+        "(torch.distributed.fsdp.fully_shard), or let the group follow adamw"
+    )

@@ -17,7 +17,7 @@ from apollo_optim.core.random import mix_seed, name_word
 from apollo_optim.optim.apply import apply_update
 from apollo_optim.optim.compiled import Graphs, Memo, prepare_compiled
 from apollo_optim.optim.describe import warn_of_others
-from apollo_optim.optim.knobs import GENERAL, PASSED, Group, check_group, find_rule, known_keys
+from apollo_optim.optim.knobs import GENERAL, PASSED, Group, check_group, find_rule, known_keys, refuse_flat
 from apollo_optim.optim.loading import fit_groups, fit_state
 from apollo_optim.optim.parameter import Known, Shared, chosen_rule, init_state, local_parts, static_of
 
@@ -201,7 +201,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _learn(self, p: Tensor, group: Group, knobs: list[Any], state: dict[str, Any]) -> Known:
         """What stays of a parameter from step to step; its state, where there is none yet."""
-        self._refuse_flat(p, group)
+        if any(other is group and had for other, had in zip(self.param_groups, self._had_matrices, strict=True)):
+            refuse_flat(p, group, self.name)
         if not state:
             state.update(init_state(p, group, self._seed(p, group)))
         rule = chosen_rule(p, group)
@@ -223,21 +224,6 @@ class RuleOptimizer(torch.optim.Optimizer):
         if (known.compiled if self.compile is None else self.compile) and can_compile(p.device.type):
             return prepare_compiled(self.graphs, shared.graphs, memo, *given)
         return partial(apply_update, *given)
-
-    def _refuse_flat(self, p: Tensor, group: Group) -> None:
-        """Raise InputError where other tools have put flat partitions in the place of a group's matrices.
-
-        Their rule applies to none of them, so that everything would follow `otherwise` without a word.
-        """
-        if p.ndim > 1 or find_rule(group["rule"]).view == "any" or any(q.ndim > 1 for q in group["params"]):
-            return
-        groups = zip(self.param_groups, self._had_matrices, strict=True)
-        if any(had for other, had in groups if other is group):
-            raise InputError(
-                f"{self.name}: flat parameters (partitions of DeepSpeed ZeRO, FSDP1) took the place of the matrices of "
-                f"group {group.get('name', '')!r}, and {group['rule']!r} needs rows and columns. Shard with FSDP2 "
-                "instead (torch.distributed.fsdp.fully_shard), or let the group follow adamw"
-            )
 
     # --- state ---
 
