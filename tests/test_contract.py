@@ -455,7 +455,7 @@ def test_deepcopy_and_lr_tensor(name):
 
 
 def compiled_cases() -> list:
-    """Each rule (but svd's, of two graphs) wide in bf16, two tall in fp32, and a stack; the rest are slow: a graph takes a core 10 s."""
+    """Each rule (svd's excepted: two graphs) wide in bf16, two tall in fp32, a stack; others are slow: 10 s a graph."""
     tall, wide, stack, vector = (96, 40), (40, 96), (3, 24, 40), (50,)
     cases = [pytest.param("apollo-mini", torch.bfloat16, [stack], id="bf16-stack-apollo-mini")]
     for name in sorted({rule_named(name): name for name in reversed(NAMES)}.values()):
