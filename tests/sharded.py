@@ -334,6 +334,12 @@ def compiled() -> Found:
                 yield "compiled", {"layout": where, "game": game, **row}
 
 
+def compiled_once() -> Found:
+    """One of them: a wide matrix whose channels lie on both."""
+    for row in compare(fsdp(2), "apollo gaussian", only=("wide",), compiled=True, weight_decay=0.1):
+        yield "compiled", row
+
+
 def mutants() -> Found:
     """What the comparisons must notice: a seed that depends on the rank, rounding bits drawn by local position."""
     rank = dist.get_rank()
@@ -502,9 +508,7 @@ def trained() -> Found:
         fully_shard(model[0])
         fully_shard(model)
         for m, part in ((model, mine), (single, slice(None))):
-            optimizer = build_optimizer(name, m, targets="all-linear", lr=1e-2, compile=True, **knobs)
-            if m is single:
-                optimizer.compile = False
+            optimizer = build_optimizer(name, m, targets="all-linear", lr=1e-2, compile=LONG and m is model, **knobs)
             for x, y in zip(inputs, targets, strict=True):
                 nn.functional.mse_loss(m(x[part]), y[part]).backward()
                 optimizer.step()
@@ -639,6 +643,7 @@ CHECKS: dict[int, list[Callable[[], Found]]] = {
         parity,
         rests,
         bf16,
+        compiled_once,
         mutants,
         non_finite,
         checkpoints,

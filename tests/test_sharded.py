@@ -63,6 +63,10 @@ def test_the_rest_is_stepped_in_one_piece(two: Found, four: Found) -> None:
     assert not far([row for row in rows if not row["refused"]])
 
 
+def test_a_compiled_step_on_shards_is_that_of_one_process(two: Found) -> None:
+    assert not far(two["compiled"])
+
+
 @pytest.mark.slow
 def test_compiled_steps_on_shards_are_those_of_one_process(tmp_path: Path) -> None:
     assert not far(find(2, tmp_path, COMPILED)["compiled"])
