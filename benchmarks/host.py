@@ -1,6 +1,6 @@
 """Host time: what a step costs per parameter where the tensors are small, beside torch's AdamW in the same process.
 
-    python -m benchmarks.host [--parameters 300 8000] [--rounds 9] [--log results/host/host.jsonl]
+    python -m benchmarks.host [--parameters 300 8000] [--only WORD ...] [--rounds 9] [--log results/host/host.jsonl]
 
 Matrices of 64 x 96 in fp32, one thread. A round steps every optimizer once, one after the other; a figure is the median
 over rounds, and a ratio the median of the ratios to the looping AdamW (`foreach=False`) of the same round. `release`
@@ -78,9 +78,10 @@ def cases(n: int) -> dict[str, Step]:
     return found
 
 
-def measure(n: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+def measure(n: int, rounds: int, only: list[str]) -> dict[str, dict[str, list[float]]]:
     """Microseconds a parameter of every round, and ratios to the base of the same round."""
-    steps = cases(n)
+    words = [BASE, "backward alone", *only]
+    steps = {name: step for name, step in cases(n).items() if not only or any(word in name for word in words)}
     for name in [*steps, *steps]:  # what is compiled, what is allocated
         steps[name]()
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -103,14 +104,17 @@ def measure(n: int, rounds: int) -> dict[str, dict[str, list[float]]]:
 def main() -> None:
     """Parse, measure, print a table, write the log."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--parameters", type=int, nargs="+", default=[300, 8000], help="how many (default: 300 8000)")
+    parser.add_argument(
+        "--parameters", type=int, nargs="+", default=[300], help="how many (default: 300; 8000 of all take an hour)"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases with one of these in their names")
     parser.add_argument("--rounds", type=int, default=9, help="steps that are timed, of each (default: 9)")
     parser.add_argument("--log", type=Path, help="append a JSON line for each case to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for n in args.parameters:
         rows: list[Sequence[str]] = []
-        for name, found in measure(n, args.rounds).items():
+        for name, found in measure(n, args.rounds, args.only).items():
             us, ratio = spread(found["us"]), spread(found["ratio"])
             line: Line = {"case": name, "parameters": n, "shape": SHAPE, "us": us, "ratio": ratio}
             if args.log is not None:
