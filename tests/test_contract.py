@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import apollo_optim
 from apollo_optim import AdamW, Apollo, InputError, RuleOptimizer, build_optimizer, describe, list_optimizers
-from apollo_optim.optim.compiled import is_compiled
+from apollo_optim.optim.apply import Inputs
+from apollo_optim.optim.compiled import as_tensors, is_compiled
 from apollo_optim.optim.describe import state_bytes
 from apollo_optim.optim.parameter import chosen_rule, static_of
 from apollo_optim.optim.recipes import find_optimizer
@@ -547,6 +548,29 @@ def test_what_is_large_is_compiled_by_itself_on_a_cpu(monkeypatch):
         graphs[compile] = len(optimizer.graphs)
         assert is_compiled(compile, large, "cuda") is bool(compile)
     assert graphs == {None: 1, False: 0, True: 2}
+
+
+def test_numbers_that_are_gone_leave_nothing_to_those_that_get_their_id():
+    """Parameters of a group at different steps (experts without a gradient): their numbers come and go one by one."""
+    memo = {}
+    for lr in range(20):
+        made = as_tensors(Inputs({"lr": float(lr)}, {}), torch.device("cpu"), memo)
+        assert made[0].tolist() == [lr]
+
+
+def test_stochastic_rounding_of_state_can_be_switched_off_in_mid_run():
+    """Of an fp32 weight with bf16 state, too: what is rounded is looked up anew when a group changes."""
+    p = nn.Parameter(torch.ones(8, 4))
+    optimizer = AdamW([p], state_dtype="bfloat16", betas=(0.9, 0.9), compile=False)
+    for rounding in (True, False):
+        optimizer.param_groups[0]["stochastic_rounding"] = rounding
+        p.grad = torch.full_like(p, 0.3)
+        optimizer.step()
+        assert (optimizer.state[p]["exp_avg"].unique().numel() > 1) or not rounding
+        if rounding:
+            for name in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[p][name].zero_()
+    assert optimizer.state[p]["exp_avg"].unique().numel() == 1
 
 
 def test_refusals_name_the_key_and_the_nearest():

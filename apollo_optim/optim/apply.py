@@ -31,12 +31,14 @@ class Stored:
 
     Attributes:
         coding: Of codes; None for floats.
+        stochastic: Is it rounded stochastically?
     """
 
     slot: Slot
     codec: Codec
     place: Place
     coding: Coding | None
+    stochastic: bool
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from apollo_optim.core.compile import COMPILED_FROM, compiled, compiled_in_place
+from apollo_optim.core.matrix import Number
 from apollo_optim.core.random import Key
 from apollo_optim.optim.apply import Inputs, Static, Tensors, apply_update, compute_update
 
 Graphs = dict[Any, Callable[..., Any]]
-Memo = dict[int, Tensor]
+Memo = dict[int, tuple[dict[str, Number], Tensor]]
 
 
 def is_compiled(choice: bool | None, p: Tensor, device_type: str) -> bool:
@@ -97,16 +98,17 @@ def as_tensors(inputs: Inputs, device: torch.device, memo: Memo) -> list[Tensor]
     to be copied there.
 
     Args:
-        memo: The fp32 tensors that were made of the same `numbers` object, by its id, while that is in use.
+        memo: `numbers` objects by id, and the fp32 tensors that were made of them. (It holds the objects, or another
+            might get the id of one that is gone.)
     """
     words = [word for key in inputs.keys.values() for word in key]
     if device.type != "cpu":
         scalars = [torch.as_tensor(value, dtype=torch.float32) for value in inputs.numbers.values()]
         return [*scalars, *(torch.tensor(word, dtype=torch.int32) for word in words)]
-    numbers = id(inputs.numbers)
-    if numbers not in memo:
-        memo[numbers] = torch.tensor(list(inputs.numbers.values()), dtype=torch.float32)
-    return [memo[numbers], *([torch.tensor(words, dtype=torch.int32)] if words else [])]
+    number = id(inputs.numbers)
+    if number not in memo:
+        memo[number] = inputs.numbers, torch.tensor(list(inputs.numbers.values()), dtype=torch.float32)
+    return [memo[number][1], *([torch.tensor(words, dtype=torch.int32)] if words else [])]
 
 
 def from_tensors(given: Sequence[Tensor], numbers: list[str], keys: list[str]) -> Inputs:

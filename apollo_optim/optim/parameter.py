@@ -83,11 +83,12 @@ def static_of(p: Tensor, group: Group, rule: Rule) -> Static:
                 f"state_dtype={codec.name!r} has no step for a parameter split as {p.placements}: neighbours in a row "  # type: ignore[attr-defined]
                 "share a scale, so ranks must hold whole rows. Choose another state_dtype for it"
             )
-        slots.append((name, Stored(slot, codec, seen.of_state(slot.shape, slot.split), coding)))
+        rounds = coding is not None or (codec is BF16 and group["stochastic_rounding"])
+        slots.append((name, Stored(slot, codec, seen.of_state(slot.shape, slot.split), coding, rounds)))
     own = writes_itself(p)
-    rounds = group["stochastic_rounding"] and (p.dtype is torch.bfloat16 or own)
+    stochastic = group["stochastic_rounding"] and (p.dtype is torch.bfloat16 or own)
     small = len(blocks(form)) == 1
-    return Static(rule.static, conv, wide, place, seen, tuple(slots), rounds, group["maximize"], own, small)
+    return Static(rule.static, conv, wide, place, seen, tuple(slots), stochastic, group["maximize"], own, small)
 
 
 def _in_codes(rule: Rule, shape: tuple[int, ...], group: Group) -> bool:
@@ -142,9 +143,7 @@ class Shared:
         self.graphs: dict[Any, Any] = {}
         self.has_phases = type(rule).phase is not Rule.phase
         self.rounded = ["weight"] if static.stochastic else []
-        for name, stored in static.slots:
-            rounds = stored.codec is BF16 and group["stochastic_rounding"]
-            self.rounded += [name] if rounds or stored.coding is not None else []
+        self.rounded += [name for name, stored in static.slots if stored.stochastic]
         self._phases: dict[Hashable, Static] = {None: static}
         self._numbers: dict[str, Number] = {}
         self._step = 0
