@@ -12,7 +12,7 @@ from torch import Tensor
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import nbytes
 from apollo_optim.optim.knobs import Group
-from apollo_optim.optim.parameter import chosen_rule, codec_of, init_state, static_of
+from apollo_optim.optim.parameter import chosen_rule, init_state, static_of
 
 if TYPE_CHECKING:
     from apollo_optim.optim.optimizer import RuleOptimizer
@@ -60,8 +60,7 @@ def what_follows(p: Tensor, group: Group) -> tuple[str, str]:
     """The rule that steps `p` in this group, and how its moments are stored, in the table's words."""
     rule = chosen_rule(p, group)
     static = static_of(torch.empty(p.shape, device="meta"), group, rule)
-    moments = [(name, stored.slot) for name, stored in static.slots if stored.slot.kind in ("mean", "square")]
-    codecs = sorted({codec_of(name, slot, group).name for name, slot in moments})
+    codecs = sorted({stored.codec.name for _, stored in static.slots if stored.slot.kind in ("mean", "square")})
     stored = "/".join(codecs) or ("float32" if static.slots else "none")
     asked = group["state_dtype"]
     if codecs == ["float32"] and asked != "float32" and p.ndim > 1:

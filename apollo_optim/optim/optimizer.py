@@ -15,7 +15,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.core.names import unwrapped
 from apollo_optim.core.random import mix_seed, name_word
 from apollo_optim.optim.apply import apply_update
-from apollo_optim.optim.compiled import Graphs, Memo, prepare_compiled
+from apollo_optim.optim.compiled import Graphs, Memo, is_compiled, prepare_compiled
 from apollo_optim.optim.describe import warn_of_others
 from apollo_optim.optim.knobs import GENERAL, PASSED, Group, check_group, find_rule, known_keys, refuse_flat
 from apollo_optim.optim.loading import fit_groups, fit_state
@@ -195,7 +195,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 known, state = self._known.get(p), self.state[p]
                 if known is None or not known.fits(group, knobs, state):
                     known = self._learn(p, group, knobs, state)
-                steps.append(self._prepared(p, known, state, memo))
+                steps.append(self._prepared(p, known, memo))
         for take in steps:
             take()
 
@@ -213,15 +213,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         known = self._known[p] = Known(p, group, knobs, state, self._shared[of_group])
         return known
 
-    def _prepared(self, p: Tensor, known: Known, state: dict[str, Any], memo: Memo) -> Callable[[], None]:
+    def _prepared(self, p: Tensor, known: Known, memo: Memo) -> Callable[[], None]:
         """One parameter's step, all but what is done to its tensors. `memo`: of those that are prepared together."""
-        state["step"].add_(1)
-        step = int(state["step"].item())  # on the CPU: no device waits for it
+        count = known.state["step"].add_(1)
+        step = int(count.item())  # on the CPU: no device waits for it
         assert p.grad is not None  # it was there when the step began
         weight, grad = local_parts(p, p.grad) if known.sharded else (p, p.grad)
         shared = known.shared
         given = shared.at(step), weight, grad, known.tensors, known.inputs(step)
-        if (known.compiled if self.compile is None else self.compile) and can_compile(p.device.type):
+        if is_compiled(self.compile, p, p.device.type) and can_compile(p.device.type):
             return prepare_compiled(self.graphs, shared.graphs, memo, *given)
         return partial(apply_update, *given)
 

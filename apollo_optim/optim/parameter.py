@@ -18,7 +18,6 @@ from apollo_optim.core.place import Place, aligned, is_sharded, local
 from apollo_optim.core.random import Key, key_at
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.optim.apply import Inputs, Static, Stored
-from apollo_optim.optim.compiled import is_compiled
 from apollo_optim.optim.knobs import Group, make_rule
 from apollo_optim.rules import Rule
 from apollo_optim.rules.base import Slot
@@ -172,7 +171,6 @@ class Known:
         self.given = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
         self.tensors = {name: local(t) for name, t in self.given.items()}
         self.sharded = is_sharded(p)
-        self.compiled = is_compiled(None, p, p.device.type)
 
     def fits(self, group: Group, knobs: list[Any], state: dict[str, Any]) -> bool:
         """Is it still so?"""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from apollo_optim.core.blocks import few_blocks
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.storage import nbytes, parts
+from apollo_optim.core.storage import parts
 from apollo_optim.optim.describe import what_follows
 from apollo_optim.optim.knobs import Group
 from apollo_optim.optim.optimizer import RuleOptimizer
@@ -185,28 +185,26 @@ class Budget:
 
 def _resting(model: nn.Module, optimizer: RuleOptimizer, parallel: Parallel | None) -> dict[str, int]:
     """What is there at every moment: weights, state and buffers."""
-    mesh = mesh_of(parallel.gpus) if parallel and parallel.kind == "fsdp2" else None
+    mesh = _mesh(parallel)
     rows = dict.fromkeys(("weights", "state, matrices", "state, rest"), 0)
     for p in {id(p): p for p in model.parameters()}.values():
         if mesh is not None and len(parts(p)) > 1:
             raise InputError("low-bit weights with fsdp2: they can't be sharded; plan one GPU, or ddp")
-        rows["weights"] += nbytes(p) if mesh is None or not p.ndim else local_bytes(first_part(p, mesh))
+        rows["weights"] += local_bytes(first_part(p, mesh))
     for group in optimizer.param_groups:
         for p in group["params"]:
             kind = "state, matrices" if _of_matrices(p, group) else "state, rest"
-            rows[kind] += _state_bytes(p if mesh is None or not p.ndim else first_part(p, mesh), group)
+            rows[kind] += _state_bytes(p, group, mesh)
     return {**rows, "buffers": distinct_bytes(model.buffers())}
 
 
 def _followed(optimizer: RuleOptimizer, parallel: Parallel | None) -> tuple[Followed, ...]:
-    mesh = mesh_of(parallel.gpus) if parallel and parallel.kind == "fsdp2" else None
+    mesh = _mesh(parallel)
     sizes: dict[tuple[str, str, str], int] = {}
     for number, group in enumerate(optimizer.param_groups):
         for p in (p for p in group["params"] if p.requires_grad):
             key = str(group.get("name", number)), *what_follows(p, group)
-            sizes[key] = sizes.get(key, 0) + _state_bytes(
-                p if mesh is None or not p.ndim else first_part(p, mesh), group
-            )
+            sizes[key] = sizes.get(key, 0) + _state_bytes(p, group, mesh)
     return tuple(Followed(*key, size) for key, size in sizes.items())
 
 
@@ -215,9 +213,14 @@ def _of_matrices(p: Tensor, group: Group) -> bool:
     return str(group["name"]).startswith("matrices") if "name" in group else chosen_rule(p, group).view != "any"
 
 
-def _state_bytes(p: Tensor, group: Group) -> int:
+def _mesh(parallel: Parallel | None) -> Any:
+    """What parameters are sharded over; None: nothing."""
+    return mesh_of(parallel.gpus) if parallel and parallel.kind == "fsdp2" else None
+
+
+def _state_bytes(p: Tensor, group: Group, mesh: Any) -> int:
     """As `optim.describe.state_bytes`, of this rank."""
-    return sum(local_bytes(t) for t in init_state(p, group).values() if isinstance(t, Tensor))
+    return sum(local_bytes(t) for t in init_state(first_part(p, mesh), group).values() if isinstance(t, Tensor))
 
 
 def _held(model: nn.Module, release: bool, accumulate: bool, parallel: Parallel | None) -> tuple[dict[str, int], ...]:

@@ -32,11 +32,14 @@ class Parallel:
             raise InputError(f"gpus={self.gpus}: at least 1")
 
 
-def first_part(p: Tensor, mesh: DeviceMesh) -> Tensor:
+def first_part(p: Tensor, mesh: DeviceMesh | None) -> Tensor:
     """``p`` as ``fully_shard`` would keep it, split along its first dimension: a DTensor on the meta device.
 
-    The first rank has ceil(rows / gpus) rows, the last ones what is left, perhaps nothing.
+    The first rank has ceil(rows / gpus) rows, the last ones what is left, perhaps nothing. Without a mesh, and if it is
+    a single number, every rank has all of it: `p` itself.
     """
+    if mesh is None or not p.ndim:
+        return p
     from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
