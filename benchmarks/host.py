@@ -5,11 +5,14 @@
 Matrices of 64 x 96 in fp32, one thread. A round steps every optimizer once, one after the other; a figure is the median
 over rounds, and a ratio the median of the ratios to the looping AdamW (`foreach=False`) of the same round. `release`
 steps inside backward, of a sum of products with constants; the backward pass without a step is taken off.
+
+The last line is what an import costs beside torch's own, in seconds of the processor, of fresh processes in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -101,6 +104,21 @@ def measure(n: int, rounds: int, only: list[str]) -> dict[str, dict[str, list[fl
     }
 
 
+IMPORT = "import time; start = time.process_time(); {}; print(time.process_time() - start)"
+OURS_AFTER_TORCH = "import torch; start = time.process_time(); import apollo_optim; apollo_optim.build_optimizer"
+
+
+def imports(rounds: int) -> dict[str, list[float]]:
+    """Seconds that `import apollo_optim` takes after torch, and ratios to torch's own import of the same round."""
+
+    def seconds(words: str) -> float:
+        call = [sys.executable, "-c", IMPORT.format(words)]
+        return float(subprocess.run(call, check=True, capture_output=True, text=True).stdout)
+
+    taken = [(seconds(OURS_AFTER_TORCH), seconds("import torch")) for _ in range(rounds)]
+    return {"seconds": [ours for ours, _ in taken], "ratio": [ours / torch for ours, torch in taken]}
+
+
 def main() -> None:
     """Parse, measure, print a table, write the log."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n\n")[0])
@@ -112,17 +130,24 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="append a JSON line for each case to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
+
+    def log(line: Line) -> None:
+        if args.log is not None:
+            args.log.parent.mkdir(parents=True, exist_ok=True)
+            append(args.log, {**line, "commit": commit(), **hardware("cpu"), **versions()})
+
     for n in args.parameters:
         rows: list[Sequence[str]] = []
         for name, found in measure(n, args.rounds, args.only).items():
             us, ratio = spread(found["us"]), spread(found["ratio"])
-            line: Line = {"case": name, "parameters": n, "shape": SHAPE, "us": us, "ratio": ratio}
-            if args.log is not None:
-                args.log.parent.mkdir(parents=True, exist_ok=True)
-                append(args.log, {**line, "commit": commit(), **hardware("cpu"), **versions()})
+            log({"case": name, "parameters": n, "shape": SHAPE, "us": us, "ratio": ratio})
             rows.append([name, f"{us['median']:.1f}", *(f"{ratio[key]:.2f}" for key in ("median", "low", "high"))])
         head = ["", "us a parameter", "ratio", "low", "high"]
         show([Table(f"{n} matrices of {SHAPE[0]} x {SHAPE[1]}, one thread", head, rows)])
+    found = imports(args.rounds)
+    seconds, ratio = spread(found["seconds"]), spread(found["ratio"])
+    log({"case": "import apollo_optim", "seconds": seconds, "ratio": ratio})
+    print(f"import apollo_optim: {seconds['median']:.2f} s, {ratio['median']:.3f} of what `import torch` takes")
 
 
 if __name__ == "__main__":

@@ -28,19 +28,17 @@ TINY = [
 ]
 
 
-def test_help_answers_at_once_without_torch() -> None:
+def test_help_needs_no_torch() -> None:
     code = (
-        "import sys, time; start = time.process_time()\n"
+        "import sys\n"
         "from apollo_optim.cli.main import main\n"
         "assert main(['--help']) == 0\n"
         "heavy = {'torch', 'transformers', 'jsonargparse', 'matplotlib'} & set(sys.modules)\n"
-        "print(time.process_time() - start, *heavy)"
+        "print(*heavy)"
     )
     words = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    *text, last = words.splitlines()
-    seconds, *heavy = last.split()
+    *text, heavy = words.splitlines()
     assert not heavy
-    assert float(seconds) <= 0.5
     assert all(any(line.strip().startswith(name) for line in text) for name in COMMANDS)
 
 

@@ -217,23 +217,24 @@ def test_a_private_name_is_seen(source: str) -> None:
 
 
 FRESH = """
-import json, sys, time
+import json, sys
 import torch
-before, start = set(sys.modules), time.process_time()
+before = set(sys.modules)
 import apollo_optim
 apollo_optim.Apollo, apollo_optim.build_optimizer  # whatever is lazy is loaded by a first use
-print(json.dumps({"seconds": time.process_time() - start, "new": sorted(set(sys.modules) - before)}))
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
+HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.onnx")
+"""Parts of torch that cost a second: loaded by who needs them, not by an import."""
 
 
-def test_import_is_cheap_and_brings_nothing_along() -> None:
-    # Seconds of processor time, the best of four: another program on the machine is not our import's cost.
-    runs = [json.loads(run_python("-c", FRESH)) for _ in range(4)]
+def test_an_import_brings_nothing_along() -> None:
+    # How long it takes is measured by `python -m benchmarks.host`: a time on a busy machine is no test.
+    new = json.loads(run_python("-c", FRESH))
     ours = sys.stdlib_module_names | {"apollo_optim", "torch"}
-    foreign = [name for name in runs[0]["new"] if name.split(".")[0] not in ours]
-    assert not foreign, f"import apollo_optim also imports {foreign}"
-    seconds = min(run["seconds"] for run in runs)
-    assert seconds <= 0.15, f"import apollo_optim takes {seconds:.2f} s"
+    assert not [name for name in new if name.split(".")[0] not in ours]
+    assert not [name for name in new if name.startswith(HEAVY)]
+    assert len([name for name in new if name.split(".")[0] == "apollo_optim"]) < 60, "rooms above the optimizer"
 
 
 def run_python(*words: str) -> str:
