@@ -25,6 +25,8 @@ class Knob:
 HALF_LIFE = Knob("optim.betas.1", 1.152e6, kind="half-life")
 """Of Adam's second moment. 1.152 M tokens are a beta2 of 0.9975 at 4,096 tokens a step, and of 0.980 at 32,768."""
 DECAY = Knob("optim.weight_decay", 0.1)
+MOMENTUM = Knob("optim.momentum", 55_350, kind="half-life")
+"""Of a first moment. 55,350 tokens are a decay of 0.95 at 4,096 tokens a step, and of 0.664 at 32,768."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ def apollo(start: str = "apollo", **keys: Any) -> Method:
 
 METHODS: dict[str, Method] = {
     "adamw": Method({"optim.name": "adamw"}, {"lr": 2e-3, "embedding_lr": 0.08, "head_lr": 0.02}),
+    # One byte a weight of momentum, which may lie where a released gradient would: weights and momentum are SGD's memory.
+    "muon-8bit": Method(
+        {"optim.name": "muon+adamw8bit", "optim.state_dtype": "8bit"}, {"lr": 4e-3}, start="adamw", knob=MOMENTUM
+    ),
     # Embedding, head and norms follow AdamW in these two: their search starts at AdamW's best rates for them.
     "apollo-mini": Method({"optim.name": "apollo-mini"}, {"lr": 1.25e-3}, start="adamw"),
     "apollo": Method({"optim.name": "apollo"}, {"lr": 5e-3}, start="adamw"),
@@ -62,6 +68,7 @@ METHODS: dict[str, Method] = {
     "apollo-rest-scale": Method(
         {"optim.name": "apollo", "optim.rest": "scale"}, {"embedding_lr": 5e-3, "head_lr": 5e-3}, start="apollo"
     ),
+    "muon": Method({"optim.name": "muon+adamw"}, start="muon-8bit", knob=MOMENTUM),
     "apollo-mini-rest-adafactor": Method({"optim.name": "apollo-mini", "optim.rest": "adafactor"}, start="apollo-mini"),
 }
 """In the order of the queue; the first is what the others are compared to."""

@@ -53,8 +53,8 @@ class Setting:
 SETTINGS = {
     setting.name: setting
     for setting in (
-        Setting("4k", budget=16, extra=4),
-        Setting("32k", batch=128, steps=300, budget=8, extra=4, rates_of="4k"),
+        Setting("4k", budget=8, extra=4),
+        Setting("32k", batch=128, steps=300, budget=4, extra=2, rates_of="4k"),
         Setting("9m", model="llama-9m", rates_of="4k"),
         Setting("4x", steps=2800, rates_of="4k"),
         Setting("other-text", source="python", rates_of="4k"),
