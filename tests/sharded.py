@@ -38,7 +38,6 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from apollo_optim import AdamW, Apollo, InputError, RuleOptimizer, build_optimizer, release
 from apollo_optim.core import place
 from apollo_optim.core import random as hashing
-from apollo_optim.core.blocks import Block
 
 SALT = 1
 LONG = "SHARDED_LONG" in os.environ  # as `python tests/test_sharded.py` wants it
@@ -354,8 +353,8 @@ def mutants() -> Found:
 noise = place.Place.noise
 
 
-def by_local_position(_: place.Place, own: Tensor, key: hashing.Key, at: Block = ()) -> Tensor:
-    return noise(place.Place.of(own), own, key, at)
+def by_local_position(self: place.Place, key: hashing.Key, device: torch.device) -> hashing.Dither:
+    return noise(place.Place.plain(self.own), key, device)
 
 
 def non_finite() -> Found:

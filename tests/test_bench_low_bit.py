@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from apollo_optim.bench import low_bit, low_bit_cost, low_bit_formats
 from apollo_optim.bench.low_bit_cost import matrices
 from apollo_optim.bench.low_bit_formats import FORMATS, anew, grouped, installed, reach, stepped, stored
+from apollo_optim.core.place import Place
 from apollo_optim.core.random import key_at
 from apollo_optim.quant import LowBitWeight, format, quantize_weights
 from apollo_optim.train.models import SIZES
@@ -22,8 +23,12 @@ def matrix(*shape: int, seed: int = 0) -> Tensor:
 
 
 def step(function, codes, scales, update, bits, t=1, decay=0.0):
-    one, usable, start = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.zeros((), dtype=torch.int32)
-    return function(codes, scales, update, one, usable, 1.0, decay, start, key_at(7, "weight", t), bits)
+    one, usable = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    return function(codes, scales, update, one, usable, 1.0, decay, noise(update, t), bits)
+
+
+def noise(update, t=1):
+    return Place.of(update).noise(key_at(7, "weight", t), update.device)
 
 
 # --- formats ---
@@ -119,7 +124,7 @@ def test_a_weight_is_stored_and_stepped_in_the_installed_format(it):
         assert isinstance(w, LowBitWeight)
         start = it.quantised(value, 4, 16)
         assert torch.equal(w.codes, start[0])
-        w._write_update_(update, 1.0, torch.ones(1, 1, dtype=torch.bool), 1.0, 0.0, key_at(7, "weight", 1))
+        w._write_rows_((), update, 1.0, torch.ones(1, 1, dtype=torch.bool), 1.0, 0.0, noise(update))
         codes, scales = step(it.stepped, *start, update, 4)
         assert torch.equal(w.codes, codes)
         assert torch.equal(w.scales, scales)

@@ -19,14 +19,14 @@ SHAPES = [(), (300,), (40, 24), (24, 40), (3, 20, 12), (2, 12, 20), (8, 3, 3, 3)
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks_module, "BLOCK", 64)
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", 64)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("whole", [0, 1])
 def test_blocks_cover_a_tensor_once(small_blocks: None, shape: tuple[int, ...], whole: int) -> None:
     times, covered = torch.zeros(shape), []
-    for at in blocks(shape, whole):
+    for at in blocks(shape, torch.device("cpu"), whole):
         part(times, at).add_(1)
         covered.append(part(torch.arange(times.numel()).view(shape), at).flatten())
         if len(shape) > whole:
@@ -53,7 +53,7 @@ def steps(cls: type, shape: tuple[int, ...], dtype: torch.dtype, **knobs: object
 def test_adamw_in_blocks_is_adamw_to_the_bit(monkeypatch, shape, dtype):
     """Rounding bits included: they belong to the position in the whole tensor."""
     ((whole, state),) = steps(AdamW, shape, dtype, state_dtype=dtype)
-    monkeypatch.setattr(blocks_module, "BLOCK", 64)
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", 64)
     ((cut, cut_state),) = steps(AdamW, shape, dtype, state_dtype=dtype)
     assert torch.equal(whole, cut)
     assert all(torch.equal(state[key], cut_state[key]) for key in ("exp_avg", "exp_avg_sq"))
@@ -65,7 +65,7 @@ def test_apollo_in_blocks_is_apollo(monkeypatch, shape, proj):
     """But for the order in which a product may sum (2e-6 seen; a step moves entries by 1e-2)."""
     runs = []
     for size in (1 << 20, 64):
-        monkeypatch.setattr(blocks_module, "BLOCK", size)
+        monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
         for cls, rank in ((Apollo, 1), (Apollo, 5), (ApolloMini, 1)):
             runs += [p for p, _ in steps(cls, shape, torch.float32, rank=rank, proj=proj, weight_decay=0.1)]
     for whole, cut in zip(runs[:3], runs[3:], strict=True):
@@ -143,7 +143,7 @@ def test_a_compiled_step_takes_bf16_by_whole_vectors(cls):
 
 def test_the_measure_sees_a_large_temporary(monkeypatch):
     """It would fail without blocks."""
-    monkeypatch.setattr(blocks_module, "BLOCK", 1 << 40)
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", 1 << 40)
     p = nn.Parameter(torch.zeros(4096, 2048, dtype=torch.bfloat16))
     p.grad = torch.randn(p.shape, dtype=torch.bfloat16)
     optimizer = AdamW([p], compile=False)

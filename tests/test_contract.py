@@ -537,7 +537,7 @@ def test_no_compiler_gives_one_warning_and_the_eager_path(monkeypatch):
     compile_module.can_compile.cache_clear()
 
 
-def test_what_is_large_is_compiled_by_itself_on_a_cpu(monkeypatch):
+def test_what_is_large_is_compiled_by_default(monkeypatch):
     monkeypatch.setattr("apollo_optim.optim.compiled.COMPILED_FROM", 24)
     small, large = nn.Parameter(torch.ones(6, 3)), nn.Parameter(torch.ones(6, 4))
     small.grad, large.grad = torch.randn(6, 3), torch.randn(6, 4)
@@ -546,7 +546,8 @@ def test_what_is_large_is_compiled_by_itself_on_a_cpu(monkeypatch):
         optimizer = Apollo([small, large], rank=2, compile=compile)
         optimizer.step()
         graphs[compile] = len(optimizer.graphs)
-        assert is_compiled(compile, large, "cuda") is bool(compile)
+        assert is_compiled(compile, large, "cuda") is (compile is not False)
+        assert is_compiled(compile, large, "mps") is bool(compile)
     assert graphs == {None: 1, False: 0, True: 2}
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from apollo_optim import AdamW, Apollo, ApolloMini, RuleOptimizer, rules
 from apollo_optim.core.matrix import is_wide, limit_growth, project, random_basis, svd_basis
 from apollo_optim.core.place import Place
-from apollo_optim.core.random import dither, hash32, key_at, mix_seed, normal_pairs, signs, uniform
+from apollo_optim.core.random import Dither, dither, hash32, key_at, mix_seed, normal_pairs, signs, uniform
 from apollo_optim.core.rounding import round_stochastically
 
 KEY = key_at(mix_seed(0, 3), "projection", 2)
@@ -331,22 +331,22 @@ def test_without_growth_there_is_no_limit():
 def test_the_mean_of_stochastic_rounding_is_the_number():
     n = 1 << 16
     for value in (1.001, -3.1415927, 1e-3, 2.0**-20 * 1.3):
-        x = torch.full((n,), value)
-        rounded = round_stochastically(x, noise(256, 256).flatten())
-        assert rounded.dtype is torch.bfloat16
+        x = torch.full((1, n), value)
+        rounded = round_stochastically(x, noise(1, n))
+        assert torch.equal(rounded.to(torch.bfloat16).float(), rounded)
         neighbours = rounded.float().unique()
         assert len(neighbours) == 2
         ulp = (neighbours[1] - neighbours[0]).item()
-        assert abs(rounded.double().mean().item() - x[0].double().item()) < 5 * 0.5 * ulp / math.sqrt(n)
+        assert abs(rounded.double().mean().item() - x[0, 0].double().item()) < 5 * 0.5 * ulp / math.sqrt(n)
 
 
 def test_what_needs_no_rounding_is_not_rounded():
-    exact = torch.tensor([0.0, -0.0, 1.0, -1.5, math.inf, -math.inf, 2.0**-130, 3.3895314e38])
-    most = torch.full(exact.shape, 1 - 2.0**-16)
-    assert torch.equal(round_stochastically(exact, most).float(), exact.to(torch.bfloat16).float())
+    exact = torch.tensor([0.0, -0.0, 1.0, -1.5, math.inf, -math.inf, 2.0**-130, 3.3895314e38]).view(1, -1)
+    most = constant_noise(0xFFFF)
+    assert torch.equal(round_stochastically(exact, most), exact.to(torch.bfloat16).float())
     nan = torch.tensor([math.nan]), torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
     for x in nan:
-        assert round_stochastically(x, most[:1]).isnan().all()
+        assert round_stochastically(x, most).isnan().all()
 
 
 def test_compiled_rounding_is_the_same_rounding():
@@ -357,20 +357,25 @@ def test_compiled_rounding_is_the_same_rounding():
     powers = 2.0 ** torch.arange(-110, 96)
     edges = [t for power in (powers, -powers) for t in (power, power * (1 - 2.0**-24), power * (1 + 2.0**-23))]
     x = torch.cat([random, *edges, torch.tensor([0.0, math.inf, -math.inf, 2.0**127])])
-    noises = noise(1, len(x)).flatten(), torch.zeros(len(x)), torch.full((len(x),), 1 - 2.0**-16)
+    x = x.view(1, -1)
+    noises = noise(1, x.shape[1]), constant_noise(0), constant_noise(0xFFFF)
     compiled = torch.compile(round_stochastically, fullgraph=True)
     for u in noises:
         assert torch.equal(compiled(x, u), round_stochastically(x, u))
-    assert compiled(torch.full((4,), math.nan), torch.zeros(4)).isnan().all()
+    assert compiled(torch.full((1, 4), math.nan), constant_noise(0)).isnan().all()
 
 
-def noise(m: int, n: int, key: tuple[int, int] = KEY) -> torch.Tensor:
+def noise(m: int, n: int, key: tuple[int, int] = KEY) -> Dither:
     return dither(torch.arange(m, dtype=torch.int32), torch.arange(n, dtype=torch.int32), key)
+
+
+def constant_noise(bits: int) -> Dither:
+    return Dither(*(torch.tensor([[number]], dtype=torch.int32) for number in (0, 1, bits)))
 
 
 def test_dither_is_uniform_and_entries_are_independent_in_pairs():
     """Over 4,000 keys: each entry's mean and variance, and the correlation of neighbours in row, column and across."""
-    draws = torch.stack([noise(4, 5, key_at(3, "weight", t)) for t in range(4000)]).double()
+    draws = torch.stack([noise(4, 5, key_at(3, "weight", t)).uniform() for t in range(4000)]).double()
     assert draws.min() >= 0
     assert draws.max() < 1
     assert torch.equal(draws, (draws * 2**16).round() / 2**16)
@@ -384,12 +389,15 @@ def test_dither_is_uniform_and_entries_are_independent_in_pairs():
 
 def test_dither_belongs_to_the_position():
     """In parts and compiled: the same."""
-    whole = noise(40, 70)
+    drawn = noise(40, 70)
+    whole = drawn.uniform()
     rows, columns = torch.arange(40, dtype=torch.int32), torch.arange(70, dtype=torch.int32)
-    assert torch.equal(dither(rows[10:20], columns[30:], KEY), whole[10:20, 30:])
-    assert torch.equal(torch.compile(dither, fullgraph=True)(rows, columns, KEY), whole)
+    assert torch.equal(dither(rows[10:20], columns[30:], KEY).uniform(), whole[10:20, 30:])
+    assert torch.equal(drawn.part((slice(10, 20), slice(30, 70))).uniform(), whole[10:20, 30:])
+    uniform = torch.compile(lambda *arguments: dither(*arguments).uniform(), fullgraph=True)
+    assert torch.equal(uniform(rows, columns, KEY), whole)
     as_tensors = tuple(torch.tensor(word, dtype=torch.int32) for word in KEY)
-    assert torch.equal(dither(rows, columns, as_tensors), whole)
+    assert torch.equal(dither(rows, columns, as_tensors).uniform(), whole)
     assert whole[:2, :3].tolist() == GOLDEN["dither"]
 
 

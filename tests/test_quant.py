@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from apollo_optim import InputError, LowBitWeight, build_optimizer, quantize_weights
 from apollo_optim.core.blocks import part
-from apollo_optim.core.random import dither, key_at
+from apollo_optim.core.place import Place
+from apollo_optim.core.random import Dither, dither, key_at
 from apollo_optim.core.storage import is_finite, nbytes, parts
 from apollo_optim.quant import format, tallied
 from apollo_optim.quant import products as products_module
@@ -27,7 +28,11 @@ def matrix(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 def write(w: LowBitWeight, update: Tensor, *, factor: object = 1.0, lr: float = 1.0, decay: float = 0.0, t: int = 1):
     usable = torch.ones((1,) * update.ndim, dtype=torch.bool)
-    w._write_update_(update, factor, usable, lr, decay, key_at(7, "weight", t))
+    w._write_rows_((), update, factor, usable, lr, decay, noise_of(update, 7, t))
+
+
+def noise_of(update: Tensor, seed: int, t: int = 1) -> Dither:
+    return Place.of(update).noise(key_at(seed, "weight", t), update.device)
 
 
 # --- the format ---
@@ -145,7 +150,7 @@ def test_unusable_matrices_stay_to_the_bit():
     usable = torch.tensor([True, False]).view(2, 1, 1)
     update = torch.full((2, 6, 40), 0.01)
     update[1] = torch.nan
-    w._write_update_(update, torch.ones(2, 1, 1), usable, 1.0, 0.5, key_at(1, "weight", 1))
+    w._write_rows_((), update, torch.ones(2, 1, 1), usable, 1.0, 0.5, noise_of(update, 1))
     assert torch.equal(w.codes[1], before.codes[1])
     assert torch.equal(w.scales[1], before.scales[1])
     assert not torch.equal(w.codes[0], before.codes[0])
@@ -156,7 +161,7 @@ def test_unusable_matrices_stay_to_the_bit():
 def test_blocks_do_not_change_the_result(bits, monkeypatch):
     ends = []
     for block in (1, 300, 1 << 20):
-        monkeypatch.setattr(write_module, "BLOCK", block)
+        monkeypatch.setattr(write_module, "CPU_BLOCK", block)
         w = LowBitWeight.from_float(matrix(2, 12, 70), bits, 16)
         write(w, matrix(2, 12, 70, seed=1), factor=torch.rand(2, 1, 70, generator=torch.Generator().manual_seed(1)))
         ends.append(w)
@@ -187,17 +192,14 @@ def test_a_compiled_step_taken_in_blocks_of_rows_is_that_of_the_whole_weight(mon
 
 
 def check_blocks_of_rows(bits: int, shape: tuple[int, ...], factor: float | Tensor) -> None:
-    start, update, key = (
-        LowBitWeight.from_float(matrix(*shape), bits, 16),
-        matrix(*shape, seed=1),
-        key_at(7, "weight", 1),
-    )
+    start, update = LowBitWeight.from_float(matrix(*shape), bits, 16), matrix(*shape, seed=1)
+    noise = noise_of(update, 7)
     finite = (torch.arange(prod(shape[:-2])) != 2).view(*shape[:-2], 1, 1)
     whole, in_blocks = start.clone(), start.clone()
-    whole._write_update_(update, factor, finite, 0.5, 0.1, key)
+    whole._write_rows_((), update, factor, finite, 0.5, 0.1, noise)
     for at in reversed(ROWS[shape]):
         own = part(factor, at) if isinstance(factor, Tensor) and factor.ndim == len(shape) else factor
-        in_blocks._write_rows_(at, update[at], own, part(finite, at), 0.5, 0.1, key)
+        in_blocks._write_rows_(at, update[at], own, part(finite, at), 0.5, 0.1, noise.part(at))
         assert torch.equal(in_blocks.dequantize(rows=at), whole.dequantize()[at])
     assert torch.equal(in_blocks.codes, whole.codes)
     assert torch.equal(in_blocks.scales, whole.scales)
@@ -213,7 +215,7 @@ def test_random_bits_are_those_of_the_global_position():
     update[:, 0] = 0
     write(w, update)
     rows, columns = torch.arange(3, dtype=torch.int32), torch.arange(8, dtype=torch.int32)
-    up = dither(rows, columns, key_at(7, "weight", 1)) < 0.5
+    up = dither(rows, columns, key_at(7, "weight", 1)).uniform() < 0.5
     assert torch.equal(w.codes[:, 1:], up[:, 1:].to(torch.int8))
 
 

@@ -199,7 +199,7 @@ BLOCKS = pytest.mark.parametrize("size", [1 << 20, 64], ids=["whole", "in blocks
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30), (3, 12, 8), (1, 50)], ids=str)
 def test_adafactor_is_the_papers(monkeypatch, shape, size):
     """Algorithm 4 (1804.04235) with absolute steps: beta2 = 1 - t^-0.8, eps1 = 1e-30, d = 1, no first moment."""
-    monkeypatch.setattr(blocks_module, "BLOCK", size)
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
     grads = gradients(shape)
     ours = taken(RULES["adafactor"], shape, grads, lr=0.5)
     row = col = 0.0
@@ -219,7 +219,7 @@ def test_adafactor_is_the_papers(monkeypatch, shape, size):
 @pytest.mark.parametrize(("normalize", "dim"), [("rows", -1), ("columns", -2)])
 @pytest.mark.parametrize("shape", [(30, 20), (3, 12, 8)], ids=str)
 def test_scale_is_the_papers(monkeypatch, shape, normalize, dim, momentum, size):
-    monkeypatch.setattr(blocks_module, "BLOCK", size)
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
     grads = gradients(shape)
     rule = {"rule": "scale", "normalize": normalize, "momentum": momentum}
     m = torch.zeros(shape, dtype=torch.float64)
@@ -233,7 +233,7 @@ def test_scale_is_the_papers(monkeypatch, shape, normalize, dim, momentum, size)
 @pytest.mark.parametrize("shape", [(20, 300), (3, 40, 64), (70, 70)], ids=str)
 def test_adamw8bit_is_adamw_but_for_its_moments_rounding(monkeypatch, shape, size):
     """Its first step is AdamW's to the last bit: the moments of a step are rounded after it was taken."""
-    monkeypatch.setattr(blocks_module, "BLOCK", size)
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
     grads = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
     ours, exact = (taken(rule, shape, grads) for rule in (RULES["adamw8bit"], {}))
     assert torch.equal(ours[0], exact[0])
@@ -246,7 +246,7 @@ def test_adamw8bit_is_adamw_but_for_its_moments_rounding(monkeypatch, shape, siz
 def test_blocks_do_not_change_a_bit_of_8_bit_moments(monkeypatch):
     grads = [torch.randn(20, 300, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     whole = taken(RULES["adamw8bit"], (20, 300), grads)
-    monkeypatch.setattr(blocks_module, "BLOCK", 700)
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", 700)
     assert all(torch.equal(a, b) for a, b in zip(whole, taken(RULES["adamw8bit"], (20, 300), grads), strict=True))
 
 

@@ -16,7 +16,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +79,11 @@ def _write_of(weight: Tensor, grad: Tensor) -> Callable[[], object]:
     def run() -> None:
         nonlocal steps
         steps += 1
-        key = key_at(0, "weight", steps)
+        noise = Place.of(weight).noise(key_at(0, "weight", steps), grad.device)
         if writes_itself(weight):
-            weight._write_update_(grad, factor, finite, 1e-3, 0.0, key)  # type: ignore[attr-defined]
+            weight._write_rows_((), grad, factor, finite, 1e-3, 0.0, noise)  # type: ignore[attr-defined]
         else:
-            write(weight, grad, factor, finite, 1e-3, 0.0, partial(Place.of(weight).noise, grad, key))
+            write(weight, grad, factor, finite, 1e-3, 0.0, noise)
 
     return run
 

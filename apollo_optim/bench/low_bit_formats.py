@@ -43,7 +43,8 @@ from torch import Tensor
 
 from apollo_optim.bench.race import Trial, run_trial
 from apollo_optim.core.matrix import Number
-from apollo_optim.core.random import Key, dither, key_at
+from apollo_optim.core.place import Place
+from apollo_optim.core.random import Dither, key_at
 from apollo_optim.quant import LowBitWeight
 from apollo_optim.quant import format as library
 from apollo_optim.quant.format import HEADROOM, SMALLEST, TOP, pack, padded, rounded_up, unpack
@@ -172,8 +173,7 @@ def stepped(
     usable: Tensor,
     lr: Number,
     weight_decay: Number,
-    row: Tensor,
-    key: Key,
+    noise: Dither,
     bits: int,
     *,
     affine: bool,
@@ -187,11 +187,10 @@ def stepped(
     touched_rg1 = used_rgs.any(-1, keepdim=True)
     decayed_rgs = old_rgs * (1 - lr * weight_decay) - minima_rg1 * (lr * weight_decay) / scales_rg1
     wanted_rgs = torch.where(used_rgs, decayed_rgs - update_rgs / scales_rg1, old_rgs)
-    rows, columns = (torch.arange(size, dtype=torch.int32) for size in (r, n))
-    noise = grouped(dither(row + rows, columns, key), s)
-    uniform = noise + 2.0**-17
+    noise_rgs = grouped(noise.uniform(), s)
+    uniform = noise_rgs + 2.0**-17
     if keep:
-        again = (noise * 2.0**8).frac() + 2.0**-9
+        again = (noise_rgs * 2.0**8).frac() + 2.0**-9
         levels_rgs, new_rg1, low_rg1 = kept(wanted_rgs, scales_rg1, touched_rg1, uniform, again, bits, affine)
     else:
         levels_rgs, new_rg1, low_rg1 = anew(wanted_rgs, scales_rg1, uniform, bits, affine)
@@ -260,13 +259,14 @@ def drift(format: str, bits: int, group_size: int, updates: str, steps: int) -> 
     touched = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < (0.1 if updates == "sparse" else 1.0)
     direction = matrix(*shape, seed=2)
     exact = begin.double()
-    one, usable, start = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.zeros((), dtype=torch.int32)
+    one, usable = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
     moved_scales = 0.0
     for t in range(steps):
         update = (direction + matrix(*shape, seed=3 + t)) * (touched * (1e-3 * unit / 0.02 / 2**0.5))
         exact -= update.double()
         before = scales
-        codes, scales = it.stepped(codes, scales, update, one, usable, 1.0, 0.0, start, key_at(0, "weight", t), bits)
+        noise = Place.of(update).noise(key_at(0, "weight", t), update.device)
+        codes, scales = it.stepped(codes, scales, update, one, usable, 1.0, 0.0, noise, bits)
         groups = slice(-(-shape[-1] // group_size))  # not the minima
         moved_scales += (scales != before)[:, groups].float().mean().item() / steps
     end = it.dequantised(codes, scales, shape[-1], torch.float32).double()

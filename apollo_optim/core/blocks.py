@@ -1,7 +1,9 @@
 """Large tensors go through a step in blocks of rows, so that what a step computes with stays small.
 
 A 7B model's embedding has 131 million entries: each fp32 temporary of it would be 0.5 GB. Eager steps therefore cut
-every tensor into blocks of about `BLOCK` entries; a compiled step has no temporaries to keep small and is left whole.
+every tensor into blocks; a compiled step has no temporaries to keep small and is left whole. On a CPU a block is what
+fits in a core's cache. An accelerator pays for every operation that it is sent, so there only memory asks for a cut:
+a block is a few of LLaMA-1B's largest matrices, whose temporaries are 0.13 GB each.
 All of this is about plain tensors: of a DTensor, each rank's own part.
 """
 
@@ -14,36 +16,59 @@ from math import prod
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 18  # the fp32 temporaries of a few operations fit in a core's cache
+CPU_BLOCK = 1 << 18
+BLOCK = 1 << 25
 Block = tuple[slice, ...]  # an index: one slice for each of some leading dimensions; () is everything
-_few: ContextVar[bool] = ContextVar("few", default=False)
+_planned: ContextVar[str | None] = ContextVar("planned", default=None)
 
 
 @contextmanager
-def few_blocks() -> Iterator[None]:
-    """The first two blocks and the last stand for all: for a planner, which wants a step's bytes, not its numbers."""
-    token = _few.set(True)
+def few_blocks(device_type: str = "cpu") -> Iterator[None]:
+    """For a planner, who wants a step's bytes on such a device: the first two blocks and the last stand for all.
+
+    So do the first and the last of the parameters that are alike (`optim.together`).
+    """
+    token = _planned.set(device_type)
     try:
         yield
     finally:
-        _few.reset(token)
+        _planned.reset(token)
 
 
-def blocks(shape: tuple[int, ...], whole: int = 0, size: int | None = None) -> list[Block]:
-    """Indices that cut a tensor of this shape into parts of about `size` (`BLOCK`) entries, in order of memory.
+def is_planned() -> bool:
+    """Is all of this for a planner?"""
+    return _planned.get() is not None
 
-    The last `whole` dimensions are never cut. One index, (), where there is nothing to cut, and under torch.compile.
+
+def is_cpu(device: torch.device) -> bool:
+    """Is it one, or planned to be?"""
+    return (_planned.get() or device.type) == "cpu"
+
+
+def block_size(device: torch.device) -> int:
+    """Entries of a block."""
+    return CPU_BLOCK if is_cpu(device) else BLOCK
+
+
+def blocks(shape: tuple[int, ...], device: torch.device, whole: int = 0, size: int | None = None) -> list[Block]:
+    """Indices that cut a tensor of this shape into parts of about `size` entries, in order of memory.
+
+    Args:
+        device: Where it lies: it has a `block_size`.
+        whole: So many dimensions, the last ones, are never cut.
+
+    One index, (), where there is nothing to cut, and under torch.compile.
     """
-    most = size or BLOCK
-    if torch.compiler.is_compiling() or prod(shape) <= most or len(shape) <= whole:
+    if torch.compiler.is_compiling() or prod(shape) <= (size or block_size(device)) or len(shape) <= whole:
         return [()]
+    most = size or block_size(device)
     inner = [prod(shape[dim + 1 :]) for dim in range(len(shape) - whole)]
     cut = next((dim for dim, entries in enumerate(inner) if entries <= most), len(inner) - 1)
     rows = max(1, most // inner[cut])
     outer = [[slice(i, i + 1) for i in range(entries)] for entries in shape[:cut]]
     along = [slice(start, min(start + rows, shape[cut])) for start in range(0, shape[cut], rows)]
     every = list(itertools.product(*outer, along))
-    return [*every[:2], *every[2:][-1:]] if _few.get() else every
+    return [*every[:2], *every[2:][-1:]] if is_planned() else every
 
 
 def part(t: Tensor, at: Block) -> Tensor:
@@ -55,9 +80,9 @@ def part(t: Tensor, at: Block) -> Tensor:
 
 def by_rows(function: Callable[[Tensor, Block], Tensor], t: Tensor) -> Tensor:
     """`function(rows, block)` of every block of whole rows, put together: (.., c, k) -> (.., c, x)."""
-    if t.numel() <= BLOCK:
+    if torch.compiler.is_compiling() or t.numel() <= block_size(t.device):
         return function(t, ())
-    cuts = blocks(tuple(t.shape), whole=1)
+    cuts = blocks(tuple(t.shape), t.device, whole=1)
     if len(cuts) == 1:
         return function(part(t, cuts[0]), cuts[0])
     first = function(part(t, cuts[0]), cuts[0])

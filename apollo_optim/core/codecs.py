@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from apollo_optim.core.random import Dither
 from apollo_optim.core.rounding import spacing
 
 SCALE = "_scale"  # what the second tensor of a coded slot is called, after the slot
@@ -189,8 +190,8 @@ FOUR_BITS = Codec(
 CODECS = {codec.name: codec for codec in (FP32, BF16, EIGHT_BITS, FOUR_BITS)}
 
 
-def store_codes(old: Tensor, scale: Tensor, value: Tensor, finite: Tensor, noise: Tensor, coding: Coding) -> None:
+def store_codes(old: Tensor, scale: Tensor, value: Tensor, finite: Tensor, noise: Dither, coding: Coding) -> None:
     """`core.write.store_float` for a slot of codes: whole rows of `value` (.., n), fp32."""
-    new = coding.encode(value, noise, scale.shape[-1])
+    new = coding.encode(value, noise.uniform(), scale.shape[-1])
     for here, fresh in zip((old, scale), new, strict=True):
         here.copy_(torch.where(finite, fresh, here.float()))  # a choice between integers is slow when compiled

@@ -38,7 +38,8 @@ def compiled_in_place(function: Callable[..., None], options: dict[str, Any] = O
 
     Calls after the first go past torch's check of whether the graph fits, which takes longer than a small matrix's
     step. So it is the caller who must keep one for each look of the tensors: shapes, strides, dtypes, device, and the
-    number of threads, for which the graph's loops are made.
+    number of threads, for which the graph's loops are made. (On a CPU. Elsewhere torch checks, until it has been seen
+    there that it need not.)
     """
     direct: Callable[..., Any] | None = None
     given: tuple[Tensor, ...] = ()
@@ -52,7 +53,8 @@ def compiled_in_place(function: Callable[..., None], options: dict[str, Any] = O
         def first(*taken: Tensor) -> Any:
             nonlocal direct
             order = [next((i for i, t in enumerate(given) if t is own), -1) for own in taken]
-            if -1 not in order:  # otherwise something else is needed, which torch must fetch each time
+            # otherwise something else is needed, which torch must fetch each time
+            if -1 not in order and all(t.device.type == "cpu" for t in given):
                 direct = lambda *tensors: inner(*[tensors[i] for i in order])  # noqa: E731
             return inner(*taken)
 

@@ -100,7 +100,7 @@ def full_norm(own: Tensor, place: Place) -> Tensor:
     if torch.compiler.is_compiling():  # row by row: a sum of everything at once is compiled to a slow loop
         square = own.float().square().sum(-1).sum()
     else:
-        parts = [vector_norm(part(own, at), dtype=torch.float32) for at in blocks(tuple(own.shape))]
+        parts = [vector_norm(part(own, at), dtype=torch.float32) for at in blocks(tuple(own.shape), own.device)]
         norm: Tensor = parts[0] if len(parts) == 1 else vector_norm(torch.stack(parts))
         if place.mesh is None:
             return norm
@@ -127,15 +127,13 @@ def limit_growth(norm: Tensor, prev_norm: Tensor, growth: Number) -> tuple[Tenso
     checkpoint code takes such a step to create the state) nor one in mid-run freezes the tensor or drops the limit.
     The branches are `where`s: no host sync.
     """
-    most = prev_norm * growth
-    limited = torch.where((prev_norm > 0) & (norm > most), most, norm)
-    factor = torch.where(norm > 0, limited / norm, torch.ones_like(norm))
-    return factor, torch.where(norm > 0, limited, prev_norm)
+    limited, idle = torch.minimum(norm, (prev_norm * growth).masked_fill(prev_norm == 0, math.inf)), norm == 0
+    return (limited / norm).masked_fill(idle, 1.0), torch.where(idle, prev_norm, limited)
 
 
 def sum_blocks(function: Callable[[Tensor, Block], Tensor], own: Tensor, place: Place, *dims: int) -> Tensor:
     """`function(rows, block)` of all of a tensor, summed over `dims` (kept, of size 1): over blocks and ranks."""
-    cuts = blocks(tuple(own.shape), whole=1)
+    cuts = blocks(tuple(own.shape), own.device, whole=1)
     if len(cuts) == 1:
         return place.sum(function(own, ()).sum(dims, keepdim=True), *dims)
     shape = [1 if d - own.ndim in dims else size for d, size in enumerate(own.shape)]
@@ -167,7 +165,7 @@ def orthogonalise(matrix: Tensor, steps: int, eps: float, precision: str) -> Ten
 
 
 def random_basis(place: Place, rank: int, proj: str, key: Key, device: torch.device) -> Tensor:
-    """The basis of this key for a gradient (.., c, k) of `place`, whole on every rank, fp32.
+    """The basis of this key for a gradient (.., c, k) of `place`, whole on every rank, fp32. (Of a batch: one each.)
 
     `gaussian`: N(0, 1/r), the paper's. `rademacher`: +-1/sqrt(r). `sketch` (CountSketch; Kane & Nelson 2014):
     entry j of the small side goes to column j mod r with a random sign; one pass over G and no matrix product.
@@ -178,13 +176,16 @@ def random_basis(place: Place, rank: int, proj: str, key: Key, device: torch.dev
     def positions(n: int) -> Tensor:
         return torch.arange(stack * n, dtype=torch.int64, device=device)
 
+    def shaped(t: Tensor, *shape: int) -> Tensor:
+        return t.reshape(*t.shape[:-1], *shape)
+
     if proj == "sketch":
-        return in_memory(signs(positions(k), key).view(*batch, k))
+        return in_memory(shaped(signs(positions(k), key), *batch, k))
     if proj == "rademacher":
-        return signs(positions(k * rank), key).view(*batch, k, rank) / math.sqrt(rank)
+        return shaped(signs(positions(k * rank), key), *batch, k, rank) / math.sqrt(rank)
     half = (k * rank + 1) // 2  # each hash pair gives two normals: one for either half of a matrix
-    pairs = torch.cat([t.view(stack, half) for t in normal_pairs(positions(half), key)], dim=1)
-    return in_memory(pairs[:, : k * rank].reshape(*batch, k, rank) / math.sqrt(rank))
+    pairs = torch.cat([shaped(t, stack, half) for t in normal_pairs(positions(half), key)], dim=-1)
+    return in_memory(shaped(pairs[..., : k * rank].flatten(-2), *batch, k, rank) / math.sqrt(rank))
 
 
 def svd_basis(grad_ck: Tensor, rank: int) -> Tensor:

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
-from apollo_optim.core.blocks import Block
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.random import Key, dither
+from apollo_optim.core.random import Dither, Key, dither
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -55,11 +54,13 @@ class Place:
 
     Attributes:
         shape: Of the whole tensor.
-        starts: Of this rank's part, one index per dimension; None where the part is not one block.
+        own: The shape of this rank's part.
+        starts: Where it begins, one index per dimension; None where the part is not one block.
         mesh, placements: Of a DTensor; None and () of a plain tensor.
     """
 
     shape: tuple[int, ...]
+    own: tuple[int, ...]
     starts: tuple[int, ...] | None
     mesh: Any = None
     placements: tuple[Any, ...] = ()
@@ -68,8 +69,13 @@ class Place:
     def of(t: Tensor) -> "Place":
         """The place of a DTensor's part, or of all of a plain tensor."""
         if not is_sharded(t):
-            return Place(tuple(t.shape), (0,) * t.ndim)
+            return Place.plain(tuple(t.shape))
         return _placed(tuple(t.shape), t.device_mesh, tuple(t.placements))
+
+    @staticmethod
+    def plain(shape: tuple[int, ...]) -> "Place":
+        """The place of all of a plain tensor."""
+        return Place(shape, shape, (0,) * len(shape))
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -90,24 +96,27 @@ class Place:
         *batch, m, n = range(len(self.shape))
         order = [*batch, n, m]
         starts = None if self.starts is None else tuple(self.starts[i] for i in order)
-        shape = tuple(self.shape[i] for i in order)
-        return Place(shape, starts, self.mesh, tuple(_moved(p, order) for p in self.placements))
+        shape, own = (tuple(of[i] for i in order) for of in (self.shape, self.own))
+        return Place(shape, own, starts, self.mesh, tuple(_moved(p, order) for p in self.placements))
 
-    def noise(self, own: Tensor, key: Key, at: Block = ()) -> Tensor:
-        """`dither` for this rank's part `own`, or for one block `at` of it: an entry's is its own wherever it lies."""
-        rows, columns = (self._index(own, at, dims) for dims in (slice(-1), slice(-1, None)))
-        noise = dither(rows, columns, key)
-        return noise if own.ndim else noise.view(())
+    def noise(self, key: Key, device: torch.device) -> Dither:
+        """`dither` for this rank's part: an entry's is its own wherever it lies. (Of a batch of keys, a batch.)"""
+        rows, columns = (self._positions(dims, device).flatten() for dims in (slice(-1), slice(-1, None)))
+        t_n, a_m1, b_m1 = dither(rows, columns, key)
+        if len(self.own) > 1:
+            shape: list[int] = [*a_m1.shape[:-2], *self.own[:-1], 1]
+            return Dither(t_n, a_m1.view(shape), b_m1.view(shape))
+        vector = Dither(t_n, a_m1.squeeze(-2), b_m1.squeeze(-2))  # which has no rows
+        return vector if self.own else Dither(*(t.squeeze(-1) for t in vector))
 
-    def _index(self, own: Tensor, at: Block, dims: slice) -> Tensor:
-        """The flat position, in the whole tensor's dimensions `dims`, of every element of the part or of a block."""
+    def _positions(self, dims: slice, device: torch.device) -> Tensor:
+        """The flat position, in the whole tensor's dimensions `dims`, of every element of this rank's part."""
         everywhere = self.shape[dims]
         dtype = torch.int32 if prod(everywhere) < 1 << 31 else torch.int64
-        cut = [(s.start or 0, size if s.stop is None else s.stop) for s, size in zip(at, own.shape, strict=False)]
-        cut += [(0, size) for size in own.shape[len(at) :]]
-        index = torch.zeros((), dtype=dtype, device=own.device)
-        for start, (first, last), size in zip(self.offsets[dims], cut[dims], everywhere, strict=True):
-            index = index[..., None] * size + torch.arange(start + first, start + last, dtype=dtype, device=own.device)
+        index = torch.zeros((), dtype=dtype, device=device)
+        for start, size, of in zip(self.offsets[dims], self.own[dims], everywhere, strict=True):
+            here = torch.arange(start, start + size, dtype=dtype, device=device)
+            index = here if index.ndim == 0 else index[..., None] * of + here
         return index
 
     # --- sums over ranks: their arguments and results are this rank's parts ---
@@ -214,7 +223,7 @@ class Place:
                 channels, whatever way the tensor is split. "whole": a plain tensor on every rank.
         """
         if self.mesh is None or split == "whole":
-            return Place(shape, (0,) * len(shape))
+            return Place.plain(shape)
         from torch.distributed.tensor import Replicate
 
         if split == "channels":
@@ -239,11 +248,12 @@ class Place:
 def _placed(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Place:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+    own, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
     for i, p in enumerate(placements):  # of a strided shard, only what later ones cut back to one block can be placed
         later = [mesh.size(j) for j, q in enumerate(placements) if j > i and _splits(q, [getattr(p, "dim", None)])]
         if getattr(p, "split_factor", prod(later)) != prod(later):
-            return Place(shape, None, mesh, placements)
-    return Place(shape, tuple(compute_local_shape_and_global_offset(shape, mesh, placements)[1]), mesh, placements)
+            return Place(shape, tuple(own), None, mesh, placements)
+    return Place(shape, tuple(own), tuple(starts), mesh, placements)
 
 
 def _splits(placement: Any, dims: Container[Any]) -> bool:

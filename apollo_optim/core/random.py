@@ -6,19 +6,24 @@ promises none of this (its streams differ by device, size and release).
 
 Keys are pairs of 32-bit words made on the host from a parameter's seed and a counter (`key_at`); indices are global
 flat positions. Everything on the device is int32 arithmetic modulo 2^32, which every backend has.
+
+A key may be a batch, two words of (b, 1) for b parameters: then what is drawn for n positions is (b, n).
 """
 
 import functools
 import hashlib
 import math
 import zlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from apollo_optim.core.blocks import Block, part
 from apollo_optim.core.compile import in_memory
 
-Key = tuple["int | Tensor", "int | Tensor"]  # two int32 words; 0-D tensors where a compiled step must not specialise
+Key = tuple["int | Tensor", "int | Tensor"]
+"""Two int32 words: numbers, 0-D tensors where a compiled step must not specialise, or (b, 1) for a batch."""
 
 # What a key is drawn for: a number, or the CRC of a name that has none. Part of the format: never renumber.
 PURPOSES = {"projection": 0, "weight": 1, "exp_avg": 2, "exp_avg_sq": 3}
@@ -83,20 +88,46 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
-def dither(rows: Tensor, columns: Tensor, key: Key) -> Tensor:
-    """What stochastic rounding adds to every entry (.., m, n) of a matrix: uniform in [0, 1) in steps of 2^-16, fp32.
+class Dither(NamedTuple):
+    """What stochastic rounding adds to every entry (.., m, n) of a matrix, as it is drawn: for each row and column.
 
-    `rows` (.., m) and `columns` (n), int32: global positions. Not a hash for each entry, which would cost more than
-    the step it rounds, but one for each row and column: u_ij = frac(a_i t_j + b_i). As a_i is odd, every u_ij is
-    uniform and any two are independent, so that errors of rounding add up as if all were. All of it is exact in fp32.
+    Not a hash for each entry, which would cost more than the step it rounds: u_ij = frac(a_i t_j + b_i). As a_i is odd,
+    every u_ij is uniform and any two are independent, so that errors of rounding add up as if all were.
+
+    Attributes:
+        t_n: 16 random bits a column, int32.
+        a_m1: Odd numbers below 128, (.., m, 1), int32.
+        b_m1: 16 random bits a row, int32.
     """
+
+    t_n: Tensor
+    a_m1: Tensor
+    b_m1: Tensor
+
+    def words(self) -> Tensor:
+        """Of every entry 16 random bits, int32, below others."""
+        return torch.addcmul(self.b_m1, self.t_n, self.a_m1)
+
+    def uniform(self) -> Tensor:
+        """The 16 bits as a number in [0, 1), fp32."""
+        if not torch.compiler.is_compiling():
+            return (self.words() & 0xFFFF).float() * 2.0**-16
+        t_n, a_m1, b_m1 = (t.float() for t in self)  # in floats throughout, and all of it exact
+        return (in_memory(t_n * 2.0**-16) * in_memory(a_m1) + in_memory(b_m1 * 2.0**-16)).frac()
+
+    def part(self, at: Block) -> "Dither":
+        """Of a block of the matrix."""
+        rows = self.a_m1.ndim - 1
+        a_m1, b_m1 = (part(t, at[:rows]) for t in (self.a_m1, self.b_m1))
+        return Dither(part(self.t_n, at[rows:]), a_m1, b_m1)
+
+
+def dither(rows: Tensor, columns: Tensor, key: Key) -> Dither:
+    """The noise of stochastic rounding. `rows` (.., m) and `columns` (n), int32 or int64: global positions."""
     key0, key1 = key
     column, row = hash32(columns, key), hash32(rows, (key1, key0))
-    t_n = in_memory(_shift(column, 16).float() * 2.0**-16)
-    a_m1 = in_memory((row & 0x3F).float() * 2.0 + 1.0).unsqueeze(-1)  # odd numbers below 128: 23 bits with t's
-    b_m1 = in_memory(_shift(row, 16).float() * 2.0**-16).unsqueeze(-1)
-    u_mn = t_n * a_m1 + b_m1
-    return u_mn - u_mn.floor()
+    t_n, b_m1 = _shift(column, 16), _shift(row, 16)
+    return Dither(t_n, ((row & 0x3F) * 2 + 1).unsqueeze(-1), b_m1.unsqueeze(-1))
 
 
 def signs(index: Tensor, key: Key) -> Tensor:
@@ -110,8 +141,8 @@ def uniform(index: Tensor, key: Key) -> Tensor:
 
 
 def normal_pairs(index: Tensor, key: Key) -> tuple[Tensor, Tensor]:
-    """Two independent standard normals for every index (Box & Muller, 1958), fp32."""
-    second = torch.arange(2, dtype=index.dtype, device=index.device)
-    u, v = uniform(2 * index + second.view(2, *[1] * index.ndim), key)  # of numbers 2i and 2i + 1
+    """Two independent standard normals for every index (n) (Box & Muller, 1958), fp32."""
+    even = 2 * index
+    u, v = uniform(torch.cat([even, even + 1]), key).tensor_split(2, dim=-1)  # of numbers 2i and 2i + 1
     radius, angle = (-2.0 * u.log()).sqrt(), (2.0 * math.pi) * v
     return radius * angle.cos(), radius * angle.sin()

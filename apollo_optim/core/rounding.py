@@ -3,20 +3,22 @@
 import torch
 from torch import Tensor
 
+from apollo_optim.core.random import Dither
 
-def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
-    """fp32 -> bf16, up with a probability equal to the part of the way up it is, so that the mean is the number.
 
-    `value`: fp32; `noise`: fp32 of the same shape, uniform in [0, 1) in steps of 2^-16. A bf16 is the top half of
-    an fp32: adding 16 random bits carries into the top half as often as it should. Bits are of magnitudes, and a
-    magnitude grows downwards where the number is negative. NaN and infinities stay what they are.
+def round_stochastically(value: Tensor, noise: Dither) -> Tensor:
+    """To a bf16, up with a probability equal to the part of the way up it is, so that the mean is the number.
+
+    `value`: fp32, and so is what comes back, with a bf16's bits. A bf16 is the top half of an fp32: adding 16 random
+    bits carries into the top half as often as it should. Bits are of magnitudes, and a magnitude grows downwards where
+    the number is negative. NaN stays what it is, and so do infinities, whose lower half is 0.
     """
     if torch.compiler.is_compiling() and value.device.type == "cpu":
-        return _on_a_grid(value, noise).to(torch.bfloat16)
+        return _on_a_grid(value, noise.uniform())
     bits = value.view(torch.int32)
-    added = (noise * 2.0**16).to(torch.int32) ^ ((bits >> 31) & 0xFFFF)
+    added = (noise.words() ^ (bits >> 31)) & 0xFFFF
     rounded = ((bits + added) & -0x10000).view(torch.float32)
-    return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
+    return torch.where(value.isnan(), value, rounded)
 
 
 def _on_a_grid(value: Tensor, noise: Tensor) -> Tensor:

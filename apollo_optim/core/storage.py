@@ -19,7 +19,7 @@ def nbytes(t: Tensor) -> int:
 
 def writes_itself(t: Tensor) -> bool:
     """Does `t` know better than `core.write` how a step is written into it?"""
-    return hasattr(t, "_write_update_")
+    return hasattr(t, "_write_rows_")
 
 
 def rebuilt(t: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:

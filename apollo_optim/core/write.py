@@ -1,17 +1,13 @@
 """The only place where floats are written, of a weight or of its state: each once a step, and rounded once."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from apollo_optim.core.blocks import Block, blocks, part
+from apollo_optim.core.blocks import blocks, part
 from apollo_optim.core.compile import in_memory
 from apollo_optim.core.matrix import Number
+from apollo_optim.core.random import Dither
 from apollo_optim.core.rounding import round_stochastically
-
-Noise = Callable[[Block], Tensor]
-"""The noise of stochastic rounding for a block."""
 
 
 def write(
@@ -21,7 +17,7 @@ def write(
     finite: Tensor,
     lr: Number,
     weight_decay: Number,
-    noise: Noise | None,
+    noise: Dither | None,
 ) -> None:
     """`W <- (1 - lr weight_decay) W - lr factor tensor`, in fp32 and rounded once, block after block.
 
@@ -30,9 +26,9 @@ def write(
         tensor: (.., m, n); `factor` and `finite` (bool) broadcast to it. Where not `finite`, the weight stays.
         noise: Rounds a bf16 weight stochastically; None: to nearest.
     """
-    for at in blocks(tuple(tensor.shape), whole=int(weight.ndim != tensor.ndim)):
+    for at in blocks(tuple(tensor.shape), tensor.device, whole=int(weight.ndim != tensor.ndim)):
         here = part(factor, at) if isinstance(factor, Tensor) else factor
-        rounding = None if noise is None else noise(at)
+        rounding = None if noise is None else noise.part(at)
         write_block(part(weight, at), part(tensor, at), here, part(finite, at), lr, weight_decay, rounding)
 
 
@@ -43,20 +39,25 @@ def write_block(
     finite: Tensor,
     lr: Number,
     weight_decay: Number,
-    noise: Tensor | None,
+    noise: Dither | None,
 ) -> None:
     """The arithmetic of `write`, of one block."""
     # in memory: a compiler would make them anew for every few entries, roots and quotients of norms included
     keep, size, finite = in_memory(1 - lr * weight_decay), in_memory(factor * lr), in_memory(finite)
     flat = weight.shape != tensor.shape
-    old = (weight.reshape(tensor.shape) if flat else weight).float()
-    stepped = torch.where(finite, old * keep - tensor.float() * size, old)
-    if flat:
-        stepped, noise = stepped.view(weight.shape), None if noise is None else noise.view(weight.shape)
-    weight.copy_(stepped if noise is None else round_stochastically(stepped, noise))
+    old = weight.reshape(tensor.shape) if flat else weight
+    # In fp32. What is half of it becomes so where it meets an fp32 tensor that has dimensions: no copy is needed then.
+    step = (tensor if isinstance(size, Tensor) and size.ndim else tensor.float()) * size
+    whole = old.dtype.itemsize == 2 and isinstance(keep, float) and keep == 1.0
+    stepped = torch.where(finite, old - step if whole else old.float() * keep - step, old)
+    stepped = stepped if noise is None else round_stochastically(stepped, noise)
+    weight.copy_(stepped.view(weight.shape) if flat else stepped)
 
 
-def store_float(old: Tensor, value: Tensor, finite: Tensor, noise: Tensor | None) -> None:
+def store_float(old: Tensor, value: Tensor, finite: Tensor, noise: Dither | None) -> None:
     """`old <- value` where `finite`: state, in its dtype. Without noise, to nearest."""
+    if noise is None and old.dtype is value.dtype and not torch.compiler.is_compiling():
+        torch.where(finite, value, old, out=old)
+        return
     chosen = torch.where(finite, value, old.float())
     old.copy_(chosen if noise is None else round_stochastically(chosen, noise))

@@ -7,17 +7,18 @@ Everything here is this rank's part; what is sharded, and how, the `Place`s of `
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from apollo_optim.core.blocks import Block, blocks, part
 from apollo_optim.core.codecs import SCALE, Codec, Coding, store_codes
 from apollo_optim.core.compile import in_memory
 from apollo_optim.core.matrix import Number, channel_norms, full_norm
 from apollo_optim.core.place import Place
-from apollo_optim.core.random import Key
+from apollo_optim.core.random import Dither, Key
 from apollo_optim.core.write import store_float, write, write_block
 from apollo_optim.rules import Rule
 from apollo_optim.rules.base import Scalars, Slot, State
@@ -54,6 +55,7 @@ class Static:
         own: Does the weight write itself? (A low-bit one does.)
         small: Is it one block?
         phase: Of the rule.
+        stack: Is it a stack of parameters, each on its own (`together`)?
     """
 
     rule: Rule
@@ -67,6 +69,7 @@ class Static:
     own: bool
     small: bool
     phase: Hashable = None
+    stack: bool = False
 
     @property
     def full_state(self) -> bool:
@@ -80,10 +83,24 @@ class Inputs(NamedTuple):
     Attributes:
         numbers: `lr`, `weight_decay` and the rule's scalars.
         keys: Of the rule's draws, and of what is rounded: "weight", and slots by name.
+        drawn: What `draw` makes of the keys, where it has been made already.
     """
 
     numbers: dict[str, Number]
     keys: dict[str, Key]
+    drawn: Mapping[str, Any] = {}
+
+
+def draw(static: Static, keys: Mapping[str, Key], device: torch.device) -> dict[str, Any]:
+    """All random numbers of a step: the rule's draws by name, and a `Dither` for each thing that is rounded.
+
+    Keys may be batches, of parameters whose steps differ in nothing else.
+    """
+    places = {"weight": static.place, **{name: stored.place for name, stored in static.slots}}
+    return {
+        name: places[name].noise(key, device) if name in places else static.rule.draw(key, static.seen, device)
+        for name, key in keys.items()
+    }
 
 
 class Step(NamedTuple):
@@ -111,22 +128,21 @@ def apply_update(static: Static, weight: Tensor, grad: Tensor, tensors: Tensors,
     `tensors["skipped"]`. That is a `where`, not a branch: no value is ever read back by the host.
     """
     seen = _observe(static, grad, tensors, inputs)
-    lr, weight_decay, key = inputs.numbers["lr"], inputs.numbers["weight_decay"], inputs.keys.get("weight")
+    lr, weight_decay, noise = inputs.numbers["lr"], inputs.numbers["weight_decay"], seen.s.get("weight")
     for at in [()] if static.small else _cuts(static, weight, seen.matrix):
-        step = _update(static, seen, tensors, inputs, at)
+        step = _update(static, seen, tensors, at)
+        here = noise.part(at) if at and noise is not None else noise
         if static.own:
-            weight._write_rows_(at, *step, lr, weight_decay, key)  # type: ignore[attr-defined]
+            weight._write_rows_(at, *step, lr, weight_decay, here)  # type: ignore[attr-defined]
         elif at or static.small:
-            noise = None if key is None else static.place.noise(seen.matrix, key, at)
-            write_block(part(weight, at), *step, lr, weight_decay, noise)
+            write_block(part(weight, at), *step, lr, weight_decay, here)
         else:
-            noises = None if key is None else partial(static.place.noise, seen.matrix, key)
-            write(weight, *step, lr, weight_decay, noises)
+            write(weight, *step, lr, weight_decay, here)
 
 
 def compute_update(static: Static, grad: Tensor, tensors: Tensors, inputs: Inputs) -> Step:
     """All of a step but the weight: the state is written, what is to be done to the weight comes back."""
-    return _update(static, _observe(static, grad, tensors, inputs), tensors, inputs, ())
+    return _update(static, _observe(static, grad, tensors, inputs), tensors, ())
 
 
 def broadcast_like(per_matrix: Tensor, t: Tensor) -> Tensor:
@@ -142,7 +158,8 @@ def _observe(static: Static, grad: Tensor, tensors: Tensors, inputs: Inputs) -> 
     view = matrix.mT if static.wide else matrix
     codings = {name: stored.coding for name, stored in static.slots if stored.coding is not None}
     state = State(tensors, codings, tuple(view.shape))
-    s: dict[str, Any] = {**inputs.numbers, **inputs.keys, "phase": static.phase}
+    drawn = inputs.drawn or draw(static, inputs.keys, grad.device)
+    s: dict[str, Any] = {**inputs.numbers, **drawn, "phase": static.phase}
     found = static.rule.observe(view, state, s, static.seen)
     norm = found.pop("grad_norm") if "grad_norm" in found else _grad_norm(static, view)
     finite = in_memory(norm < math.inf)  # no norm is negative
@@ -150,13 +167,13 @@ def _observe(static: Static, grad: Tensor, tensors: Tensors, inputs: Inputs) -> 
         if name in found:
             value = found[name]
             where = static.seen.every_matrix(finite) if stored.slot.split == "whole" else finite
-            for at in [()] if static.small or stored.coding is not None else blocks(tuple(value.shape)):
-                _store(name, stored, part(value, at) if at else value, tensors, where, value, inputs, at)
+            for at in [()] if static.small or stored.coding is not None else blocks(tuple(value.shape), value.device):
+                _store(name, stored, part(value, at) if at else value, tensors, where, value, s.get(name), at)
     tensors["skipped"].add_(~finite)
     return _Seen(matrix, view, state.with_seen(found), s, finite)
 
 
-def _update(static: Static, seen: _Seen, tensors: Tensors, inputs: Inputs, at: Block) -> Step:
+def _update(static: Static, seen: _Seen, tensors: Tensors, at: Block) -> Step:
     """The step of one block, as it lies; its state is stored."""
     here, view, finite = at, seen.view, seen.finite
     if at:
@@ -167,7 +184,7 @@ def _update(static: Static, seen: _Seen, tensors: Tensors, inputs: Inputs, at: B
     new = static.rule.update(view, seen.state.at(here), seen.s)
     for name, stored in static.slots:
         if name in new.state:
-            _store(name, stored, new.state[name], tensors, seen.finite, seen.view, inputs, here)
+            _store(name, stored, new.state[name], tensors, seen.finite, seen.view, seen.s.get(name), here)
     if not static.wide:
         return Step(new.tensor, new.factor, finite)
     factor = new.factor.mT if isinstance(new.factor, Tensor) and new.factor.ndim > 1 else new.factor
@@ -175,7 +192,10 @@ def _update(static: Static, seen: _Seen, tensors: Tensors, inputs: Inputs, at: B
 
 
 def _grad_norm(static: Static, view: Tensor) -> Tensor:
-    """One number a matrix; for a rule that knows no matrices, one."""
+    """One number a matrix; for a rule that knows no matrices, one a parameter."""
+    if static.stack:
+        norms: Tensor = vector_norm(view.reshape(len(view), -1), dim=1, dtype=torch.float32)
+        return norms
     if view.ndim < 3 or static.rule.view == "any":
         return full_norm(view, static.seen)
     square = channel_norms(view).square().sum(-2, keepdim=True)
@@ -188,7 +208,8 @@ def _cuts(static: Static, weight: Tensor, matrix: Tensor) -> list[Block]:
     if not static.rule.blockwise or (own and not static.full_state):
         return [()]
     rows = own or static.rule.view != "any" or weight.ndim != matrix.ndim
-    return blocks(tuple(matrix.shape), whole=int(rows or any(stored.coding for _, stored in static.slots)))
+    rows = rows or any(stored.coding for _, stored in static.slots)
+    return blocks(tuple(matrix.shape), matrix.device, whole=int(rows))
 
 
 def _as_seen(static: Static, at: Block, ndim: int) -> Block:
@@ -200,16 +221,24 @@ def _as_seen(static: Static, at: Block, ndim: int) -> Block:
 
 
 def _store(
-    name: str, stored: Stored, value: Tensor, tensors: Tensors, finite: Tensor, like: Tensor, inputs: Inputs, at: Block
+    name: str,
+    stored: Stored,
+    value: Tensor,
+    tensors: Tensors,
+    finite: Tensor,
+    like: Tensor,
+    noise: Dither | None,
+    at: Block,
 ) -> None:
-    """One block of one slot, where finite. `like`: all of the slot, for the positions of its entries."""
+    """One block of one slot, where finite. `like`: of the shape of all of it, as `noise` is."""
     old = part(tensors[name], at) if at else tensors[name]
     if stored.slot.kind == "drawn":  # a draw has nothing to do with this gradient
         old.copy_(value)
         return
     if finite.ndim:
         finite = part(broadcast_like(finite, like), at)
-    noise = stored.place.noise(like, inputs.keys[name], at) if name in inputs.keys else None
+    if at and noise is not None:
+        noise = noise.part(at)
     if stored.coding is None:
         store_float(old, value, finite, noise)
         return

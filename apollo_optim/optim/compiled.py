@@ -22,8 +22,8 @@ Memo = dict[int, tuple[dict[str, Number], Tensor]]
 
 
 def is_compiled(choice: bool | None, p: Tensor, device_type: str) -> bool:
-    """What `compile=` means for this parameter; None: on a CPU, what is large enough for it to pay soon."""
-    return device_type == "cpu" and p.numel() >= COMPILED_FROM if choice is None else choice
+    """What `compile=` means for this parameter; None: with a CPU or CUDA, what is large enough for it to pay soon."""
+    return device_type in ("cpu", "cuda") and p.numel() >= COMPILED_FROM if choice is None else choice
 
 
 def prepare_compiled(
@@ -62,12 +62,16 @@ def prepare_compiled(
             graphs[everything] = make(static, list(tensors), list(inputs.numbers), list(inputs.keys))
         known[key] = graphs[everything]
     graph = known[key]
-    return partial(_write_itself, graph, weight, given, inputs) if static.own else partial(graph, *given)
+    return partial(_write_itself, graph, static, weight, given, inputs) if static.own else partial(graph, *given)
 
 
-def _write_itself(graph: Callable[..., Any], weight: Any, given: list[Tensor], inputs: Inputs) -> None:
+def _write_itself(
+    graph: Callable[..., Any], static: Static, weight: Any, given: list[Tensor], inputs: Inputs
+) -> None:
     step = graph(*given)
-    weight._write_update_(*step, inputs.numbers["lr"], inputs.numbers["weight_decay"], inputs.keys.get("weight"))
+    key = inputs.keys.get("weight")
+    noise = None if key is None else static.place.noise(key, weight.device)
+    weight._write_rows_((), *step, inputs.numbers["lr"], inputs.numbers["weight_decay"], noise)
 
 
 def _applying(static: Static, names: list[str], numbers: list[str], keys: list[str]) -> Callable[..., None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +13,12 @@ from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.names import unwrapped
 from apollo_optim.core.random import mix_seed, name_word
-from apollo_optim.optim.apply import apply_update
 from apollo_optim.optim.compiled import Graphs, Memo, is_compiled, prepare_compiled
 from apollo_optim.optim.describe import warn_of_others
 from apollo_optim.optim.knobs import GENERAL, PASSED, Group, check_group, find_rule, known_keys, refuse_flat
 from apollo_optim.optim.loading import fit_groups, fit_state
-from apollo_optim.optim.parameter import Known, Shared, chosen_rule, init_state, local_parts, static_of
+from apollo_optim.optim.parameter import Known, Shared, chosen_rule, init_state, static_of
+from apollo_optim.optim.together import Given, alike, together
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -43,8 +42,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         seed: Every parameter draws its own from this and its name (where there are none, its position) at its first
             step, and keeps it in its state.
         maximize: Step up the gradient, as in torch.optim.
-        compile: Step a parameter by one compiled function, made once for each shape; None: on a CPU, those of 262,144
-            entries and more, which take a quarter to a tenth of the time then.
+        compile: Step a parameter by one compiled function, made once for each shape; None: on a CPU and with CUDA,
+            those of 262,144 entries and more; on a CPU they take a quarter to a tenth of the time then.
         **knobs: The rule's own, for groups that do not name them.
 
     Raises InputError (a ValueError) for unknown rules, keys and wrong values, naming the key.
@@ -180,14 +179,18 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._take([(group, [p])])
 
     def _take(self, pairs: list[tuple[Group, list[Tensor]]]) -> None:
-        """Step them, all of them prepared first: a large matrix leaves nothing of Python in a core's cache."""
+        """Step them, all of them prepared first: a large matrix leaves nothing of Python in a core's cache.
+
+        What steps without a compiler does so together with what is like it.
+        """
         for _, params in pairs:
             for p in params:
                 if p.grad is None or p.grad.is_sparse:
                     raise InputError(
                         f"no dense gradient of the parameter {tuple(p.shape)}; nn.Embedding(sparse=False) gives one"
                     )
-        steps = []
+        steps: list[Callable[[], None]] = []
+        eager: defaultdict[Any, list[Given]] = defaultdict(list)
         memo: Memo = {}
         for group, params in pairs:
             knobs = [value for key, value in group.items() if key not in _PER_STEP]
@@ -195,7 +198,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                 known, state = self._known.get(p), self.state[p]
                 if known is None or not known.fits(group, knobs, state):
                     known = self._learn(p, group, knobs, state)
-                steps.append(self._prepared(p, known, memo))
+                given = known.next_step(p)
+                if is_compiled(self.compile, p, p.device.type) and can_compile(p.device.type):
+                    steps.append(prepare_compiled(self.graphs, known.shared.graphs, memo, *given))
+                else:
+                    eager[alike(given)].append(given)
+        for some in eager.values():
+            steps += together(some)
         for take in steps:
             take()
 
@@ -212,18 +221,6 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._shared[of_group] = Shared(group, rule, static)
         known = self._known[p] = Known(p, group, knobs, state, self._shared[of_group])
         return known
-
-    def _prepared(self, p: Tensor, known: Known, memo: Memo) -> Callable[[], None]:
-        """One parameter's step, all but what is done to its tensors. `memo`: of those that are prepared together."""
-        count = known.state["step"].add_(1)
-        step = int(count.item())  # on the CPU: no device waits for it
-        assert p.grad is not None  # it was there when the step began
-        weight, grad = local_parts(p, p.grad) if known.sharded else (p, p.grad)
-        shared = known.shared
-        given = shared.at(step), weight, grad, known.tensors, known.inputs(step)
-        if is_compiled(self.compile, p, p.device.type) and can_compile(p.device.type):
-            return prepare_compiled(self.graphs, shared.graphs, memo, *given)
-        return partial(apply_update, *given)
 
     # --- state ---
 

@@ -19,6 +19,7 @@ from apollo_optim.core.random import Key, key_at
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.optim.apply import Inputs, Static, Stored
 from apollo_optim.optim.knobs import Group, make_rule
+from apollo_optim.optim.together import Given
 from apollo_optim.rules import Rule
 from apollo_optim.rules.base import Slot
 
@@ -69,7 +70,7 @@ def static_of(p: Tensor, group: Group, rule: Rule) -> Static:
     if rule.view == "any" and p.ndim > 2 and _in_codes(rule, form, group):
         form = matrix_shape(shape, group["view"])  # rows of codes
     conv = len(form) != len(shape)
-    place = Place.of(p.detach().flatten(1)) if conv and is_sharded(p) else Place(form, (0,) * len(form))
+    place = Place.of(p.detach().flatten(1)) if conv and is_sharded(p) else Place.plain(form)
     place = Place.of(p) if is_sharded(p) and not conv else place
     wide = rule.view == "channels" and is_wide(form)
     seen = place.transposed() if wide else place
@@ -86,7 +87,7 @@ def static_of(p: Tensor, group: Group, rule: Rule) -> Static:
         slots.append((name, Stored(slot, codec, seen.of_state(slot.shape, slot.split), coding, rounds)))
     own = writes_itself(p)
     stochastic = group["stochastic_rounding"] and (p.dtype is torch.bfloat16 or own)
-    small = len(blocks(form)) == 1
+    small = len(blocks(form, p.device)) == 1
     return Static(rule.static, conv, wide, place, seen, tuple(slots), stochastic, group["maximize"], own, small)
 
 
@@ -177,17 +178,20 @@ class Known:
         same = self.group is group and self.state is state and self.knobs == knobs
         return same and all(map(operator.is_, map(state.get, self.given), self.given.values()))
 
-    def inputs(self, step: int) -> Inputs:
-        """What this step does not share with others."""
+    def next_step(self, p: Tensor) -> Given:
+        """What `apply_update` takes; it counts as taken."""
+        step = int(self.state["step"].add_(1).item())  # on the CPU: no device waits for it
+        assert p.grad is not None  # it was there when the step began
+        weight, grad = _local_parts(p, p.grad) if self.sharded else (p, p.grad)
         keys: dict[str, Key] = {}
         seed = self.state["seed"]
         for name, counter in self.shared.rule.draws(step).items():
             keys[name] = key_at(seed, name, counter)
         for name in self.shared.rounded:
             keys[name] = key_at(seed, name, step)
-        return Inputs(self.shared.numbers(step), keys)
+        return Given(self.shared.at(step), weight, grad, self.tensors, Inputs(self.shared.numbers(step), keys))
 
 
-def local_parts(p: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _local_parts(p: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's part of a sharded weight and of its gradient."""
     return local(p.detach()), local(aligned(grad, p))

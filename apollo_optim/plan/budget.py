@@ -152,7 +152,8 @@ class Budget:
         self.followed = _followed(optimizer, parallel)
         self.resting = _resting(model, optimizer, parallel)
         self.held = _held(model, release, accumulate, parallel)
-        self.updates = _updates(optimizer, model)
+        one_by_one = release or self.sharded
+        self.updates = _updates(optimizer, model) if one_by_one else {"all": _update_bytes(optimizer)}
         if parallel and self.sharded:
             for key, size in self.updates.items():
                 self.updates[key] = math.ceil(size * rows_of(model.get_parameter(key), parallel.gpus))
@@ -258,21 +259,25 @@ def _updates(optimizer: RuleOptimizer, model: nn.Module) -> dict[str, int]:
             if p.requires_grad:
                 key = number, p.shape, p.dtype, type(p)
                 if key not in sizes:
-                    sizes[key] = _update_bytes(optimizer, p, group)
+                    sizes[key] = _update_bytes(optimizer, p)
                 found[names[id(p)]] = sizes[key]
     return found
 
 
-def _update_bytes(optimizer: RuleOptimizer, p: Tensor, group: Group) -> int:
-    optimizer.state[p] = init_state(p, group)
-    p.grad = torch.empty(p.shape, dtype=p.dtype, device="meta")
+def _update_bytes(optimizer: RuleOptimizer, *only: Tensor) -> int:
+    """Of a step of these parameters, or of all."""
+    params = only or [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for p in params:
+        optimizer.state[p] = init_state(p, optimizer.locate(p)[0])
+        p.grad = torch.empty(p.shape, dtype=p.dtype, device="meta")
     try:
         with few_blocks(), recorded() as recorder:
-            optimizer.step_one(p, group)
+            optimizer.step()
         return most_alive(recorder.finished())
     finally:
-        p.grad = None
-        del optimizer.state[p]
+        for p in params:
+            p.grad = None
+            del optimizer.state[p]
 
 
 def alive(blocks: Iterable[Block], moment: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apollo_optim.core.compile import in_memory
 from apollo_optim.core.matrix import Number
-from apollo_optim.core.random import Key, dither
+from apollo_optim.core.random import Dither
 
 TOP = {8: 127, 4: 7}  # the largest code
 SMALLEST = 2.0**-40  # of a scale: a group of zeros must be able to leave zero
@@ -79,15 +79,13 @@ def stepped(
     usable: Tensor,
     lr: Number,
     weight_decay: Number,
-    row: Tensor,
-    key: Key,
+    noise: Dither,
     bits: int,
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of r whole rows after a step, `(1 - lr * weight_decay) * w - lr * factor * tensor`, in fp32.
 
     Rounded stochastically: on average it is the number. `factor` broadcasts to r x n; where `usable` (bool, 1 x 1)
-    is not, nothing changes; `row`: 0-D int32, the first one's position among all rows of the weight, for which
-    the random bits are drawn.
+    is not, nothing changes; `noise`: of these rows.
 
     A scale is kept as long as it can be, since entries that a step does not touch then keep their codes: to round them
     again would be noise. It grows when a *rounded* code is too large, which is as seldom as the entry at the edge goes
@@ -98,7 +96,7 @@ def stepped(
     s = codes.shape[-1] * (8 // bits) // g
 
     def grouped(t: Tensor) -> Tensor:
-        return F.pad(t, (0, g * s - n)).view(r, g, s)
+        return (F.pad(t, (0, g * s - n)) if g * s > n else t).view(r, g, s)
 
     old_rgs = unpack(codes).view(r, g, s).float()
     unit_rg1 = scales.float().unsqueeze(-1)
@@ -109,13 +107,13 @@ def stepped(
     small = (wanted.abs().amax(-1, keepdim=True) * 2 <= top) & (unit_rg1 > SMALLEST) & usable_111
     wanted, unit_rg1 = torch.where(small, wanted * 2, wanted), torch.where(small, unit_rg1 / 2, unit_rg1)
 
-    rows, columns = (torch.arange(size, dtype=torch.int32, device=codes.device) for size in (r, n))
-    noise = grouped(dither(row + rows, columns, key))
-    new = _rounded(wanted, noise + 2.0**-17)  # the middle of a step: updates below 2^-16 of a code count, too
+    noise_rgs = grouped(noise.uniform())
+    new = _rounded(wanted, noise_rgs + 2.0**-17)  # the middle of a step: updates below 2^-16 of a code count, too
     peak = new.abs().amax(-1, keepdim=True)
-    over, grown_rg1 = peak > top, rounded_up(unit_rg1 * peak * (HEADROOM / top))
-    shrink = torch.where(over, unit_rg1 / grown_rg1, 1.0)  # where it is 1, the numbers are whole, and stay
-    new, unit_rg1 = _rounded(new * shrink, (noise * 2.0**8).frac() + 2.0**-9), torch.where(over, grown_rg1, unit_rg1)
+    fits, grown_rg1 = peak <= top, rounded_up(unit_rg1 * peak * (HEADROOM / top))
+    shrink = (unit_rg1 / grown_rg1).masked_fill(fits, 1.0)  # where it is 1, the numbers are whole, and stay
+    new = _rounded(new * shrink, (noise_rgs * 2.0**8).frac() + 2.0**-9)
+    unit_rg1 = torch.where(fits, unit_rg1, grown_rg1)
     return pack(new.to(torch.int8).view(r, -1), bits), unit_rg1.squeeze(-1).to(torch.bfloat16)
 
 

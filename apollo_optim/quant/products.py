@@ -20,7 +20,7 @@ def _times_transposed(x: Tensor, weight: LowBitWeight, bias: Tensor | None) -> T
     (New memory for it has to be fetched from the system page by page, and 4 bits are unpacked in several passes.)
     """
     m, n = weight.shape
-    cuts = blocks((m, n), whole=1, size=PRODUCT_BLOCK) if x.device.type == "cpu" else [()]
+    cuts = blocks((m, n), x.device, whole=1, size=PRODUCT_BLOCK) if x.device.type == "cpu" else [()]
     if len(cuts) == 1:
         return F.linear(x, weight.dequantize(x.dtype), bias)
     y, scratch = x.new_empty(*x.shape[:-1], m), _scratch(weight.scales[cuts[0]], weight, x.dtype)
@@ -34,7 +34,7 @@ def _times(y: Tensor, weight: LowBitWeight) -> Tensor:
     """y W, likewise, in blocks of columns, whole groups: each number comes out of one product, as it would of W."""
     m, n = weight.shape
     groups, size, share = weight.scales.shape[-1], weight.group_size, 8 // weight.bits
-    cuts = blocks((groups, m * size), whole=1, size=PRODUCT_BLOCK) if y.device.type == "cpu" else [()]
+    cuts = blocks((groups, m * size), y.device, whole=1, size=PRODUCT_BLOCK) if y.device.type == "cpu" else [()]
     if len(cuts) == 1:
         return y @ weight.dequantize(y.dtype)
     x, scratch = y.new_empty(*y.shape[:-1], n), _scratch(weight.scales[:, cuts[0][0]], weight, y.dtype)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from apollo_optim.core.blocks import Block, blocks
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.matrix import Number
-from apollo_optim.core.random import Key
+from apollo_optim.core.random import Dither
 from apollo_optim.quant import format
 from apollo_optim.quant.tally import Tally
 from apollo_optim.quant.view import as_the_base_is, read_only, written
@@ -71,7 +71,7 @@ class LowBitWeight(Tensor):
 
     `shape` and `dtype` are those of the float weight it stands for, and so are its gradients'. `F.linear` and
     `F.embedding` dequantise it forward and once more backward; any other operation reads `dequantize()`. It is
-    written by the optimizers of this library (`_write_update_`), by `copy_` and by initialisers, the last two
+    written by the optimizers of this library (`_write_rows_`), by `copy_` and by initialisers, the last two
     rounding to nearest.
     """
 
@@ -107,18 +107,12 @@ class LowBitWeight(Tensor):
     @torch.no_grad()
     def assign(self, value: Tensor) -> "LowBitWeight":
         """Take on these float numbers, rounded to nearest."""
-        for at in blocks(tuple(value.shape), whole=1):
+        for at in blocks(tuple(value.shape), value.device, whole=1):
             self.codes[at], self.scales[at] = format.quantised(value[at], self.bits, self.group_size)
         return self
 
     def _parts(self) -> dict[str, Tensor]:
         return {"codes": self.codes, "scales": self.scales}
-
-    def _write_update_(
-        self, tensor: Tensor, factor: Number, usable: Tensor, lr: Number, weight_decay: Number, key: Key | None
-    ) -> None:
-        """`core.write` for this weight: `_write_rows_` of all of it."""
-        self._write_rows_((), tensor, factor, usable, lr, weight_decay, key)
 
     @torch.no_grad()
     def _write_rows_(
@@ -129,7 +123,7 @@ class LowBitWeight(Tensor):
         finite: Tensor,
         lr: Number,
         weight_decay: Number,
-        key: Key | None,
+        noise: Dither | None,
     ) -> None:
         """`w[at] <- (1 - lr * weight_decay) * w[at] - lr * factor * tensor`, block by block, rounded stochastically.
 
@@ -140,11 +134,12 @@ class LowBitWeight(Tensor):
             tensor: (.., r, n), the update of these rows.
             factor: A number, or a tensor that broadcasts to `tensor`.
             finite: bool, (.., 1, 1): a matrix for which it is False stays as it is.
+            noise: Of these rows.
 
         Raises:
-            InputError: Without a key: rounded to nearest, a step smaller than half a code would be lost.
+            InputError: Without noise: rounded to nearest, a step smaller than half a code would be lost.
         """
-        if key is None:
+        if noise is None:
             raise InputError(
                 "a low-bit weight needs stochastic_rounding=True: to nearest, steps smaller than half a code are lost"
             )
@@ -158,7 +153,7 @@ class LowBitWeight(Tensor):
             finite,
             lr,
             weight_decay,
-            key,
+            noise,
             self.tally,
             compile=is_compiled(self.shape, self.device),
         )

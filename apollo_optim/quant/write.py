@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_optim.core.blocks import Block
+from apollo_optim.core.blocks import Block, block_size, is_cpu
 from apollo_optim.core.compile import COMPILED_FROM, can_compile, compiled, compiled_in_place
 from apollo_optim.core.matrix import Number
-from apollo_optim.core.random import Key
+from apollo_optim.core.place import Place
+from apollo_optim.core.random import Dither
 from apollo_optim.quant import format
 from apollo_optim.quant.tally import Tally, measured
 
-BLOCK = 1 << 15  # entries that an eager step works on at a time: some ten temporaries of it fit in a core's cache
-COMPILED_BLOCK = 1 << 18
+CPU_BLOCK = 1 << 15  # entries that an eager step works on at a time: some ten temporaries of it fit in a core's cache
+COMPILED_CPU_BLOCK = 1 << 18
 
 
 def write_rows(
@@ -30,7 +31,7 @@ def write_rows(
     finite: Tensor,
     lr: Number,
     weight_decay: Number,
-    key: Key,
+    noise: Dither,
     tally: Tally | None = None,
     *,
     compile: bool,
@@ -42,7 +43,7 @@ def write_rows(
         tensor: (.., r, n), the update of these rows.
         factor: A number, or a tensor that broadcasts to `tensor`.
         finite: bool, (.., 1, 1): where it is not, a matrix stays as it is.
-        key: Random bits are drawn for a row's position among all rows of the weight, so cuts do not change them.
+        noise: Of rounding, for these rows.
         tally: Counts what rounding makes of the step.
         compile: Step by a compiled function (`is_compiled`).
     """
@@ -50,20 +51,19 @@ def write_rows(
     every = codes.shape[:-1]
     factor, finite = (_per_matrix(t, tensor) for t in (factor, finite))
     rates = [torch.as_tensor(number, dtype=torch.float32) for number in (lr, weight_decay)]
-    words = [torch.as_tensor(word, dtype=torch.int32) for word in key]
-    some = min(r, _rows_at_a_time(every[-1], n, COMPILED_BLOCK if compile else BLOCK))
+    some = min(r, _rows_at_a_time(every[-1], n, _block_size(codes.device, compile)))
     cuts = *at, *[slice(None)] * (len(every) - len(at))
     *stack, rows = (range(size)[cut] for size, cut in zip(every, cuts, strict=True))
     updates = tensor.reshape(-1, r, n)
+    a_br1, b_br1 = (t.reshape(-1, r, 1) for t in noise[1:])
     for own, matrix in enumerate(itertools.product(*stack)):
-        position = _position((*matrix, rows.start), every)
         for first in range(0, some if codes.is_meta else r, some):  # there, one block shows what all take
             here = slice(first, min(first + some, r))
             there: tuple[int | slice, ...] = (*matrix, slice(rows.start + here.start, rows.start + here.stop))
             stored = codes[there], scales[there]
             step = updates[own, here], factor[own, here] if factor.shape[1] > 1 else factor[own], finite[own], *rates
             before = [t.clone() for t in stored] if tally is not None else []
-            arguments = *stored, *step, torch.tensor(position + first, dtype=torch.int32), *words
+            arguments = *stored, *step, noise.t_n, a_br1[own, here], b_br1[own, here]
             _ready(_writer(bits), _fused, arguments, compile)(*arguments)
             if tally is not None:
                 difference = *before, *stored, *step
@@ -79,10 +79,17 @@ def warm_up(shape: tuple[int, ...], dtype: torch.dtype, bits: int, group_size: i
     """Compile the step of weights of this shape before there is one: compilers take memory, too."""
     m, n = shape[-2:]
     if is_compiled(shape, device):
-        block = torch.zeros(_rows_at_a_time(m, n, COMPILED_BLOCK), n, dtype=dtype, device=device)
+        block = torch.zeros(_rows_at_a_time(m, n, _block_size(device, True)), n, dtype=dtype, device=device)
         finite = torch.ones(1, 1, dtype=torch.bool, device=device)
         codes, scales = format.quantised(block, bits, group_size)
-        write_rows(codes, scales, bits, (), block, 1.0, finite, 0.0, 0.0, (0, 0), compile=True)
+        noise = Place.of(block).noise((0, 0), device)
+        write_rows(codes, scales, bits, (), block, 1.0, finite, 0.0, 0.0, noise, compile=True)
+
+
+def _block_size(device: torch.device, compile: bool) -> int:
+    if not is_cpu(device):
+        return block_size(device)
+    return COMPILED_CPU_BLOCK if compile else CPU_BLOCK
 
 
 def _rows_at_a_time(rows: int, n: int, block: int) -> int:
@@ -96,8 +103,8 @@ def _writer(bits: int) -> Callable[..., None]:
     """`format.stepped` in place, of a block's codes and scales, and of tensors alone."""
 
     def write(codes: Tensor, scales: Tensor, *others: Any) -> None:
-        tensor, factor, finite, lr, weight_decay, row, *key = others
-        new = format.stepped(codes, scales, tensor, factor, finite, lr, weight_decay, row, (key[0], key[1]), bits)
+        tensor, factor, finite, lr, weight_decay, *noise = others
+        new = format.stepped(codes, scales, tensor, factor, finite, lr, weight_decay, Dither(*noise), bits)
         codes.copy_(new[0])
         scales.copy_(new[1])
 
@@ -123,13 +130,9 @@ def _compiled_for(function: _Function, compiler: _Function, *look: Any) -> _Func
     return ready
 
 
-def _position(row: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """The place of this row, an index for each of these dimensions, in the order of memory."""
-    return functools.reduce(lambda position, step: position * step[1] + step[0], zip(row, shape, strict=True), 0)
-
-
 def _per_matrix(t: Number, like: Tensor) -> Tensor:
     """A number or a tensor that broadcasts to (.., m, n) as (stack, m or 1, n or 1)."""
-    t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float32, device=like.device)
+    # filled there: a copy of a number from the host would wait for the device
+    t = t if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float32, device=like.device)
     t = t.view((1,) * (like.ndim - t.ndim) + t.shape)
     return t.expand(*like.shape[:-2], *t.shape[-2:]).flatten().view(-1, *t.shape[-2:])  # strides as if new

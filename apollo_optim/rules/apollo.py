@@ -4,8 +4,9 @@
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
+import torch
 from torch import Tensor
 
 from apollo_optim.core.matrix import (
@@ -21,7 +22,8 @@ from apollo_optim.core.matrix import (
     svd_basis,
 )
 from apollo_optim.core.place import Place
-from apollo_optim.rules.base import Rule, Scalars, Slot, State, Update, draw_key, knob, preset
+from apollo_optim.core.random import Key
+from apollo_optim.rules.base import Rule, Scalars, Slot, State, Update, knob, preset
 from apollo_optim.rules.knobs import BETAS, EPS, SWITCH, count, either, number, one_of
 
 
@@ -111,11 +113,16 @@ class Apollo(Rule):
             "new1": 1 - self.betas[0],
             "new2": 1 - self.betas[1],
             "size": alpha * correction2 / correction1,
-            "front": alpha if self.scale_front else 1.0,
+            "front": alpha,
         }
 
     def draws(self, step: int) -> dict[str, int]:
-        return {} if self.proj == "svd" else {"projection": (step - 1) // self.update_proj_gap}
+        if self.proj == "svd" or (self.keep_proj and not self.phase(step)):
+            return {}
+        return {"projection": (step - 1) // self.update_proj_gap}
+
+    def draw(self, key: Key, place: Place, device: torch.device) -> Tensor:
+        return random_basis(place, self.rank, self.proj, key, device)
 
     def phase(self, step: int) -> bool:
         """Is a basis that is state made anew?"""
@@ -127,7 +134,7 @@ class Apollo(Rule):
             return svd_basis(place.whole(grad_ck), self.rank) if s["phase"] else state["basis"]
         if self.keep_proj and not s["phase"]:
             return state["basis"]
-        return random_basis(place, self.rank, self.proj, draw_key(s, "projection"), grad_ck.device)
+        return cast("Tensor", s["projection"])
 
     def observe(self, grad_ck: Tensor, state: State, s: Scalars, place: Place) -> dict[str, Tensor]:
         channels = place.channels
@@ -143,7 +150,8 @@ class Apollo(Rule):
         new = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grad_norm": matrix_norm(grad_c1, channels)}
         if self.norm_growth is not None:
             norm = matrix_norm(factor * grad_c1, channels)
-            limit, new["prev_norm"] = limit_growth(s["front"] * norm, state["prev_norm"], self.norm_growth)
+            norm = norm * s["front"] if self.scale_front else norm
+            limit, new["prev_norm"] = limit_growth(norm, state["prev_norm"], self.norm_growth)
             factor = factor * limit[..., None, None]
         if s["phase"]:
             new["basis"] = basis

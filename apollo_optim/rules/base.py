@@ -9,11 +9,11 @@ else - groups, blocks, rounding, codecs, compilers, processes, low-bit weights, 
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from apollo_optim.core.blocks import Block, part
@@ -24,7 +24,7 @@ from apollo_optim.core.random import Key
 
 View = Literal["any", "matrix", "channels"]
 Scalars = Mapping[str, Any]
-"""Floats by name (0-D tensors in a compiled step), keys by the names of `draws`, and `phase`."""
+"""Floats by name (0-D tensors in a compiled step), what was drawn by the names of `draws`, and `phase`."""
 
 
 class Slot(NamedTuple):
@@ -149,8 +149,15 @@ class Rule:
         return {}
 
     def draws(self, step: int) -> dict[str, int]:
-        """Random numbers: a name -> the counter of this draw. `s[name]` is then a key for `core.random`."""
+        """Random numbers that this step needs: a name -> the counter of the draw. `s[name]` is what `draw` gives."""
         return {}
+
+    def draw(self, key: Key, place: Place, device: torch.device) -> Tensor:
+        """What is drawn by this key: it depends on nothing else, so that a checkpoint need not hold it.
+
+        A key may be a batch (`core.random`): what comes back then has a leading dimension more.
+        """
+        raise NotImplementedError
 
     def phase(self, step: int) -> Hashable:
         """What of a step is compiled apart: `s["phase"]`. None for most rules."""
@@ -188,8 +195,3 @@ class Rule:
         """What a compiled step is specialised on."""
         held = {name: value for name, value in self.defaults().items() if name in self.per_step}
         return dataclasses.replace(self, **held) if held else self
-
-
-def draw_key(s: Scalars, name: str) -> Key:
-    """The key of this draw."""
-    return typing.cast("Key", s[name])

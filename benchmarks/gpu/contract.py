@@ -65,15 +65,15 @@ def draws(device: torch.device) -> dict[str, Tensor]:
         "hash32 of int32": hash32(index.to(torch.int32) & 0x7FFFFFFF, KEY),
         "signs": signs(index, KEY),
         "uniform": uniform(index, KEY),
-        "dither": noise,
+        "dither": noise.uniform(),
         "round_stochastically": bits(round_stochastically(value, noise)),
         "normal": torch.stack(normal_pairs(index[: 1 << 12], KEY)),
     }
 
 
 def bits(rounded: Tensor) -> Tensor:
-    """Of bf16 numbers; which NaN it is, a device may choose."""
-    return torch.where(rounded.isnan(), 0, rounded.view(torch.int16))
+    """Of numbers rounded to bf16; which NaN it is, a device may choose."""
+    return torch.where(rounded.isnan(), 0, rounded.to(torch.bfloat16).view(torch.int16))
 
 
 # --- every optimizer ---

@@ -56,7 +56,7 @@ def apollo(start: str = "apollo", **keys: Any) -> Method:
 
 METHODS: dict[str, Method] = {
     "adamw": Method({"optim.name": "adamw"}, {"lr": 2e-3, "embedding_lr": 0.08, "head_lr": 0.02}),
-    # One byte a weight of momentum, which may lie where a released gradient would: weights and momentum are SGD's memory.
+    # A byte a weight of momentum, in the place of a gradient that is released: no more than SGD's memory.
     "muon-8bit": Method(
         {"optim.name": "muon+adamw8bit", "optim.state_dtype": "8bit"}, {"lr": 4e-3}, start="adamw", knob=MOMENTUM
     ),

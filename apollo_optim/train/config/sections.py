@@ -91,7 +91,8 @@ class OptimConfig:
     no_decay: list[str] | None = None
     """Parameter names without weight decay."""
     compile: bool | None = None
-    """torch.compile the step of the optimizer; None: on a CPU, that of parameters of 262,144 entries and more."""
+    """torch.compile the step of the optimizer; None: on a CPU and with CUDA, that of parameters of 262,144 entries
+    and more."""
     knobs: dict[str, Any] = field(default_factory=dict)
     """The knobs of its rules, by the names of their fields. In a run file and on the command line they are keys beside
     those above: which there are, what each may be and what it means is asked of the rules."""

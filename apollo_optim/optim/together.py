@@ -1,0 +1,136 @@
+"""Eager steps of many parameters that are alike, in fewer calls: an accelerator waits for each, and so does Python.
+
+Alike are those of one group, shape, dtype and step: their steps differ in tensors and seeds alone. What they draw is
+drawn for all of them at a time. Where a rule looks at one entry at a time and they are small, they are stepped as one
+stack, too. The numbers are those of single steps, bit for bit.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apollo_optim.core.blocks import CPU_BLOCK, is_cpu, is_planned
+from apollo_optim.core.place import Place
+from apollo_optim.core.random import Dither
+from apollo_optim.optim.apply import Inputs, Static, Tensors, apply_update, draw
+from apollo_optim.rules import Rule
+
+DRAWN_TOGETHER = 1 << 16  # most numbers of a parameter that are drawn before its turn
+STACK = 1 << 22  # most entries of a stack on an accelerator; on a CPU, a block
+
+Drawn = dict[str, Any]
+
+
+class Given(NamedTuple):
+    """One parameter's step before it is taken: the arguments of `apply_update`."""
+
+    static: Static
+    weight: Tensor
+    grad: Tensor
+    tensors: Tensors
+    inputs: Inputs
+
+
+def alike(given: Given) -> tuple[Any, ...]:
+    """Equal for steps that may be taken together."""
+    static, weight, grad, _, inputs = given
+    return id(static), id(inputs.numbers), weight.dtype, grad.dtype, grad.device
+
+
+def together(steps: list[Given]) -> list[Callable[[], None]]:
+    """What is to be called to take these steps, which are `alike`."""
+    static, _, grad, _, _ = steps[0]
+    most = CPU_BLOCK if is_cpu(grad.device) else STACK
+    size = most // max(1, grad.numel()) if _stacks(static) else 0
+    every: list[Callable[[], None]]
+    if size > 1 < len(steps):
+        every = [partial(_step_stack, steps[first : first + size]) for first in range(0, len(steps), size)]
+    elif len(steps) > 1 and _is_little(static, tuple(steps[0].inputs.keys)):
+        waiting: list[Drawn] = []
+        every = [partial(_step_one, given, steps, waiting) for given in steps]
+    else:
+        every = [partial(apply_update, *given) for given in steps]
+    return [every[0], *every[1:][-1:]] if is_planned() else every
+
+
+def _stacks(static: Static) -> bool:
+    """May many be one? Of a rule that sees one entry at a time."""
+    elementwise = static.rule.view == "any" and type(static.rule).observe is Rule.observe
+    return elementwise and static.place.mesh is None and not (static.own or static.conv)
+
+
+def _step_one(given: Given, steps: list[Given], waiting: list[Drawn]) -> None:
+    """Of all of them in turn; the first one draws for all, and the last one leaves nothing of it."""
+    if not waiting:
+        waiting += reversed(_members(_draw(steps)))
+    apply_update(*given[:-1], given.inputs._replace(drawn=waiting.pop()))
+
+
+def _step_stack(steps: list[Given]) -> None:
+    """All of them as one, and back."""
+    if len(steps) == 1:
+        apply_update(*steps[0])
+        return
+    static, _, _, tensors, inputs = steps[0]
+    drawn = {name: _of_stack(dither) for name, dither in (_draw(steps) if inputs.keys else {}).items()}
+    stacks = [torch.stack([given.weight for given in steps])]
+    stacks += [torch.stack([given.tensors[name] for given in steps]) for name in tensors]
+    grads = torch.stack([given.grad for given in steps])
+    of_names = dict(zip(tensors, stacks[1:], strict=True))
+    apply_update(_stacked(static, len(steps)), stacks[0], grads, of_names, Inputs(inputs.numbers, {}, drawn))
+    places = [given.weight for given in steps] + [given.tensors[name] for name in tensors for given in steps]
+    torch._foreach_copy_([p.detach() for p in places], [t for stack in stacks for t in stack.unbind()])
+
+
+@lru_cache(1 << 10)
+def _stacked(static: Static, size: int) -> Static:
+    def place(of: Place) -> Place:
+        return Place.plain((size, *of.shape))
+
+    slots = tuple(
+        (name, replace(stored, slot=stored.slot._replace(shape=(size, *stored.slot.shape)), place=place(stored.place)))
+        for name, stored in static.slots
+    )
+    return replace(static, place=place(static.place), seen=place(static.seen), slots=slots, small=True, stack=True)
+
+
+def _of_stack(batch: Dither) -> Dither:
+    """The noise of a stack, from that of its members: columns have no rows."""
+    missing = batch.a_m1.ndim - batch.t_n.ndim
+    return batch._replace(t_n=batch.t_n[(slice(None), *[None] * missing)])
+
+
+# --- random numbers ---
+
+
+def _draw(steps: list[Given]) -> Drawn:
+    """What all of these draw, each a batch; one copy of the keys to where they are."""
+    static, _, grad, _, inputs = steps[0]
+    words = torch.tensor([[given.inputs.keys[name] for given in steps] for name in inputs.keys], dtype=torch.int32)
+    words = words.to(grad.device, non_blocking=True).unsqueeze(-1)  # (names, b, 2, 1)
+    keys = {name: (of[:, 0], of[:, 1]) for name, of in zip(inputs.keys, words, strict=True)}
+    return draw(static, keys, grad.device)
+
+
+@lru_cache(1 << 10)
+def _is_little(static: Static, names: tuple[str, ...]) -> bool:
+    """Else - a dense basis of many columns - each step draws its own, and it is gone when that is over."""
+    drawn = draw(static, dict.fromkeys(names, (0, 0)), torch.device("meta")).values()
+    return 0 < sum(t.numel() for one in drawn for t in _tensors(one)) <= DRAWN_TOGETHER
+
+
+def _tensors(drawn: Dither | Tensor) -> tuple[Tensor, ...]:
+    return tuple(drawn) if isinstance(drawn, Dither) else (drawn,)
+
+
+def _members(batch: Drawn) -> list[Drawn]:
+    """Of every parameter its own."""
+    of_names = []
+    for one in batch.values():
+        parts = zip(*(t.unbind() for t in _tensors(one)), strict=True)
+        of_names.append([Dither(*part) if isinstance(one, Dither) else part[0] for part in parts])
+    return [dict(zip(batch, own, strict=True)) for own in zip(*of_names, strict=True)]

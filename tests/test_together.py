@@ -1,0 +1,85 @@
+"""Parameters that are alike are stepped together: the numbers of single steps, in far fewer launches."""
+
+import pytest
+import torch
+from torch import nn
+
+from apollo_optim import RuleOptimizer
+from apollo_optim.optim import together as together_module
+from apollo_optim.rules import RULES
+from benchmarks.launches import counted, measure, model_of
+
+
+class Alike(nn.Module):
+    """Three of each: tall, wide, stacks, convolutions, vectors, scalars; and one of a kind."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        shapes = [(80, 24), (24, 80), (2, 40, 32), (24, 6, 3, 3), (300,), (), (64, 64)]
+        tensors = [torch.randn(shape, generator=draw) for shape in shapes for _ in range(3 - 2 * (shape == (64, 64)))]
+        self.weights = nn.ParameterList([nn.Parameter(t.to(dtype)) for t in tensors])
+
+    def set_gradients(self, step: int) -> None:
+        draw = torch.Generator().manual_seed(step)
+        for number, p in enumerate(self.weights):
+            p.grad = torch.randn(p.shape, generator=draw).to(p.dtype)
+            if step == 2 and number in (1, 13):
+                p.grad.view(-1)[0] = torch.inf
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("dtype", "codec"),
+    [(torch.float32, "float32"), (torch.bfloat16, "bfloat16"), (torch.bfloat16, "8bit")],
+    ids=["fp32", "bf16", "8bit"],
+)
+def test_together_is_one_by_one_bit_for_bit(rule, dtype, codec, monkeypatch):
+    """Also where a gradient is not finite: its parameter alone is skipped."""
+    monkeypatch.setattr(together_module, "CPU_BLOCK", 700)  # stacks of two, of 300 entries each
+    monkeypatch.setattr("apollo_optim.core.codecs.LEAST_ENTRIES", 64)
+    ends = []
+    for one_by_one in (False, True):
+        model = Alike(dtype)
+        rank = {"rank": 4} if "rank" in RULES[rule].knobs() else {}
+        optimizer = RuleOptimizer(model.parameters(), rule, 1e-2, state_dtype=codec, compile=False, **rank)
+        for step in range(1, 4):
+            model.set_gradients(step)
+            if one_by_one:
+                for p in model.parameters():
+                    optimizer.step_one(p, optimizer.locate(p)[0])
+            else:
+                optimizer.step()
+        ends.append((model, optimizer))
+    (model, optimizer), (other_model, other) = ends
+    for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert optimizer.state[p].keys() == other.state[q].keys()
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[q][key])), key
+    assert sum(int(state["skipped"].sum()) for state in optimizer.state.values()) == 2
+
+
+def test_a_group_of_vectors_is_one_step():
+    def launches(n: int) -> int:
+        model = nn.ParameterList([nn.Parameter(torch.empty(2048, device="meta")) for _ in range(n)])
+        for p in model:
+            p.grad = torch.empty_like(p)
+        return counted(RuleOptimizer(model, "adamw").step).total()
+
+    assert launches(50) == launches(2) <= 60
+
+
+@pytest.mark.parametrize(("name", "most"), [("apollo-mini", 10_000), ("adamw", 6_000)])
+def test_launches_of_a_step_of_llama_1b(name, most):
+    """On an accelerator, without a compiler (`python -m benchmarks.launches`): its 24 layers take the same each."""
+    two, three = (measure(name, model_of("llama-1b", "bfloat16", None, layers))["launches"] for layers in (2, 3))
+    assert two + 22 * (three - two) <= most
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_launches_of_a_low_bit_write(bits):
+    def launches(of: int | None) -> int:
+        return int(measure("apollo-mini", model_of("llama-1b", "bfloat16", of, layers=3))["launches"])
+
+    assert (launches(bits) - launches(None)) / 21 <= 50, "more than a float weight's write, of each matrix"
