@@ -10,7 +10,6 @@ Exit code 0 if they all are.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -25,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import apollo_optim
+from apollo_optim.cli.words import Parser
 from apollo_optim.data.config import DataConfig
 from apollo_optim.train.checkpoint import checkpoints, newest
 from apollo_optim.train.config import (
@@ -37,6 +38,7 @@ from apollo_optim.train.config import (
     TrainConfig,
     save_config,
 )
+from benchmarks.kit import command
 
 CHILD = """
 import sys
@@ -203,8 +205,8 @@ def final_files(run: Path) -> dict[str, int]:
 
 
 def fingerprint() -> str:
-    """Of the package's own source: while it is being edited nothing can be compared."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    """Of the package's source: while it is being edited nothing can be compared."""
+    files = sorted(Path(apollo_optim.__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -214,18 +216,16 @@ def expect(true: bool, message: str) -> None:
         raise SystemExit(f"error: {message}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        "apollo-optim bench kill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = Parser("apollo-optim bench kill", __doc__)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--during-save", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60)
-    options = parser.parse_args(argv)
+    options = parser.parse(argv)
     return compare(options.runs, options.during_save, seed=options.seed, steps=options.steps)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)
