@@ -27,6 +27,7 @@ from typing import Any, Literal
 import apollo_optim
 from apollo_optim.cli.words import Parser
 from apollo_optim.data.config import DataConfig
+from apollo_optim.report import read_events
 from apollo_optim.train.checkpoint import checkpoints, newest
 from apollo_optim.train.config import (
     CheckpointConfig,
@@ -183,8 +184,7 @@ def wait_for_first_step(child: subprocess.Popen[Any], run: Path) -> None:
 def records(run: Path) -> list[dict[str, Any]]:
     """The complete lines of the log."""
     path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_events(path) if path.exists() else []
 
 
 def figures(run: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from apollo_optim.optim.groups import param_groups
 from apollo_optim.train.config import ModelConfig
 from apollo_optim.train.measure import tensor_bytes
 from apollo_optim.train.models import DTYPES, SIZES, skeleton
+from benchmarks.kit import gb
 from benchmarks.step.contenders import BASELINE, CONTENDERS, Contender
 
 HALVES = ("matrices", "rest")
@@ -134,7 +135,7 @@ def in_batches(names: Sequence[str], need: Needs, limit: float) -> tuple[list[li
     for name in names:
         own = need.own[name] if name != BASELINE else 0
         if base + own > limit:
-            refused[name] = f"does not fit: needs {(base + own) / 1e9:.1f} GB, there are {limit / 1e9:.1f}"
+            refused[name] = f"does not fit: needs {gb(base + own, '.1f')} GB, there are {gb(limit, '.1f')}"
             continue
         if own > free:
             batches.append([BASELINE])
