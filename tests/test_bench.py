@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kept import RESULTS, needs_results
 
 from apollo_optim.cli.bench import BENCHES, CHECKOUT
 from apollo_optim.cli.main import main
@@ -47,9 +48,10 @@ def test_outside_of_a_checkout_one_line_says_where_they_are(installed: Path, tmp
     assert command(installed, tmp_path, "--help").returncode == 0
 
 
+@needs_results
 def test_in_a_checkout_an_installed_command_runs_the_checkouts(installed: Path) -> None:
     told = command(installed, CHECKOUT, "race", "table", "--results", "results/race/llama-4m")
-    assert told.stdout == (CHECKOUT / "results" / "race" / "llama-4m" / "table.md").read_text()
+    assert told.stdout == (RESULTS / "race" / "llama-4m" / "table.md").read_text()
     assert told.returncode == 0
 
 

@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from kept import RESULTS, needs_results
 from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
@@ -18,7 +18,6 @@ from benchmarks.low_bit import cost as low_bit_cost
 from benchmarks.low_bit.cost import matrices
 from benchmarks.low_bit.formats import FORMATS, anew, grouped, installed, reach, stepped, stored
 
-ROOT = Path(__file__).parent.parent
 both_bits = pytest.mark.parametrize("bits", [8, 4])
 every_format = pytest.mark.parametrize("it", FORMATS.values(), ids=list(FORMATS))
 
@@ -199,9 +198,10 @@ def test_without_a_log_there_is_no_table(tmp_path):
         low_bit.main(["formats", "--table", "--out", str(tmp_path)])
 
 
+@needs_results
 def test_the_kept_logs_make_the_kept_table(tmp_path, capsys):
     """Of earlier commits: what was measured stays readable."""
-    kept = ROOT / "results" / "low-bit"
+    kept = RESULTS / "low-bit"
     for log in kept.glob("*.jsonl"):
         shutil.copy(log, tmp_path)
     assert low_bit.main(["cost", "--table", "--out", str(tmp_path)]) == 0

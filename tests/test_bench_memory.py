@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept import RESULTS, needs_results
 from torch import nn
 
 from apollo_optim import build_optimizer, release
@@ -202,9 +203,10 @@ def test_a_run_is_held_against_its_plan(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(question == (to_dict(cfg), 4096) for question in asked), "the plan is of the run's own configuration"
 
 
+@needs_results
 def test_the_kept_log_makes_the_kept_table(capsys: pytest.CaptureFixture[str]) -> None:
     """Of earlier commits: what was measured stays readable."""
-    kept = Path(__file__).parent.parent / "results" / "memory"
+    kept = RESULTS / "memory"
     assert command.main(["--table", "--out", str(kept)]) == 0
     assert capsys.readouterr().out == (kept / "table.md").read_text() + "\n"
 

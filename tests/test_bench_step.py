@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from kept import RESULTS, needs_results
 from torch.optim import SGD
 
 from apollo_optim import ApolloMini
@@ -22,7 +23,6 @@ from benchmarks.step.contenders import BASELINE, CONTENDERS, Contender, Halves, 
 from benchmarks.step.stage import HALVES
 from benchmarks.step.table import Result, sections
 
-ROOT = Path(__file__).parent.parent
 TINY = stage.Setting("llama-1m", "float32", 1, 4, torch.device("cpu"))
 QUICK = "bench step --sizes llama-1m --layers 1 --rank 4 --rounds 3 --warmup 1 --schedule-steps 0"
 
@@ -182,9 +182,10 @@ def test_table_and_chart_can_be_made_again_from_the_log_alone(again, out):
     assert (out / "steps.png").read_bytes().startswith(b"\x89PNG")
 
 
+@needs_results
 def test_the_kept_log_makes_the_kept_table(tmp_path, capsys):
     """Of earlier commits: what was measured stays readable."""
-    kept = ROOT / "results" / "step"
+    kept = RESULTS / "step"
     shutil.copy(kept / "steps.jsonl", tmp_path)
     assert main(["bench", "step", "--table", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out == (kept / "table.md").read_text()
