@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "cost": Part(f"{cost.__doc__}", cost.run, cost.table),
+    "cost": Part(cost.__doc__ or "", cost.run, cost.table),
     "formats": Part(f"{compare.__doc__}\n{formats.__doc__}", compare.run, tables.table),
 }
 
@@ -43,7 +43,7 @@ def all_tables(out: Path) -> str:
 
 def parser() -> Parser:
     """The command line."""
-    words = Parser("apollo-optim bench low-bit", __doc__ or "")
+    words = Parser("apollo-optim bench low-bit", __doc__)
     parts = words.add_subparsers(dest="part", required=True, metavar="{cost,formats}")
 
     def part(name: str) -> Parser:
