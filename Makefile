@@ -2,7 +2,7 @@
 #   make demo     train a small LLaMA on real text with APOLLO-Mini: text, table, picture (about 6 minutes on 2 cores)
 #   make test     the test suite (minutes)      make lint   ruff and mypy --strict
 #   make test-all the suite and what is marked slow (a quarter of an hour)
-#   make bench    the race of the optimizers on a small LLaMA (hours; goes on where it was)
+#   make bench    the race of the optimizers on a small LLaMA (a queue of days; goes on where it was)
 #   make gpu      what a GPU is measured with, in eight minutes (docs/gpu.md)
 #   make docs     the documentation as a web site
 #   make wheel    wheel and sdist, tried in a clean environment with torch alone
@@ -68,8 +68,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	@$(SAY) "racing the optimizers (hours on two cores; Ctrl-C is safe, the same command goes on)"
-	$(BIN)/apollo-optim bench race $(BENCH_ARGS)
+	@$(SAY) "racing the optimizers (days; Ctrl-C is safe, the same command goes on)"
+	$(BIN)/apollo-optim bench race run $(BENCH_ARGS)
 
 gpu: $(VENV)/.train
 	@$(SAY) "measuring on the GPU"

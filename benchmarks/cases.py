@@ -150,7 +150,7 @@ class Child:
             status, reason = "timed out", f"stopped after {time.time() - self._started:.0f} s"
         elif code < 0:
             status, reason = "killed", f"by signal {-code}" + " (out of memory?)" * (code == -signal.SIGKILL)
-        ended = {(line["part"], line["case"]) for line in self._lines() if line["kind"] == "end"}
+        ended = {(line["part"], line["case"]) for line in read(self._log) if line["kind"] == "end"}
         for case in self.cases:
             if (case.part, case.name) not in ended:
                 seconds = round(time.time() - self._started, 2)
@@ -167,9 +167,6 @@ class Child:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(patience)
         return int(self._process.returncode)
-
-    def _lines(self) -> list[Line]:
-        return read(self._log) if self._log.exists() else []
 
 
 CHILD = "from benchmarks.cases import child; child()"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from apollo_optim import AdamW, Apollo, ApolloMini, release
-from benchmarks.kit import Line, append, commit, hardware, spread, versions
+from benchmarks.kit import Line, append, command, commit, hardware, spread, versions
 from benchmarks.table import Table, show
 
 SHAPE = (64, 96)
@@ -119,8 +119,8 @@ def imports(rounds: int) -> dict[str, list[float]]:
     return {"seconds": [ours for ours, _ in taken], "ratio": [ours / torch for ours, torch in taken]}
 
 
-def main() -> None:
-    """Parse, measure, print a table, write the log."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, measure, print a table, write the log. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--parameters", type=int, nargs="+", default=[300], help="how many (default: 300; 8000 of all take an hour)"
@@ -128,12 +128,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases with one of these in their names")
     parser.add_argument("--rounds", type=int, default=9, help="steps that are timed, of each (default: 9)")
     parser.add_argument("--log", type=Path, help="append a JSON line for each case to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
 
     def log(line: Line) -> None:
         if args.log is not None:
-            args.log.parent.mkdir(parents=True, exist_ok=True)
             append(args.log, {**line, "commit": commit(), **hardware("cpu"), **versions()})
 
     for n in args.parameters:
@@ -148,7 +147,8 @@ def main() -> None:
     seconds, ratio = spread(found["seconds"]), spread(found["ratio"])
     log({"case": "import apollo_optim", "seconds": seconds, "ratio": ratio})
     print(f"import apollo_optim: {seconds['median']:.2f} s, {ratio['median']:.3f} of what `import torch` takes")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -1,4 +1,4 @@
-"""What every benchmark needs: a log of JSON lines, what a figure depends on, statistics and units.
+"""What every benchmark needs: a log of JSON lines, what a figure depends on, statistics, units, the command line.
 
 Nothing here imports torch, so that a parent starts at once and holds no device. See `benchmarks.cases` for processes.
 """
@@ -13,11 +13,13 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from apollo_optim.core.errors import InputError
 
 Line = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +32,7 @@ FAULTS = ("failed", "differs", "killed")
 
 def append(log: Path, line: Mapping[str, Any]) -> None:
     """One line more, on the disk when this returns; several processes may do so at a time."""
+    log.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite(line)) + "\n"
     handle = os.open(log, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
     try:
@@ -42,13 +45,22 @@ def append(log: Path, line: Mapping[str, Any]) -> None:
 
 
 def read(log: Path) -> list[Line]:
-    """All lines of a log; of one that a kill cut off, it says so on stderr."""
-    lines = []
+    """All lines of a log, none where there is no log; of one that a kill cut off, it says so on stderr."""
+    lines: list[Line] = []
+    if not log.exists():
+        return lines
     for number, text in enumerate(log.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
             print(f"{log}:{number}: a line that was cut off is left out", file=sys.stderr)
+    return lines
+
+
+def measured(log: Path) -> list[Line]:
+    """The lines of a log that a table is made of. Raises InputError where there are none."""
+    if not (lines := read(log)):
+        raise InputError(f"{log}: there is no such log; measure first (leave --table out), or name another folder")
     return lines
 
 
@@ -113,9 +125,20 @@ def spread(values: Sequence[float]) -> Line:
     return {"median": median, "low": low, "high": high, "n": len(values)}
 
 
-def gb(size: float | None) -> str:
+def told(found: Line, unit: float = 1.0, digits: int = 2) -> str:
+    """A `spread` in words: the median (the quartiles), each times `unit`."""
+    median, low, high = (f"{found[key] * unit:.{digits}f}" for key in ("median", "low", "high"))
+    return f"{median} ({low}-{high})"
+
+
+def gb(size: float | None, spec: str = ".2f") -> str:
     """Bytes as gigabytes, 1e9 bytes."""
-    return "-" if size is None else f"{size / 1e9:.2f}"
+    return "-" if size is None else format(size / 1e9, spec)
+
+
+def mb(size: float | None, spec: str = ",.1f") -> str:
+    """Bytes as megabytes, 1e6 bytes."""
+    return "-" if size is None else format(size / 1e6, spec)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -129,3 +152,13 @@ def one_line(error: object, width: int = 300) -> str:
     """What an error says, fit for a line."""
     text = " ".join(str(error).split())
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+# --- the command line ---
+
+
+def command(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """`python -m benchmarks.NAME`: ends as `apollo-optim bench NAME` does, wrong input in one line and with code 2."""
+    from apollo_optim.cli.main import guarded
+
+    sys.exit(guarded(lambda: main(sys.argv[1:])))

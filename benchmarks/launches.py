@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from apollo_optim import build_optimizer, list_optimizers, quantize_weights
 from benchmarks.gpu.model import on_meta
-from benchmarks.kit import Line, append, commit, versions
+from benchmarks.kit import Line, append, command, commit, versions
 from benchmarks.table import Table, show
 
 ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
@@ -80,8 +80,8 @@ def measure(name: str, model: nn.Module) -> Line:
     }  # fmt: skip
 
 
-def main() -> None:
-    """Parse, count, print a table, write the log."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, count, print a table, write the log. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", default="llama-1b", help="of the model (default: llama-1b)")
     parser.add_argument("--dtype", default="bfloat16", help="of its weights (default: bfloat16)")
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="(default: all)")
     parser.add_argument("--by-kind", action="store_true", help="say which operations they are")
     parser.add_argument("--log", type=Path, help="append a JSON line for each optimizer to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     model = model_of(args.size, args.dtype, args.bits, args.layers)
     rows: list[Sequence[str]] = []
     for name in args.optimizers or [info.name for info in list_optimizers() if info.bits is None]:
@@ -105,7 +105,8 @@ def main() -> None:
             print(name, *(f"{count} {kind}" for kind, count in line["by_name"].items()), sep="\n  ")
     what = f"{args.size}, {args.dtype}" + (f", {args.bits} bits" if args.bits else "")
     show([Table(f"A step of {what}, without a compiler", ["", "launches", "parameters", "a parameter"], rows)])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

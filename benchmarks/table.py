@@ -1,9 +1,9 @@
-"""Tables as text: by rich on a terminal where it is installed, else plain."""
+"""Tables: on a terminal by rich where it is installed, plain in a pipe, and as Markdown in a file."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,17 @@ def show(tables: Sequence[Table]) -> None:
             for row in table.rows:
                 rich.add_row(*map(Text, row))
             console.print(rich)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "l") -> str:
+    """A table of a Markdown file.
+
+    Args:
+        align: A letter a column, `l` or `r`; the last one is repeated.
+    """
+    rule = "".join("|---:" if side == "r" else "|---" for side in align.ljust(len(head), align[-1]))
+    lines = ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], rule + "|", *lines[1:]])
 
 
 def _console() -> Any:

@@ -5,8 +5,8 @@ import json
 
 from train_tiny import tiny
 
-from apollo_optim.bench import loop
-from apollo_optim.bench.contenders import BASELINE
+from benchmarks import loop
+from benchmarks.step.contenders import BASELINE
 
 
 def test_every_optimizer_is_measured_in_both_loops(tmp_path, capsys, monkeypatch):

@@ -1,18 +1,23 @@
 """The bench of low-bit weights: its formats do what they say, its pieces run, its log is resumed and tabled."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from kept import RESULTS, needs_results
 from torch import Tensor, nn
 
-from apollo_optim.bench import low_bit, low_bit_cost, low_bit_formats
-from apollo_optim.bench.low_bit_cost import matrices
-from apollo_optim.bench.low_bit_formats import FORMATS, anew, grouped, installed, reach, stepped, stored
+from apollo_optim.core.errors import InputError
 from apollo_optim.core.place import Place
 from apollo_optim.core.random import key_at
 from apollo_optim.quant import LowBitWeight, format, quantize_weights
 from apollo_optim.train.models import SIZES
+from benchmarks.low_bit import __main__ as low_bit
+from benchmarks.low_bit import compare
+from benchmarks.low_bit import cost as low_bit_cost
+from benchmarks.low_bit.cost import matrices
+from benchmarks.low_bit.formats import FORMATS, anew, grouped, installed, reach, stepped, stored
 
 both_bits = pytest.mark.parametrize("bits", [8, 4])
 every_format = pytest.mark.parametrize("it", FORMATS.values(), ids=list(FORMATS))
@@ -108,7 +113,7 @@ def test_kept_scales_leave_untouched_entries_alone(name, bits):
 
 
 def test_anew_is_noise_for_untouched_entries_and_keep_is_not():
-    moved = {name: low_bit_formats.drift(name, 4, 64, "sparse", 10)["deviation_untouched"] for name in FORMATS}
+    moved = {name: compare.drift(name, 4, 64, "sparse", 10)["deviation_untouched"] for name in FORMATS}
     assert moved["symmetric-keep"] < moved["symmetric-anew"] / 2
     assert moved["affine-keep"] < moved["affine-anew"] / 2
 
@@ -166,7 +171,7 @@ def test_cost_measures_every_piece_and_adds_them_up(tmp_path, monkeypatch, capsy
     (tmp_path / "cost.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [setting, *rows]))
     low_bit.main(["cost", "--table", "--out", str(tmp_path)])
     weights = sum(m * n * count for (m, n), count in matrices(SIZES["llama-1m"]).items())
-    assert f"| **sum** | | {5 * weights * 1e-9:.4g} | | {5 * weights * 1e-9:.4g} | |" in capsys.readouterr().out
+    assert f"| **sum** |  | {5 * weights * 1e-9:.4g} |  | {5 * weights * 1e-9:.4g} |  |" in capsys.readouterr().out
 
 
 def test_what_the_log_of_formats_holds_is_not_measured_again(tmp_path, monkeypatch, capsys):
@@ -178,7 +183,7 @@ def test_what_the_log_of_formats_holds_is_not_measured_again(tmp_path, monkeypat
         done.append((format, bits, seed))
         return {"warmup": warmup, "perplexity": 100.0 + 10 * format.endswith("anew") + seed}
 
-    monkeypatch.setattr(low_bit_formats, "perplexity", run)
+    monkeypatch.setattr(compare, "perplexity", run)
     words = ["formats", "--only", "perplexity", "--seeds", "0", "1", "--out", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
         low_bit.main(words)
@@ -193,7 +198,16 @@ def test_what_the_log_of_formats_holds_is_not_measured_again(tmp_path, monkeypat
     assert "| 4 | symmetric-anew | 110.00, 111.00 | 110.50 | +9.95% (+9.90% to +10.00%) |" in capsys.readouterr().out
 
 
-def test_without_a_log_there_is_no_table(tmp_path, capsys):
-    with pytest.raises(SystemExit):
+def test_without_a_log_there_is_no_table(tmp_path):
+    with pytest.raises(InputError, match="holds no log yet"):
         low_bit.main(["formats", "--table", "--out", str(tmp_path)])
-    assert "holds no log yet" in capsys.readouterr().err
+
+
+@needs_results
+def test_the_kept_logs_make_the_kept_table(tmp_path, capsys):
+    """Of earlier commits: what was measured stays readable."""
+    kept = RESULTS / "low-bit"
+    for log in kept.glob("*.jsonl"):
+        shutil.copy(log, tmp_path)
+    assert low_bit.main(["cost", "--table", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "table.md").read_text() == (kept / "table.md").read_text()

@@ -13,7 +13,6 @@ import pytest
 import safetensors.torch
 from train_tiny import figures, records, tiny
 
-from apollo_optim.bench import kill
 from apollo_optim.cli.main import main
 from apollo_optim.core.errors import InputError
 from apollo_optim.train import disk
@@ -21,6 +20,7 @@ from apollo_optim.train.checkpoint import checkpoints, load_state, newest
 from apollo_optim.train.config import load_config
 from apollo_optim.train.failures import TrainingFailed
 from apollo_optim.train.pretrain import pretrain
+from benchmarks import kill
 
 
 def fails(code: int):

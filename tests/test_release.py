@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from train_tiny import figures, records, tiny
 
 from apollo_optim import AdamW, Apollo, InputError, RuleOptimizer, build_optimizer, release
-from apollo_optim.bench import kill
 from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.train import pretrain as story
 from apollo_optim.train import step as steps_of
 from apollo_optim.train.failures import TrainingFailed
 from apollo_optim.train.pretrain import pretrain
+from benchmarks import kill
 
 WIDTH, WORDS = 12, 11
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from train_tiny import figures, records, tiny
 
-from apollo_optim.bench import kill
 from apollo_optim.data import IGNORED, Batch
 from apollo_optim.data.tokenizer import load_tokenizer
 from apollo_optim.parallel.world import ALONE
@@ -31,6 +30,7 @@ from apollo_optim.train.schedule import factor
 from apollo_optim.train.signals import stop_signals
 from apollo_optim.train.state import TrainState
 from apollo_optim.train.step import TrainStep
+from benchmarks import kill
 
 PAIRS = [(f"{a} + {b} =", f" {a + b}") for a in range(8) for b in range(8)]
 

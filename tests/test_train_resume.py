@@ -15,7 +15,6 @@ import pytest
 import torch
 from train_tiny import figures, records, tiny
 
-from apollo_optim.bench import kill
 from apollo_optim.core.errors import InputError
 from apollo_optim.data import Batches
 from apollo_optim.train.checkpoint import checkpoints, load_state, newest
@@ -24,6 +23,7 @@ from apollo_optim.train.failures import Interrupted
 from apollo_optim.train.pretrain import pretrain
 from apollo_optim.train.signals import stop_signals
 from apollo_optim.train.step import TrainStep
+from benchmarks import kill
 
 
 def stop_after(monkeypatch, step: int, how=lambda: os.kill(os.getpid(), signal.SIGINT)) -> None:

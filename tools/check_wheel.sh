@@ -16,6 +16,8 @@ for name in LICENSE py.typed; do
   grep -q "$name" "$work/wheel.txt" || { echo "error: no $name in the wheel" >&2; exit 1; }
   grep -q "$name" "$work/sdist.txt" || { echo "error: no $name in the sdist" >&2; exit 1; }
 done
+if grep -q '^benchmarks/' "$work/wheel.txt"; then echo "error: the benchmarks are in the wheel" >&2; exit 1; fi
+grep -q '/benchmarks/kit.py$' "$work/sdist.txt" || { echo "error: no benchmarks in the sdist" >&2; exit 1; }
 
 "$python" -m venv "$work/venv"
 # shellcheck disable=SC2086  # PIP_ARGS is a list of words
@@ -54,3 +56,7 @@ code=0
 message=$(PYTHONWARNINGS=ignore "$work/venv/bin/apollo-optim" pretrain 2>&1) || code=$?
 [[ $code == 2 && $message == *"apollo-optim[train]"* ]] || { echo "error: without extras the command said ($code): $message" >&2; exit 1; }
 echo "its command, without the extras: $message"
+code=0
+message=$(PYTHONWARNINGS=ignore "$work/venv/bin/apollo-optim" bench step 2>&1) || code=$?
+[[ $code == 2 && $message == *"not installed with the library"* ]] || { echo "error: bench said ($code): $message" >&2; exit 1; }
+echo "its benchmarks: $message"

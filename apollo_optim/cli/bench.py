@@ -1,27 +1,37 @@
-"""`apollo-optim bench`: measurements behind the claims, each a module of `apollo_optim.bench` with its own --help."""
+"""`apollo-optim bench`: measurements behind the claims. They are in a checkout's `benchmarks/`, not in the wheel."""
 
 import importlib
+import importlib.util
+import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..core.errors import InputError
 from .words import nearest
 
+CHECKOUT = Path(__file__).resolve().parents[2]
+"""Where the package lies: a checkout, if it was installed in place."""
 BENCHES = {
     "race": "the same small LLaMA trained by every optimizer, learning rates searched with the same budget",
-    "low-bit": "what low-bit weights cost by the piece, and other formats for them",
-    "kill": "runs killed with kill -9 and resumed, compared to the bit",
     "step": "the time of a step of ours, of the installed peers and of fused AdamW, interleaved in one process",
     "loop": "what pretrain costs beside forward, backward and step, and tokens a second with each optimizer",
     "memory": "peak memory, a fresh process for every optimizer, beside its plan",
+    "low-bit": "what low-bit weights cost by the piece, and other formats for them",
+    "kill": "runs killed with kill -9 and resumed, compared bitwise",
+    "host": "the host time of a step where tensors are small, and of an import",
+    "launches": "how many kernels a step of a whole model asks a GPU for, counted without one",
+    "gpu": "what a GPU is measured with, in eight minutes",
 }
 
 HELP = f"""usage: apollo-optim bench NAME [...]
 
 Measure, and keep the log: what the documentation says of speed, memory and quality comes from these.
+They are not installed with the library: run this in a checkout of the repository.
 
 benches:
 {"".join(f"  {name:<10}{summary}{chr(10)}" for name, summary in BENCHES.items())}
-  apollo-optim bench NAME --help says more.
+  apollo-optim bench NAME --help says more; python -m benchmarks.NAME is the same.
 """
 
 
@@ -32,5 +42,27 @@ def run(argv: Sequence[str]) -> int:
     name, *rest = argv
     if name not in BENCHES:
         raise InputError(f"unknown bench {name}{nearest(name, BENCHES)}; there are {', '.join(BENCHES)}")
-    code: int = importlib.import_module(f"apollo_optim.bench.{name.replace('-', '_')}").main(rest)
+    module = f"benchmarks.{name.replace('-', '_')}"
+    if holds_benchmarks(CHECKOUT):
+        return call(module, rest)
+    if holds_benchmarks(Path.cwd()):
+        # The package is installed elsewhere: a fresh Python takes the checkout's, so that all is of one commit.
+        os.execv(sys.executable, [sys.executable, "-m", module, *rest])
+    raise InputError(
+        f"bench {name}: the benchmarks are not installed with the library; clone the repository and run this there"
+    )
+
+
+def holds_benchmarks(folder: Path) -> bool:
+    """Is it a checkout of this repository?"""
+    return all((folder / name).is_file() for name in ("benchmarks/kit.py", "apollo_optim/__init__.py"))
+
+
+def call(module: str, argv: Sequence[str]) -> int:
+    """Its `main`, in this process. Returns the exit code."""
+    if str(CHECKOUT) not in sys.path:
+        sys.path.insert(0, str(CHECKOUT))
+    found = importlib.util.find_spec(module)
+    package = found is not None and found.submodule_search_locations is not None
+    code: int = importlib.import_module(f"{module}.__main__" if package else module).main(argv)
     return code

@@ -8,7 +8,7 @@ Exit codes: 0 done; 1 the run failed (a loss that is not a number, a full disk);
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..core.errors import InputError
 from .words import complain, nearest
@@ -45,8 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # Before torch is imported: large tensors of a CPU come in pages of 2 MB, which the system hands out much faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    return guarded(lambda: run(words))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Do it; what goes wrong is said in one line. Returns the exit code."""
     try:
-        return run(words)
+        return work()
     except InputError as error:
         return complain(error, 2)
     except ModuleNotFoundError as error:

@@ -6,7 +6,6 @@ different lengths can be compared at equal tokens; nobody's rate is tuned here, 
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from apollo_optim.data.config import DataConfig
+from apollo_optim.report import read_events
 from apollo_optim.train.config import (
     CheckpointConfig,
     EvalConfig,
@@ -67,7 +67,7 @@ def ran(case: Running, optimizer: str, steps: int) -> Line:
     except Interrupted as error:
         stopped = str(error)
     seconds = time.perf_counter() - started
-    lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_events(out / "metrics.jsonl")
     shutil.rmtree(out)
     said: dict[str, list[Line]] = {"step": [], "eval": [], "start": []}
     for line in lines:

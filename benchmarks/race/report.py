@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from apollo_optim.core.errors import InputError
+from benchmarks.kit import mb
 from benchmarks.race.agenda import Board, Row
 from benchmarks.race.protocol import LEADERS, SEARCH_SHARE, SETTINGS, STAGES, Setting, Trial
 from benchmarks.race.trial import events
+from benchmarks.table import markdown
 
 
 def one_text(rows: Iterable[Row], what: str) -> None:
@@ -39,16 +41,13 @@ def table(board: Board, setting: Setting) -> str:
         return f"No full run of {setting.name} yet."
     base = next(iter(board.methods))
     order = sorted(finals, key=lambda name: mean_loss(board, finals[name]))
-    lines = [
-        "| method | perplexity, each seed | mean | sd | against " + base + ", paired | bits per byte | state, MB | "
-        "lr matrices / embedding / head | knob | search | off by 2x | optimizer, ms a step |",
-        "|---|---|---:|---:|---|---:|---:|---|---|---|---|---:|",
-    ]
-    lines += [table_row(board, setting, name, finals[name], finals.get(base, [])) for name in order]
-    return "\n".join(lines)
+    head = ["method", "perplexity, each seed", "mean", "sd", f"against {base}, paired", "bits per byte", "state, MB"]
+    head += ["lr matrices / embedding / head", "knob", "search", "off by 2x", "optimizer, ms a step"]
+    cells = [table_row(board, setting, name, finals[name], finals.get(base, [])) for name in order]
+    return markdown(head, cells, "llrrlrrllllr")
 
 
-def table_row(board: Board, setting: Setting, name: str, trials: list[Trial], base: list[Trial]) -> str:
+def table_row(board: Board, setting: Setting, name: str, trials: list[Trial], base: list[Trial]) -> list[str]:
     """One line of the table."""
     rows, trial = [board.rows[trial] for trial in trials], trials[0]
     perplexities = [math.exp(board.loss(trial)) for trial in trials]
@@ -58,21 +57,20 @@ def table_row(board: Board, setting: Setting, name: str, trials: list[Trial], ba
     if searched.open_axes:
         found += f", {', '.join(searched.open_axes)} open"
     slow = [row["step_optimizer"] for row in rows if row["step_optimizer"] is not None]
-    cells = [
+    return [
         name,
         ", ".join(f"{p:.2f}" for p in perplexities),
         f"{statistics.mean(perplexities):.2f}",
         f"{statistics.stdev(perplexities):.2f}" if len(trials) > 1 else "",
         against(board, trials, base),
         f"{statistics.mean(bits):.3f}" if bits else "",
-        f"{rows[0]['state_total'] / 1e6:.2f}",
+        mb(rows[0]["state_total"], ".2f"),
         f"{trial.lr:g} / {trial.embedding_lr:g} / {trial.head_lr:g}",
         f"{method.knob.key.removeprefix('optim.')} {method.knob.kind} {trial.knob:g}",
         found,
         basin(board, searched.tried),
         f"{1e3 * statistics.median(slow):.0f}" if slow else "",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def mean_loss(board: Board, trials: list[Trial]) -> float:

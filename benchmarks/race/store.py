@@ -7,13 +7,11 @@ Workers on one file system (with `flock`) share both folders.
 
 import contextlib
 import fcntl
-import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from apollo_optim.core.errors import InputError
+from benchmarks import kit
 from benchmarks.race.agenda import Board, Row
 from benchmarks.race.methods import METHODS, Method
 from benchmarks.race.protocol import Trial
@@ -28,17 +26,8 @@ class Store:
         self.claims: dict[str, IO[str]] = {}
 
     def lines(self) -> list[Row]:
-        """What is done. A last line that a crash cut off is not; any other broken line is an error."""
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        rows = []
-        for number, line in enumerate(text.splitlines(keepends=True), 1):
-            if not line.endswith("\n"):
-                break
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                raise InputError(f"{self.path}:{number} is not JSON: take the line out, it will be run again") from None
-        return rows
+        """What is done. A line that a crash cut off is not: its trial is run again."""
+        return kit.read(self.path)
 
     def board(self) -> Board:
         """The race as it stands."""
@@ -80,12 +69,8 @@ class Store:
 
     def append(self, row: Row) -> None:
         """One more line, on the disk when this returns."""
-        with self.locked(), self.path.open("ab+") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # what a crash left of a line
-            file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self.locked():
+            kit.append(self.path, row)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

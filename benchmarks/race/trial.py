@@ -5,7 +5,6 @@ torch's own hooks on every optimizer's step, so that nothing here depends on how
 """
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -22,6 +21,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.report import read_events
 from apollo_optim.train.failures import Interrupted, TrainingFailed
 from apollo_optim.train.measure import hardware, tensor_bytes
 from apollo_optim.train.pretrain import pretrain
@@ -126,10 +126,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 def events(log: Path, kind: str) -> list[dict[str, Any]]:
     """The records of one kind in a run's log."""
-    if not log.exists():
-        return []
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return [record for record in records if record["event"] == kind]
+    return [event for event in read_events(log) if event["event"] == kind] if log.exists() else []
 
 
 def half_loss(log: Path, half: int) -> float | None:
@@ -215,6 +212,7 @@ def bar_of(trial: Trial, rows: Mapping[Trial, Row]) -> float:
         for other, row in rows.items()
         if (other.setting, other.method, other.search) == (trial.setting, trial.method, True)
         and row["ended"] == "finished"
+        and row["half_loss"] is not None  # infinite
     ]
     return min(same) + HOPELESS if trial.search and same else math.inf
 

@@ -20,17 +20,19 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from apollo_optim.bench.contenders import BASELINE
-from apollo_optim.bench.step_table import read_log, spread, write_log
+from apollo_optim.cli.words import Parser
 from apollo_optim.report import read_events
 from apollo_optim.train.build import build
 from apollo_optim.train.config import RunConfig
 from apollo_optim.train.loss import summed_loss, targets
 from apollo_optim.train.pretrain import pretrain
+from benchmarks import kit
+from benchmarks.kit import Line, spread, told
+from benchmarks.step.contenders import BASELINE
+from benchmarks.table import markdown
 
 WARM = 5  # steps before those that count: what is compiled is compiled in them
 SAME = ("model", "dtype", "batch", "seq_len", "compile")  # what rows of one table have in common
@@ -38,6 +40,7 @@ LOGGED = 5  # steps between two lines of pretrain's log, from which its times ar
 
 
 def config_of(args: argparse.Namespace, optimizer: str) -> RunConfig:
+    """The run of one of ours."""
     cfg = RunConfig()
     cfg.model.name, cfg.model.dtype = args.model, args.dtype
     cfg.data.source, cfg.data.seq_len = "python", args.seq_len
@@ -67,7 +70,7 @@ def bare(cfg: RunConfig, run: Path, fused: bool) -> list[float]:
     return [after - before for before, after in pairwise(marks[WARM - 1 :])]
 
 
-def whole(cfg: RunConfig, run: Path) -> tuple[list[float], dict[str, Any]]:
+def whole(cfg: RunConfig, run: Path) -> tuple[list[float], Line]:
     """Seconds of every step that counts as `pretrain` logs them (means of a few), and where it ran."""
     cfg.out = str(run)
     pretrain(cfg)
@@ -78,8 +81,9 @@ def whole(cfg: RunConfig, run: Path) -> tuple[list[float], dict[str, Any]]:
 
 
 def measure(args: argparse.Namespace, log: Path) -> None:
+    """Round after round, a line of the log each."""
     for number in range(args.rounds):
-        row: dict[str, Any] = {
+        row: Line = {
             "round": number,
             **{key: getattr(args, key) for key in SAME},
             "bare": {},
@@ -91,11 +95,11 @@ def measure(args: argparse.Namespace, log: Path) -> None:
                 row["bare"][name] = bare(config_of(args, name), Path(work), fused=False)
                 row["pretrain"][name], where = whole(config_of(args, name), Path(work) / name)
                 row |= where
-        write_log(log, [row])
+        kit.append(log, row)
         print(f"round {number + 1} of {args.rounds}", flush=True)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Line]) -> str:
     """Medians of a round's steps; of the rounds' ratios median and quartiles."""
     first = rows[-1]
     tokens = first["batch"] * first["seq_len"]
@@ -110,26 +114,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         f"{first['model']}, {first['dtype']}, {first['batch']} x {first['seq_len']} tokens, optim.compile="
         f"{str(first['compile']).lower()}; {hardware['device']}, {hardware['threads']} threads; {len(same)} rounds.",
         "",
-        "| optimizer | bare loop, s a step | pretrain, s a step | loop, x | tokens a second | against fused AdamW, x |",
-        "|---|---:|---:|---:|---:|---:|",
-        f"| {BASELINE} | {median(fused):.3f} | - | - | {tokens / median(fused):.0f} | 1 |",
     ]
+    head = ["optimizer", "bare loop, s a step", "pretrain, s a step", "loop, x", "tokens a second"]
+    cells = [[BASELINE, f"{median(fused):.3f}", "-", "-", f"{tokens / median(fused):.0f}", "1"]]
     for name in first["pretrain"]:
         bares = [median(row["bare"][name]) for row in same]
         wholes = [median(row["pretrain"][name]) for row in same]
-        loop = spread([a / b for a, b in zip(wholes, bares, strict=True)])
-        against = spread([b / a for a, b in zip(wholes, fused, strict=True)])
-        lines.append(
-            f"| {name} | {median(bares):.3f} | {median(wholes):.3f} | {loop.text(1, 3)} | "
-            f"{tokens / median(wholes):.0f} | {against.text(1, 3)} |"
-        )
-    return "\n".join(lines) + "\n"
+        loop = told(spread([a / b for a, b in zip(wholes, bares, strict=True)]), digits=3)
+        against = told(spread([b / a for a, b in zip(wholes, fused, strict=True)]), digits=3)
+        pace = f"{tokens / median(wholes):.0f}"
+        cells.append([name, f"{median(bares):.3f}", f"{median(wholes):.3f}", loop, pace, against])
+    return "\n".join([*lines, markdown([*head, "against fused AdamW, x"], cells, "lr")]) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "apollo-optim bench loop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = Parser("apollo-optim bench loop", __doc__)
     parser.add_argument("--model", default="llama-9m")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "apollo", "apollo-mini"], metavar="NAME")
@@ -141,12 +141,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="optim.compile of ours")
     parser.add_argument("--out", type=Path, default=Path("results/loop"), help="loop.jsonl and table.md are kept there")
     parser.add_argument("--table", action="store_true", help="measure nothing, make the table of the log")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     log = args.out / "loop.jsonl"
     if not args.table:
-        args.out.mkdir(parents=True, exist_ok=True)
         measure(args, log)
-    text = table(read_log(log))
+    text = table(kit.measured(log))
     (args.out / "table.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
+
+
+if __name__ == "__main__":
+    kit.command(main)

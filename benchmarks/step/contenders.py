@@ -72,6 +72,7 @@ def ours(cls: type[Apollo], *, compile: bool = True, rest: str = "adamw", **knob
 
 
 def our_adamw(params: Params, _: int) -> Optimizer:
+    """AdamW, for both halves."""
     return AdamW(params, lr=LR, stochastic_rounding=False, compile=True)
 
 

@@ -10,7 +10,6 @@ Exit code 0 if they all are.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -25,7 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import apollo_optim
+from apollo_optim.cli.words import Parser
 from apollo_optim.data.config import DataConfig
+from apollo_optim.report import read_events
 from apollo_optim.train.checkpoint import checkpoints, newest
 from apollo_optim.train.config import (
     CheckpointConfig,
@@ -37,6 +39,7 @@ from apollo_optim.train.config import (
     TrainConfig,
     save_config,
 )
+from benchmarks.kit import command
 
 CHILD = """
 import sys
@@ -181,8 +184,7 @@ def wait_for_first_step(child: subprocess.Popen[Any], run: Path) -> None:
 def records(run: Path) -> list[dict[str, Any]]:
     """The complete lines of the log."""
     path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_events(path) if path.exists() else []
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
@@ -203,8 +205,8 @@ def final_files(run: Path) -> dict[str, int]:
 
 
 def fingerprint() -> str:
-    """Of the package's own source: while it is being edited nothing can be compared."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    """Of the package's source: while it is being edited nothing can be compared."""
+    files = sorted(Path(apollo_optim.__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -214,18 +216,16 @@ def expect(true: bool, message: str) -> None:
         raise SystemExit(f"error: {message}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        "apollo-optim bench kill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = Parser("apollo-optim bench kill", __doc__)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--during-save", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60)
-    options = parser.parse_args(argv)
+    options = parser.parse(argv)
     return compare(options.runs, options.during_save, seed=options.seed, steps=options.steps)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

@@ -2,75 +2,47 @@
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from apollo_optim.bench.contenders import BASELINE, CONTENDERS
-from apollo_optim.core.errors import InputError
 from apollo_optim.train.models import DTYPES, SIZES
+from benchmarks.kit import Line, mb, spread, told
+from benchmarks.step.contenders import BASELINE, CONTENDERS
+from benchmarks.step.stage import HALVES
+from benchmarks.table import markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Row = dict[str, Any]
-HALVES = ("matrices", "rest")
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
-
-
-def write_log(log: Path, rows: Iterable[Row]) -> None:
-    with log.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def read_log(log: Path) -> list[Row]:
-    if not log.exists():
-        raise InputError(f"{log}: there is no such log; measure first, or name its directory with --out")
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-
-
-class Spread(NamedTuple):
-    median: float
-    low: float
-    high: float
-
-    def text(self, unit: float, digits: int) -> str:
-        return f"{self.median * unit:.{digits}f} ({self.low * unit:.{digits}f}-{self.high * unit:.{digits}f})"
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, low, high)
 
 
 @dataclass(frozen=True)
 class Result:
     """A line of the log beside the fused AdamW that stepped in the same rounds."""
 
-    row: Row
-    base: Row | None
+    row: Line
+    base: Line | None
 
     @property
     def problem(self) -> str:
         if "seconds" not in self.row:
-            return str(self.row["error"]).replace("|", "/")
+            return str(self.row["error"])
         if self.base is None or "seconds" not in self.base:
             return f"{BASELINE} failed in its batch"
         return ""
 
     @staticmethod
-    def _times(row: Row, half: str | None) -> list[float]:
+    def _times(row: Line, half: str | None) -> list[float]:
         seconds = row["seconds"]
         return seconds[half] if half else [a + b for a, b in zip(*(seconds[half] for half in HALVES), strict=True)]
 
-    def seconds(self, half: str | None = None) -> Spread:
+    def seconds(self, half: str | None = None) -> Line:
         return spread(self._times(self.row, half))
 
-    def paired(self, half: str | None = None) -> Spread:
+    def paired(self, half: str | None = None) -> Line:
         """The ratio to fused AdamW, round by round."""
         assert self.base is not None
         pairs = zip(self._times(self.row, half), self._times(self.base, half), strict=True)
@@ -79,7 +51,7 @@ class Result:
     @property
     def of_medians(self) -> float:
         assert self.base is not None
-        return self.seconds().median / spread(self._times(self.base, None)).median
+        return float(self.seconds()["median"] / spread(self._times(self.base, None))["median"])
 
     @property
     def floor(self) -> float:
@@ -89,7 +61,7 @@ class Result:
 
     def extra(self, half: str) -> str:
         size, largest = self.row["extra_bytes"][half], self.row["largest_bytes"][half]
-        return f"{size / 1e6:.1f} ({size / largest:.2f})"
+        return f"{mb(size, '.1f')} ({size / largest:.2f})"
 
     @property
     def notes(self) -> str:
@@ -104,7 +76,7 @@ class Result:
 Section = tuple[str, dict[str, Result]]
 
 
-def sections(rows: Sequence[Row]) -> list[Section]:
+def sections(rows: Sequence[Line]) -> list[Section]:
     """The newest line of each contender by model, dtype and machine, in the order of the table."""
     bases = {row["batch"]: row for row in rows if row["kind"] == "step" and row["contender"] == BASELINE}
     found: dict[tuple[Any, ...], dict[str, Result]] = {}
@@ -151,16 +123,16 @@ def cells(name: str, result: Result) -> list[str]:
     return [
         name,
         says,
-        result.seconds().text(1e3, 1),
-        ratio.text(1, 2),
+        told(result.seconds(), 1e3, 1),
+        told(ratio),
         f"{result.of_medians:.2f}",
         f"{result.floor:.2f}",
-        f"{ratio.median / result.floor:.2f}",
-        result.seconds("matrices").text(1e3, 1),
-        matrices.text(1, 2),
+        f"{ratio['median'] / result.floor:.2f}",
+        told(result.seconds("matrices"), 1e3, 1),
+        told(matrices),
         f"{row['first_step']:.1f}",
         str(row["graphs"]),
-        f"{sum(row['state_bytes'].values()) / 1e6:.1f}",
+        mb(sum(row["state_bytes"].values()), ".1f"),
         result.extra("matrices"),
         result.extra("rest"),
         result.notes,
@@ -173,12 +145,14 @@ def speedups(results: dict[str, Result]) -> list[str]:
     for name, result in results.items():
         rival = results.get((CONTENDERS[name].rival if name in CONTENDERS else None) or "")
         if rival is not None and not result.problem and not rival.problem:
-            whole, matrices = (rival.paired(half).median / result.paired(half).median for half in (None, "matrices"))
+            whole, matrices = (
+                rival.paired(half)["median"] / result.paired(half)["median"] for half in (None, "matrices")
+            )
             lines.append(f"- {name}: {whole:.2f}x as fast as {rival.row['contender']} (matrices only: {matrices:.2f}x)")
     return lines
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Line]) -> str:
     """Markdown: a section for each model, dtype and machine, then the recompilations."""
     lines = ["# The time of a step", "", LEGEND]
     for title, results in sections(rows):
@@ -188,23 +162,23 @@ def table(rows: Sequence[Row]) -> str:
             rounds = sorted({row["rounds"] for row in measured})
             load = max(row["load"] for row in measured)
             lines += [f"Rounds: {', '.join(map(str, rounds))}. Highest load average at a batch's end: {load:.1f}.", ""]
-        lines += ["| " + " | ".join(HEAD) + " |", "|---|---|" + "---:|" * (len(HEAD) - 3) + "---|"]
-        lines += ["| " + " | ".join(cells(name, result)) + " |" for name, result in results.items()]
+        rows_here = [cells(name, result) for name, result in results.items()]
+        lines.append(markdown(HEAD, rows_here, "ll" + "r" * (len(HEAD) - 3) + "l"))
         if faster := speedups(results):
             lines += ["", *faster]
     newest = {(row["contender"], row["dtype"]): row for row in rows if row["kind"] == "schedule"}
     compiled = [row for row in newest.values() if "error" in row or row["graphs"]]
     if compiled:
         lines += ["", "## Recompilations under a cosine schedule", ""]
-        lines += ["| optimizer | dtype | model | steps | graphs of the first step | later graphs |"]
-        lines += ["|---|---|---|---:|---:|---:|"]
-        for row in compiled:
-            found = (
-                row["error"].replace("|", "/") + " | " if "error" in row else f"{row['graphs']} | {row['recompiled']}"
-            )
-            words = f"{row['contender']} | {SHORT[row['dtype']]} | {row['size']} | {row['steps']}"
-            lines.append(f"| {words} | {found} |")
+        head = ("optimizer", "dtype", "model", "steps", "graphs of the first step", "later graphs")
+        lines.append(markdown(head, map(recompiled, compiled), "lllr"))
     return "\n".join(lines) + "\n"
+
+
+def recompiled(row: Line) -> list[str]:
+    """A row of the table of recompilations."""
+    found = [row["error"], ""] if "error" in row else [str(row["graphs"]), str(row["recompiled"])]
+    return [row["contender"], SHORT[row["dtype"]], row["size"], str(row["steps"]), *found]
 
 
 COLOURS = {"apollo-optim": "#0072B2", "torch": "#999999"}  # Okabe and Ito's palette
@@ -212,7 +186,7 @@ PEER = "#E69F00"
 WIDEST = 8.0  # longer bars are cut; their figure is beside them
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
+def draw(rows: Sequence[Line], path: Path) -> None:
     """Bars of the paired ratio, everything included, and a line at fused AdamW."""
     from matplotlib.figure import Figure
 
@@ -233,16 +207,16 @@ def draw_section(axes: Axes, title: str, results: dict[str, Result]) -> None:
             axes.text(0.03, y, result.problem[:90], va="center", fontsize=7, color="0.4", style="italic")
             continue
         ratio = result.paired()
+        median, low, high = (min(ratio[key], WIDEST) for key in ("median", "low", "high"))
         colour = COLOURS.get(CONTENDERS[name].package, PEER) if name in CONTENDERS else PEER
-        axes.barh(y, min(ratio.median, WIDEST), height=0.7, color=colour)
-        ends = [min(ratio.low, WIDEST), min(ratio.high, WIDEST)]
-        axes.plot(ends, [y, y], color="black", linewidth=1)
+        axes.barh(y, median, height=0.7, color=colour)
+        axes.plot([low, high], [y, y], color="black", linewidth=1)
         axes.plot([result.floor] * 2, [y - 0.35, y + 0.35], color="#D55E00", linewidth=2)
-        axes.text(max(min(ratio.median, WIDEST), ends[1]), y, f" {ratio.median:.2f}", va="center", fontsize=8)
+        axes.text(max(median, high), y, f" {ratio['median']:.2f}", va="center", fontsize=8)
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--", zorder=0)
     axes.set_yticks(range(len(results)), list(results), fontsize=8)
     axes.set_ylim(len(results) - 0.4, -0.6)
-    widest = max((min(r.paired().high, WIDEST) for r in results.values() if not r.problem), default=1.0)
+    widest = max((min(r.paired()["high"], WIDEST) for r in results.values() if not r.problem), default=1.0)
     axes.set_xlim(0, 1.1 * max(widest, 1.0))
     axes.set_xlabel(
         f"time of a step over fused AdamW's (bars end at {WIDEST:g}); black: quartiles, red: the byte floor", fontsize=8

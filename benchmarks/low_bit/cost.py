@@ -12,8 +12,6 @@ APOLLO-Mini's step. Attention, norms, embedding and head are not in it.
 """
 
 import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,8 +27,11 @@ from apollo_optim.core.storage import writes_itself
 from apollo_optim.core.write import write
 from apollo_optim.optim import ApolloMini
 from apollo_optim.quant import LowBitWeight
-from apollo_optim.train.measure import give_back_memory, hardware, versions
+from apollo_optim.train.measure import give_back_memory
 from apollo_optim.train.models import SIZES, Size
+from benchmarks import kit
+from benchmarks.kit import Line, spread
+from benchmarks.table import markdown
 
 Shape = tuple[int, int]
 Piece = tuple[str, int, Shape]  # what, at how many bits (16: bf16), of which shape
@@ -117,72 +118,65 @@ def run(args: argparse.Namespace, log: Path) -> None:
     shapes = matrices(SIZES[args.model])
     setting = {
         **{key: getattr(args, key) for key in ("model", "rounds", "tokens", "threads")},
-        "versions": versions(),
-        "hardware": hardware(torch.device("cpu")),
+        "versions": kit.versions(),
+        "hardware": kit.hardware("cpu"),
+        "commit": kit.commit(),
     }
     measured = measure(list(shapes), args.tokens, args.rounds)
-    rows: list[dict[str, Any]] = [setting]
+    log.unlink(missing_ok=True)
+    kit.append(log, setting)
     for (piece, bits, (m, n)), seconds in measured.items():
         ns = [s / (m * n) * 1e9 for s in seconds]
-        rows.append({"piece": piece, "bits": bits, "shape": [m, n], "matrices": shapes[m, n], "ns_per_weight": ns})
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        row = {"piece": piece, "bits": bits, "shape": [m, n], "matrices": shapes[m, n], "ns_per_weight": ns}
+        kit.append(log, row)
 
 
-def spread(samples: Sequence[float]) -> tuple[float, float]:
-    """Median, and the distance of the quartiles."""
-    if len(samples) < 2:
-        return samples[0], 0.0
-    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return middle, high - low
+NAMES = {
+    "forward": "x W^T, {tokens} tokens, bf16 (dequantise, multiply)",
+    "grad_x": "gradient of x (dequantise, multiply)",
+    "grad_weight": "gradient of W",
+    "write": "write (dequantise, update, round, requantise)",
+    "step": "APOLLO-Mini's step, write included",
+}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: Sequence[Line]) -> str:
     """Each piece by shape, and where the seconds of a step go."""
-    setting, rows = rows[0], rows[1:]
+    setting, *rows = rows
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
-    of = {(row["piece"], row["bits"], tuple(row["shape"])): row for row in rows}
-    weights: dict[Any, int] = {shape: shape[0] * shape[1] * of["write", 8, shape]["matrices"] for shape in shapes}
+    found = {(row["piece"], row["bits"], tuple(row["shape"])): spread(row["ns_per_weight"]) for row in rows}
+    weights: dict[Any, int] = {tuple(row["shape"]): row["matrices"] * row["shape"][0] * row["shape"][1] for row in rows}
     total = sum(weights.values())
+    names = {piece: name.format(tokens=setting["tokens"]) for piece, name in NAMES.items()}
 
     def mean(piece: str, bits: int) -> float:
         """ns per weight, over all matrices of the model."""
         bits = 16 if piece in FLOAT else bits
-        medians = {s: spread(of[piece, bits, s]["ns_per_weight"])[0] for s in shapes}
-        return sum(medians[s] * weights[s] for s in shapes) / total
+        return float(sum(found[piece, bits, s]["median"] * weights[s] for s in shapes) / total)
 
-    lines = [
-        f"## Cost of a step, {setting['model']}",
-        "",
-        f"{setting['hardware']['cpu']}, {setting['threads']} threads, torch {setting['versions']['torch']}; medians of "
-        f"{setting['rounds']} rounds (distance of the quartiles), ns per weight.",
-        "The write of a bf16 weight is an eager one: only its whole step is compiled.",
-        "",
-        "| piece | bits | " + " | ".join(f"{m} x {n}" for m, n in shapes) + " | mean of the model |",
-        "|---|---|" + "---|" * (len(shapes) + 1),
-    ]
-    names = {
-        "forward": f"x W^T, {setting['tokens']} tokens, bf16 (dequantise, multiply)",
-        "grad_x": "gradient of x (dequantise, multiply)",
-        "grad_weight": "gradient of W",
-        "write": "write (dequantise, update, round, requantise)",
-        "step": "APOLLO-Mini's step, write included",
-    }
+    cells = []
     for piece, name in names.items():
         for bits in sorted({row["bits"] for row in rows if row["piece"] == piece}, reverse=True):
-            cells = ["{:.2f} ({:.2f})".format(*spread(of[piece, bits, s]["ns_per_weight"])) for s in shapes]
-            lines.append(f"| {name} | {bits} | {' | '.join(cells)} | {mean(piece, bits):.2f} |")
-    lines += [
-        "",
-        f"Seconds of a step with checkpointing on the {total / 1e9:.3f}e9 weights of the matrices, batch of "
-        f"{setting['tokens']} tokens:",
-        "",
-        "| piece | times a step | 8 bits, s | share | 4 bits, s | share |",
-        "|---|---|---|---|---|---|",
-    ]
+            of = [found[piece, bits, s] for s in shapes]
+            figures = [f"{one['median']:.2f} ({one['high'] - one['low']:.2f})" for one in of]
+            cells.append([name, str(bits), *figures, f"{mean(piece, bits):.2f}"])
     seconds = {bits: {p: k * mean(p, bits) * total * 1e-9 for p, k in IN_A_STEP.items()} for bits in (8, 4)}
     sums = {bits: sum(parts.values()) for bits, parts in seconds.items()}
+    parts = []
     for piece, times in IN_A_STEP.items():
-        cells = [f"{seconds[bits][piece]:.4g} | {seconds[bits][piece] / sums[bits]:.0%}" for bits in (8, 4)]
-        lines.append(f"| {names[piece]} | {times} | {' | '.join(cells)} |")
-    lines.append(f"| **sum** | | {sums[8]:.4g} | | {sums[4]:.4g} | |")
-    return "\n".join(lines)
+        eight, four = ([f"{s[piece]:.4g}", f"{s[piece] / sums[bits]:.0%}"] for bits, s in seconds.items())
+        parts.append([names[piece], str(times), *eight, *four])
+    parts.append(["**sum**", "", f"{sums[8]:.4g}", "", f"{sums[4]:.4g}", ""])
+    return f"""\
+## Cost of a step, {setting["model"]}
+
+{setting["hardware"]["cpu"]}, {setting["threads"]} threads, torch {setting["versions"]["torch"]}; medians of \
+{setting["rounds"]} rounds (distance of the quartiles), ns per weight.
+The write of a bf16 weight is an eager one: only its whole step is compiled.
+
+{markdown(["piece", "bits", *(f"{m} x {n}" for m, n in shapes), "mean of the model"], cells)}
+
+Seconds of a step with checkpointing on the {total / 1e9:.3f}e9 weights of the matrices, batch of \
+{setting["tokens"]} tokens:
+
+{markdown(["piece", "times a step", "8 bits, s", "share", "4 bits, s", "share"], parts)}"""
