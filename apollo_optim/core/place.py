@@ -109,6 +109,12 @@ class Place:
         vector = Dither(t_n, a_m1.squeeze(-2), b_m1.squeeze(-2))  # which has no rows
         return vector if self.own else Dither(*(t.squeeze(-1) for t in vector))
 
+    @property
+    def noise_size(self) -> int:
+        """Numbers that are drawn for it."""
+        *rows, columns = self.own or (1,)
+        return 2 * prod(rows) + columns
+
     def _positions(self, dims: slice, device: torch.device) -> Tensor:
         """The flat position, in the whole tensor's dimensions `dims`, of every element of this rank's part."""
         everywhere = self.shape[dims]

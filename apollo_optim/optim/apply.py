@@ -91,12 +91,17 @@ class Inputs(NamedTuple):
     drawn: Mapping[str, Any] = {}
 
 
+def places_of(static: Static) -> dict[str, Place]:
+    """Of what may be rounded: the weight, and slots by name."""
+    return {"weight": static.place, **{name: stored.place for name, stored in static.slots}}
+
+
 def draw(static: Static, keys: Mapping[str, Key], device: torch.device) -> dict[str, Any]:
     """All random numbers of a step: the rule's draws by name, and a `Dither` for each thing that is rounded.
 
     Keys may be batches, of parameters whose steps differ in nothing else.
     """
-    places = {"weight": static.place, **{name: stored.place for name, stored in static.slots}}
+    places = places_of(static)
     return {
         name: places[name].noise(key, device) if name in places else static.rule.draw(key, static.seen, device)
         for name, key in keys.items()

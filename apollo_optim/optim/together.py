@@ -16,7 +16,7 @@ from torch import Tensor
 from apollo_optim.core.blocks import CPU_BLOCK, is_cpu, is_planned
 from apollo_optim.core.place import Place
 from apollo_optim.core.random import Dither
-from apollo_optim.optim.apply import Inputs, Static, Tensors, apply_update, draw
+from apollo_optim.optim.apply import Inputs, Static, Tensors, apply_update, draw, places_of
 from apollo_optim.rules import Rule
 
 DRAWN_TOGETHER = 1 << 16  # most numbers of a parameter that are drawn before its turn
@@ -67,7 +67,10 @@ def _step_one(given: Given, steps: list[Given], waiting: list[Drawn]) -> None:
     """Of all of them in turn; the first one draws for all, and the last one leaves nothing of it."""
     if not waiting:
         waiting += reversed(_members(_draw(steps)))
-    apply_update(*given[:-1], given.inputs._replace(drawn=waiting.pop()))
+    own = waiting.pop()
+    if given is steps[-1]:
+        waiting.clear()  # a planner takes but the first and the last
+    apply_update(*given[:-1], given.inputs._replace(drawn=own))
 
 
 def _step_stack(steps: list[Given]) -> None:
@@ -119,8 +122,9 @@ def _draw(steps: list[Given]) -> Drawn:
 @lru_cache(1 << 10)
 def _is_little(static: Static, names: tuple[str, ...]) -> bool:
     """Else - a dense basis of many columns - each step draws its own, and it is gone when that is over."""
-    drawn = draw(static, dict.fromkeys(names, (0, 0)), torch.device("meta")).values()
-    return 0 < sum(t.numel() for one in drawn for t in _tensors(one)) <= DRAWN_TOGETHER
+    places = places_of(static)
+    sizes = (places[name].noise_size if name in places else static.rule.draw_size(static.seen.shape) for name in names)
+    return 0 < sum(sizes) <= DRAWN_TOGETHER
 
 
 def _tensors(drawn: Dither | Tensor) -> tuple[Tensor, ...]:

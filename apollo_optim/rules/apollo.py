@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar, cast
 
 import torch
@@ -120,6 +121,10 @@ class Apollo(Rule):
         if self.proj == "svd" or (self.keep_proj and not self.phase(step)):
             return {}
         return {"projection": (step - 1) // self.update_proj_gap}
+
+    def draw_size(self, shape: tuple[int, ...]) -> int:
+        *stack, _, k = shape
+        return prod(stack) * k * (1 if self.proj == "sketch" else self.rank)
 
     def draw(self, key: Key, place: Place, device: torch.device) -> Tensor:
         return random_basis(place, self.rank, self.proj, key, device)

@@ -152,6 +152,10 @@ class Rule:
         """Random numbers that this step needs: a name -> the counter of the draw. `s[name]` is what `draw` gives."""
         return {}
 
+    def draw_size(self, shape: tuple[int, ...]) -> int:
+        """Numbers of one draw for a weight of this view. What is small is drawn for many parameters at a time."""
+        return 1 << 62
+
     def draw(self, key: Key, place: Place, device: torch.device) -> Tensor:
         """What is drawn by this key: it depends on nothing else, so that a checkpoint need not hold it.
 
