@@ -109,8 +109,8 @@ def test_release_accumulates_steps_and_logs_as_a_run_without(plain, tmp_path):
     assert far(run.weights, released.weights) == far(run.state, released.state) == 0.0
     assert {int(state["step"]) for state in released.optimizer.state.values()} == {16}
     assert len(run.log) == 16
-    assert run.log == released.log, "loss, rate and gradient norm of every step"
-    assert all(entry["grad_norm"] > 0.1 for entry in run.log)
+    assert run.log == [{key: entry[key] for key in run.log[0]} for entry in released.log], "loss, rate, norm"
+    assert all(entry["grad_norm"] > 0.1 for entry in released.log), "transformers 4 has none without clipping"
 
 
 @pytest.mark.parametrize("callbacks", [(), RELEASED])
@@ -119,7 +119,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(plain, tmp_path, call
     run, out = plain
     resumed = train(tmp_path, "apollo", callbacks=callbacks, resume=out / "checkpoint-12", save_steps=99, **EIGHT_BITS)
     assert far(run.weights, resumed.weights) == far(run.state, resumed.state) == 0.0
-    assert run.log == resumed.log
+    assert run.log == [{key: entry[key] for key in run.log[0]} for entry in resumed.log]
     assert torch.int8 in {t.dtype for t in resumed.state.values() if isinstance(t, torch.Tensor)}
 
 
