@@ -1,6 +1,5 @@
 """transformers' Trainer with optimizers of ours: the quick half. `make test-clients` runs the long one."""
 
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,17 +14,6 @@ from transformers import Trainer, TrainingArguments
 from apollo_optim import InputError, RuleOptimizer
 from apollo_optim.integrations.transformers import ReleaseCallback, apollo
 from apollo_optim.rules import RULES
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bitwise means the same number of threads; one is soonest here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,6 @@ from trl_runs import train_trl
 from apollo_optim import RuleOptimizer, rule_of
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("what", "kind"), [("sft", "llama"), ("dpo", "gpt2")])
 def test_adapters_follow_the_rule_and_the_base_stays(tmp_path, what, kind):
     run = train_trl(tmp_path, what, kind=kind, adapters=True, max_steps=2, save_strategy="no")
