@@ -1,5 +1,8 @@
 """transformers' Trainer with optimizers of ours: the quick half. `make test-clients` runs the long one."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +112,13 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(plain, tmp_path, call
     assert far(run.weights, resumed.weights) == far(run.state, resumed.state) == 0.0
     assert run.log == [{key: entry[key] for key in run.log[0]} for entry in resumed.log]
     assert torch.int8 in {t.dtype for t in resumed.state.values() if isinstance(t, torch.Tensor)}
+
+
+@pytest.mark.slow
+def test_release_under_fsdp2_of_two_processes():
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", Path(__file__).parent / "fsdp2.py"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *words], check=True, env=env, timeout=300)
 
 
 def test_only_logged_steps_pay_for_their_norm(tmp_path):
