@@ -2,6 +2,7 @@
 #   make demo     train a small LLaMA on real text with APOLLO-Mini: text, table, picture (about 6 minutes on 2 cores)
 #   make test     the test suite (minutes)      make lint   ruff and mypy --strict
 #   make test-all the suite and what is marked slow (a quarter of an hour)
+#   make test-clients  other people's tools, each in an environment of its own (a quarter of an hour; results/clients.md)
 #   make bench    the race of the optimizers on a small LLaMA (a queue of days; goes on where it was)
 #   make gpu      what a GPU is measured with, in eight minutes (docs/gpu.md)
 #   make docs     the documentation as a web site
@@ -17,17 +18,18 @@ GPU_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := $(patsubst tests/clients/%.txt,$(VENV)/clients/%,$(sort $(wildcard tests/clients/*.txt)))
 # A file is run by one process: its module fixtures are made once. Threads that wait do so asleep: each test process
 # has as many as there are cores.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 SAY := printf '\n\033[1m==> %s\033[0m\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench gpu docs wheel clean distclean
+.PHONY: help demo test test-all test-clients lint bench gpu docs wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '2,10s/^# *//p' Makefile
+	@sed -n '2,11s/^# *//p' Makefile
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -60,6 +62,20 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	@$(SAY) "running the tests, the slow ones too"
 	$(PYTEST) -m '' $(PYTEST_ARGS)
+
+$(VENV)/clients/%/.done: tests/clients/%.txt | $(BIN)/pip
+	@$(SAY) "installing the versions of $< into $(@D)"
+	@rm -rf $(@D) && $(BIN)/python -m venv $(@D)
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --requirement $<
+	@touch $@
+
+test-clients: $(CLIENTS:=/.done)
+	@for client in $(CLIENTS); do \
+	  $(SAY) "the quick tests in $$client"; \
+	  PYTHONPATH=. $$client/bin/python -m pytest -q -m '' tests/clients || exit; \
+	done
+	@$(SAY) "the long ones"
+	$(BIN)/python tests/clients/table.py results/clients.md $(CLIENTS)
 
 lint: $(VENV)/.dev
 	@$(SAY) "ruff"

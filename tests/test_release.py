@@ -146,6 +146,63 @@ def test_accumulation(name):
     assert_equal(models, optimizers)
 
 
+@every_optimizer
+def test_gradients_are_kept_until_the_caller_says_that_they_are_complete(name):
+    """As in loops of others, which know the last micro-batch themselves: their every call may be to `step()`, too."""
+    models, optimizers = both(name)
+    part = 0
+    handle = release(models[1], optimizers[1], clip=0.05, track_norm=True, ready=lambda: part == 2)
+    for step in range(3):
+        for part in range(3):
+            before = snapshot(models[1])
+            for model in models:
+                (loss_of(model, step, slice(2 * part, 2 * part + 2)) / 3).backward()
+            if part < 2:
+                assert_same(before, snapshot(models[1]))
+                assert all(p.grad is not None for p in models[1].parameters())
+        assert all(p.grad is None for p in models[1].parameters())
+        assert torch.equal(handle.grad_norm(), get_total_norm([p.grad for p in models[0].parameters()]))
+        for p in models[0].parameters():
+            clip_grad_norm_([p], 0.05)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_equal(models, optimizers)
+    assert {int(state["step"]) for state in optimizers[1].state.values()} == {3}
+
+
+def test_a_context_for_accumulation_goes_before_what_is_ready():
+    model = make_model()
+    optimizer = make("apollo", model)
+    with release(model, optimizer, ready=lambda: True) as handle:
+        with handle.accumulate():
+            loss_of(model, 0).backward()
+        assert not optimizer.state
+        handle.ready = lambda: False
+        loss_of(model, 0).backward()
+        assert not optimizer.state
+        handle.ready = None
+        loss_of(model, 0).backward()
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
+
+
+def test_parameters_that_were_swapped_after_release_are_refused():
+    """As accelerate does for FSDP2: the hooks stay behind on the old ones, and no gradient would be freed."""
+    model = make_model()
+    optimizer = make("apollo", model)
+    with release(model, optimizer):
+        for module in model.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                new = nn.Parameter(p.detach().clone())
+                for group in optimizer.param_groups:
+                    group["params"] = [new if q is p else q for q in group["params"]]
+                setattr(module, name, new)
+        loss_of(model, 0).backward()
+        with pytest.raises(InputError, match=r"released parameters have left .* after fully_shard"):
+            optimizer.step()
+    assert not optimizer.state
+
+
 def test_one_gradient_of_a_layer_lives_at_a_time():
     def most_alive(released: bool, accumulated: bool = False) -> int:
         model = make_model()

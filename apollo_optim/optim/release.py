@@ -24,7 +24,12 @@ _released: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
 def release(
-    model: nn.Module, optimizer: torch.optim.Optimizer, *, clip: float | None = None, track_norm: bool = False
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    clip: float | None = None,
+    track_norm: bool = False,
+    ready: Callable[[], bool] | None = None,
 ) -> "Released":
     """Step every parameter of `optimizer` inside `backward()` and set its gradient free at once.
 
@@ -44,6 +49,9 @@ def release(
             `clip_grad_norm_` needs, is not known when the first weight is stepped. (APOLLO's limiter bounds the
             growth of every matrix's step without clipping.)
         track_norm: Collect the gradients' norms for `grad_norm`; may be switched on and off later.
+        ready: Asked at every gradient whether it is complete. Where it says no, the gradient is kept and the next one
+            added to it, as in `Released.accumulate`: for loops of other tools, which know themselves which micro-batch
+            is the last (accelerate: `lambda: accelerator.sync_gradients`). None: every backward pass is a step.
 
     Raises InputError for an optimizer that is not of this library or is released already, a clip that is not above 0,
     and a model in DistributedDataParallel, which averages gradients later than the hooks run.
@@ -62,7 +70,7 @@ def release(
             "the model is in DistributedDataParallel, which averages the gradients of the processes after the hooks "
             "of this step have run: shard it with fully_shard (FSDP2) instead, or call step() without release"
         )
-    return Released(model, optimizer, clip, track_norm)
+    return Released(model, optimizer, clip, track_norm, ready)
 
 
 class Released:
@@ -73,11 +81,18 @@ class Released:
     that was put into the optimizer's groups by hand.
 
     Attributes:
-        clip, track_norm: As given to `release`; obeyed from the next gradient on.
+        clip, track_norm, ready: As given to `release`; obeyed from the next gradient on.
     """
 
-    def __init__(self, model: nn.Module, optimizer: RuleOptimizer, clip: float | None, track_norm: bool) -> None:
-        self.clip, self.track_norm = clip, track_norm
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: RuleOptimizer,
+        clip: float | None,
+        track_norm: bool,
+        ready: Callable[[], bool] | None = None,
+    ) -> None:
+        self.clip, self.track_norm, self.ready = clip, track_norm, ready
         self._model, self._optimizer = model, optimizer
         self._keep = False
         self._norms: dict[Tensor, Tensor] = {}
@@ -146,13 +161,24 @@ class Released:
         self._attach()
 
     def _on_gradient(self, p: Tensor) -> None:
-        if not self._keep:
+        if not self._keep and (self.ready is None or self.ready()):
             self._step(p)
 
     def _step_rest(self) -> None:
         for p in self._parameters():
             if p.grad is not None:
+                if p not in self._hooks:
+                    self._check_complete()
                 self._step(p)
+
+    def _check_complete(self) -> None:
+        """Refuse groups in which others took the place of the released parameters: nothing was stepped, nor freed."""
+        left = self._hooks.keys() - set(self._parameters())
+        if left:
+            raise InputError(
+                f"{len(left)} released parameters have left the optimizer's groups, and others with gradients came: "
+                "call release when the model is as it will be trained, after fully_shard or accelerator.prepare"
+            )
 
     def _step(self, p: Tensor) -> None:
         if self.clip is not None:
