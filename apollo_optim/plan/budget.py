@@ -109,7 +109,7 @@ def plan(
 
     Weights, buffers and state are counted on the tensors that will be there, made by the code that will make them;
     ``trace`` (of the same model) says what forward and backward take besides; the temporaries of the update
-    are those of the optimizer's own step on the meta device, eager and one parameter at a time.
+    are those of the optimizer's own eager step on the meta device.
 
     Args:
         release: The step is made inside the backward, and every gradient freed at once.
@@ -152,11 +152,10 @@ class Budget:
         self.followed = _followed(optimizer, parallel)
         self.resting = _resting(model, optimizer, parallel)
         self.held = _held(model, release, accumulate, parallel)
-        one_by_one = release or self.sharded
-        self.updates = _updates(optimizer, model) if one_by_one else {"all": _update_bytes(optimizer)}
+        self.updates = _updates(optimizer, model) if release or self.sharded else {"all": _update_bytes(optimizer)}
         if parallel and self.sharded:
-            for key, size in self.updates.items():
-                self.updates[key] = math.ceil(size * rows_of(model.get_parameter(key), parallel.gpus))
+            share = {key: rows_of(model.get_parameter(key), parallel.gpus) for key in self.updates}
+            self.updates = {key: math.ceil(size * share[key]) for key, size in self.updates.items()}
 
     def at(self, trace: Trace) -> Plan:
         """The plan of as many rows as were traced."""
@@ -252,20 +251,18 @@ def _updates(optimizer: RuleOptimizer, model: nn.Module) -> dict[str, int]:
     Parameters of one group, shape and form take the same step: it is made once.
     """
     names = {id(p): name for name, p in model.named_parameters()}
-    sizes: dict[Any, int] = {}
-    found: dict[str, int] = {}
+    sizes, found = dict[Any, int](), dict[str, int]()
     for number, group in enumerate(optimizer.param_groups):
-        for p in group["params"]:
-            if p.requires_grad:
-                key = number, p.shape, p.dtype, type(p)
-                if key not in sizes:
-                    sizes[key] = _update_bytes(optimizer, p)
-                found[names[id(p)]] = sizes[key]
+        for p in (p for p in group["params"] if p.requires_grad):
+            key = number, p.shape, p.dtype, type(p)
+            if key not in sizes:
+                sizes[key] = _update_bytes(optimizer, p)
+            found[names[id(p)]] = sizes[key]
     return found
 
 
 def _update_bytes(optimizer: RuleOptimizer, *only: Tensor) -> int:
-    """Of a step of these parameters, or of all."""
+    """Of a step of these parameters, or of all together."""
     params = only or [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for p in params:
         optimizer.state[p] = init_state(p, optimizer.locate(p)[0])
