@@ -252,6 +252,7 @@ ON_TWO = {  # layout -> optimizers (all of them on plain `fully_shard`)
     "hsdp 2x1": ("apollo gaussian",),
     "hsdp 1x2": ("apollo gaussian", "apollo-mini"),
 }
+ON_THREE = {"fsdp 3": tuple(GAMES), "columns 3": ("apollo gaussian", "apollo sketch", "apollo-mini")}  # nothing divides
 UNDECAYED = ("fsdp 2", "apollo gaussian"), ("fsdp 2", "adamw")  # besides, without weight decay
 ON_FOUR = {  # two refreshes
     "hsdp 2x2": ("apollo gaussian",),
@@ -266,6 +267,10 @@ def layouts() -> dict[str, Layout]:
     if dist.get_world_size() == 2:
         columns = placed(init_device_mesh("cpu", (2,)), by_column)
         return {"fsdp 2": fsdp(2), "columns 2": columns, "hsdp 2x1": fsdp(2, 1), "hsdp 1x2": fsdp(1, 2)}
+    if dist.get_world_size() == 3:
+        # (a convolution's inputs cannot be cut in three: `uneven_convolution`)
+        columns = placed(init_device_mesh("cpu", (3,)), lambda p: by_column(p) if p.ndim != 4 else [Shard(0)])
+        return {"fsdp 3": fsdp(3), "columns 3": columns}
     mesh = init_device_mesh("cpu", (2, 2))
     return {
         "hsdp 2x2": fsdp(2, 2),
@@ -278,7 +283,7 @@ def layouts() -> dict[str, Layout]:
 
 def parity() -> Found:
     """The optimizers on the layouts of this many processes."""
-    games, steps = (ON_TWO, STEPS) if dist.get_world_size() == 2 else (ON_FOUR, GAP + 2)
+    games, steps = {2: (ON_TWO, STEPS), 3: (ON_THREE, STEPS), 4: (ON_FOUR, GAP + 2)}[dist.get_world_size()]
     for where, split in layouts().items():
         for game in games[where]:
             for weight_decay in (0.0, 0.1) if (where, game) in UNDECAYED or (LONG and where == "fsdp 2") else (0.1,):
@@ -609,6 +614,19 @@ def refusals() -> Found:
             yield "fsdp1", {"orig": use_orig_params, "wrapped": True, "game": game, "said": said}
 
 
+def uneven_convolution() -> Found:
+    """Four input channels over three processes: flattened, no cut of the rows."""
+    mesh = init_device_mesh("cpu", (3,))
+    p = nn.Parameter(distribute_tensor(torch.ones(6, 4, 3, 3), mesh, [Shard(1)]))
+    p.grad = torch.ones_like(p)
+    try:
+        Apollo([p], rank=2).step()
+        said = "nothing"
+    except InputError as error:
+        said = str(error)
+    yield "convolution", {"said": said}
+
+
 def strange_splits() -> Found:
     """A strided shard that is not one block, and gradients that are split otherwise than their parameter."""
     mesh = init_device_mesh("cpu", (2,))
@@ -653,6 +671,7 @@ CHECKS: dict[int, list[Callable[[], Found]]] = {
         refusals,
         strange_splits,
     ],
+    3: [parity, uneven_convolution],
     4: [parity, rests],
 }
 COMPILED = [compiled]  # a compiler takes minutes for it

@@ -43,6 +43,15 @@ def test_two_processes_are_one(two: Found, where: str) -> None:
     assert not far(rows)
 
 
+@pytest.mark.slow
+def test_three_processes_are_one(tmp_path: Path) -> None:
+    """Uneven everywhere, and empty in places."""
+    three = find(3, tmp_path)
+    assert not far(three["parity"])
+    (row,) = three["convolution"]
+    assert "split its first dimension" in row["said"]
+
+
 @pytest.mark.parametrize("where", ON_FOUR)
 def test_four_processes_are_one(four: Found, where: str) -> None:
     for row in four.get("refused", []):
@@ -211,6 +220,6 @@ def table(found: Found) -> str:
 
 if __name__ == "__main__":
     os.environ["SHARDED_LONG"] = "yes"
-    for world in (2, 4):
+    for world in (2, 3, 4):
         with tempfile.TemporaryDirectory() as folder:
             sys.stdout.write(f"{world} gloo processes against one\n{table(find(world, Path(folder)))}\n\n")

@@ -2,8 +2,7 @@
 
 A rule sees this rank's part of a gradient and its `Place` in the whole. A low-rank state is (.., c, r): whatever way
 its weight is split, the state is split by channels (or, in a stack, by expert), so that every rank keeps its part and
-sums along r stay local. `torch.distributed.tensor` is imported only once a DTensor is met: it costs a second and 500
-modules.
+sums along r stay local. `torch.distributed.tensor` is imported only once a DTensor is met: it costs a second.
 """
 
 from collections.abc import Callable, Container
@@ -73,6 +72,17 @@ class Place:
         return _placed(tuple(t.shape), t.device_mesh, tuple(t.placements))
 
     @staticmethod
+    def flattened(t: "DTensor") -> "Place":
+        """The place of a DTensor seen as (out, the rest). Raises InputError for a split that torch cannot say of it."""
+        try:
+            return Place.of(t.detach().flatten(1))
+        except RuntimeError as error:
+            raise InputError(
+                f"no step for a parameter {tuple(t.shape)} split as {t.placements} over {t.device_mesh.size()} processes: "
+                "its rows cannot be cut so; split its first dimension, as fully_shard does"
+            ) from error
+
+    @staticmethod
     def plain(shape: tuple[int, ...]) -> "Place":
         """The place of all of a plain tensor."""
         return Place(shape, shape, (0,) * len(shape))
@@ -106,8 +116,8 @@ class Place:
         if len(self.own) > 1:
             shape: list[int] = [*a_m1.shape[:-2], *self.own[:-1], 1]
             return Dither(t_n, a_m1.view(shape), b_m1.view(shape))
-        vector = Dither(t_n, a_m1.squeeze(-2), b_m1.squeeze(-2))  # which has no rows
-        return vector if self.own else Dither(*(t.squeeze(-1) for t in vector))
+        vector = t_n, a_m1.squeeze(-2), b_m1.squeeze(-2)  # which has no rows
+        return Dither(*(vector if self.own else (t.squeeze(-1) for t in vector)))
 
     @property
     def noise_size(self) -> int:

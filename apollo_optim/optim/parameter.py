@@ -70,8 +70,7 @@ def static_of(p: Tensor, group: Group, rule: Rule) -> Static:
     if rule.view == "any" and p.ndim > 2 and _in_codes(rule, form, group):
         form = matrix_shape(shape, group["view"])  # rows of codes
     conv = len(form) != len(shape)
-    place = Place.of(p.detach().flatten(1)) if conv and is_sharded(p) else Place.plain(form)
-    place = Place.of(p) if is_sharded(p) and not conv else place
+    place = Place.plain(form) if not is_sharded(p) else Place.flattened(p) if conv else Place.of(p)
     wide = rule.view == "channels" and is_wide(form)
     seen = place.transposed() if wide else place
     slots = []
