@@ -80,7 +80,7 @@ def part(t: Tensor, at: Block) -> Tensor:
 
 def by_rows(function: Callable[[Tensor, Block], Tensor], t: Tensor) -> Tensor:
     """`function(rows, block)` of every block of whole rows, put together: (.., c, k) -> (.., c, x)."""
-    if torch.compiler.is_compiling() or t.numel() <= block_size(t.device):
+    if torch.compiler.is_compiling() or t.numel() <= CPU_BLOCK:  # the smaller one: nothing to cut anywhere
         return function(t, ())
     cuts = blocks(tuple(t.shape), t.device, whole=1)
     if len(cuts) == 1:

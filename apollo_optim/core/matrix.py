@@ -176,16 +176,16 @@ def random_basis(place: Place, rank: int, proj: str, key: Key, device: torch.dev
     def positions(n: int) -> Tensor:
         return torch.arange(stack * n, dtype=torch.int64, device=device)
 
-    def shaped(t: Tensor, *shape: int) -> Tensor:
-        return t.reshape(*t.shape[:-1], *shape)
-
     if proj == "sketch":
-        return in_memory(shaped(signs(positions(k), key), *batch, k))
+        sign = signs(positions(k), key)
+        return in_memory(sign.reshape(*sign.shape[:-1], *batch, k))
     if proj == "rademacher":
-        return shaped(signs(positions(k * rank), key), *batch, k, rank) / math.sqrt(rank)
+        sign = signs(positions(k * rank), key)
+        return sign.reshape(*sign.shape[:-1], *batch, k, rank) / math.sqrt(rank)
     half = (k * rank + 1) // 2  # each hash pair gives two normals: one for either half of a matrix
-    pairs = torch.cat([shaped(t, stack, half) for t in normal_pairs(positions(half), key)], dim=-1)
-    return in_memory(shaped(pairs[..., : k * rank].flatten(-2), *batch, k, rank) / math.sqrt(rank))
+    normals = [t.reshape(*t.shape[:-1], stack, half) for t in normal_pairs(positions(half), key)]
+    pairs = torch.cat(normals, dim=-1)[..., : k * rank]
+    return in_memory(pairs.reshape(*pairs.shape[:-2], *batch, k, rank) / math.sqrt(rank))
 
 
 def svd_basis(grad_ck: Tensor, rank: int) -> Tensor:

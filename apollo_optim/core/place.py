@@ -78,7 +78,7 @@ class Place:
             return Place.of(t.detach().flatten(1))
         except RuntimeError as error:
             raise InputError(
-                f"no step for a parameter {tuple(t.shape)} split as {t.placements} over {t.device_mesh.size()} processes: "
+                f"no step for a parameter {tuple(t.shape)} split as {t.placements} over {t.device_mesh.size()} ranks: "
                 "its rows cannot be cut so; split its first dimension, as fully_shard does"
             ) from error
 

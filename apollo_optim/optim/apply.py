@@ -6,7 +6,7 @@ Everything here is this rank's part; what is sharded, and how, the `Place`s of `
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,8 @@ class Static:
         small: Is it one block?
         phase: Of the rule.
         stack: Is it a stack of parameters, each on its own (`together`)?
+        codings: Of slots that are stored in codes.
+        places: Of what may be rounded: the weight, and slots by name.
     """
 
     rule: Rule
@@ -70,6 +72,14 @@ class Static:
     small: bool
     phase: Hashable = None
     stack: bool = False
+    codings: dict[str, Coding] = field(init=False, compare=False, repr=False)
+    places: dict[str, Place] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        codings = {name: stored.coding for name, stored in self.slots if stored.coding is not None}
+        object.__setattr__(self, "codings", codings)
+        places = {"weight": self.place, **{name: stored.place for name, stored in self.slots}}
+        object.__setattr__(self, "places", places)
 
     @property
     def full_state(self) -> bool:
@@ -91,21 +101,16 @@ class Inputs(NamedTuple):
     drawn: Mapping[str, Any] = {}
 
 
-def places_of(static: Static) -> dict[str, Place]:
-    """Of what may be rounded: the weight, and slots by name."""
-    return {"weight": static.place, **{name: stored.place for name, stored in static.slots}}
-
-
 def draw(static: Static, keys: Mapping[str, Key], device: torch.device) -> dict[str, Any]:
     """All random numbers of a step: the rule's draws by name, and a `Dither` for each thing that is rounded.
 
     Keys may be batches, of parameters whose steps differ in nothing else.
     """
-    places = places_of(static)
-    return {
-        name: places[name].noise(key, device) if name in places else static.rule.draw(key, static.seen, device)
-        for name, key in keys.items()
-    }
+    drawn: dict[str, Any] = {}
+    for name, key in keys.items():
+        place = static.places.get(name)
+        drawn[name] = static.rule.draw(key, static.seen, device) if place is None else place.noise(key, device)
+    return drawn
 
 
 class Step(NamedTuple):
@@ -161,8 +166,7 @@ def _observe(static: Static, grad: Tensor, tensors: Tensors, inputs: Inputs) -> 
     matrix = grad.flatten(1) if static.conv else grad
     matrix = -matrix if static.maximize else matrix
     view = matrix.mT if static.wide else matrix
-    codings = {name: stored.coding for name, stored in static.slots if stored.coding is not None}
-    state = State(tensors, codings, tuple(view.shape))
+    state = State(tensors, static.codings, tuple(view.shape))
     drawn = inputs.drawn or draw(static, inputs.keys, grad.device)
     s: dict[str, Any] = {**inputs.numbers, **drawn, "phase": static.phase}
     found = static.rule.observe(view, state, s, static.seen)

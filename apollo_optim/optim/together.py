@@ -16,7 +16,7 @@ from torch import Tensor
 from apollo_optim.core.blocks import CPU_BLOCK, is_cpu, is_planned
 from apollo_optim.core.place import Place
 from apollo_optim.core.random import Dither
-from apollo_optim.optim.apply import Inputs, Static, Tensors, apply_update, draw, places_of
+from apollo_optim.optim.apply import Inputs, Static, Tensors, apply_update, draw
 from apollo_optim.rules import Rule
 
 DRAWN_TOGETHER = 1 << 16  # most numbers of a parameter that are drawn before its turn
@@ -43,13 +43,15 @@ def alike(given: Given) -> tuple[Any, ...]:
 
 def together(steps: list[Given]) -> list[Callable[[], None]]:
     """What is to be called to take these steps, which are `alike`."""
+    if len(steps) == 1:
+        return [partial(apply_update, *steps[0])]
     static, _, grad, _, _ = steps[0]
     most = CPU_BLOCK if is_cpu(grad.device) else STACK
     size = most // max(1, grad.numel()) if _stacks(static) else 0
     every: list[Callable[[], None]]
-    if size > 1 < len(steps):
+    if size > 1:
         every = [partial(_step_stack, steps[first : first + size]) for first in range(0, len(steps), size)]
-    elif len(steps) > 1 and _is_little(static, tuple(steps[0].inputs.keys)):
+    elif _is_little(static, tuple(steps[0].inputs.keys)):
         waiting: list[Drawn] = []
         every = [partial(_step_one, given, steps, waiting) for given in steps]
     else:
@@ -122,8 +124,8 @@ def _draw(steps: list[Given]) -> Drawn:
 @lru_cache(1 << 10)
 def _is_little(static: Static, names: tuple[str, ...]) -> bool:
     """Else - a dense basis of many columns - each step draws its own, and it is gone when that is over."""
-    places = places_of(static)
-    sizes = (places[name].noise_size if name in places else static.rule.draw_size(static.seen.shape) for name in names)
+    drawn = static.rule.draw_size(static.seen.shape)
+    sizes = (static.places[name].noise_size if name in static.places else drawn for name in names)
     return 0 < sum(sizes) <= DRAWN_TOGETHER
 
 
