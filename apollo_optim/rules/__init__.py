@@ -7,6 +7,7 @@ from apollo_optim.rules.apollo import Apollo, ApolloMini, ApolloSvd
 from apollo_optim.rules.base import Rule
 from apollo_optim.rules.muon import Muon
 from apollo_optim.rules.scale import Scale
+from apollo_optim.rules.sgd import Sgd
 
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
@@ -18,6 +19,7 @@ RULES: dict[str, type[Rule]] = {
         Adafactor,
         Scale,
         Muon,
+        Sgd,
     )
 }
 

@@ -1,0 +1,63 @@
+"""The rivals' steps against installed packages, the papers' formulas in fp64, and what must hold in the limit."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+
+from apollo_optim import RuleOptimizer
+
+
+def gradients(shape: tuple[int, ...], count: int = 5) -> list[Tensor]:
+    """Rows and columns of very different sizes, and a row that is zero in the second."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = 10 ** torch.randn(*shape[:-1], 1, generator=draw) * 10 ** torch.randn(shape[-1], generator=draw)
+    grads = [torch.randn(shape, generator=draw) * sizes for _ in range(count)]
+    grads[1].select(-2, 0).zero_()
+    return grads
+
+
+def steps(rule: str, grads: list[Tensor], **knobs) -> list[Tensor]:
+    """What a step at lr 1 takes off the weight, in fp64."""
+    p = nn.Parameter(torch.zeros(grads[0].shape))
+    optimizer = RuleOptimizer([p], rule, lr=1.0, compile=False, **knobs)
+    taken = []
+    for grad in grads:
+        with torch.no_grad():
+            p.zero_()
+        p.grad = grad.clone()
+        optimizer.step()
+        taken.append(-p.detach().double())
+    return taken
+
+
+def norm(t: Tensor, *dims: int) -> Tensor:
+    return vector_norm(t, dim=dims, keepdim=True)
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+@pytest.mark.parametrize("shape", [(30, 20), (7,), ()], ids=str)
+def test_sgd_is_torchs(shape, momentum, nesterov):
+    """To the last bit or two; torch's weight decay is not decoupled."""
+    draw = torch.Generator().manual_seed(1)
+    start = torch.randn(shape, generator=draw)
+    theirs, ours = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    kwargs = {"lr": 0.1, "momentum": momentum, "nesterov": nesterov}
+    pair = torch.optim.SGD([theirs], **kwargs), RuleOptimizer([ours], "sgd", **kwargs)
+    for _ in range(20):
+        theirs.grad = torch.randn(shape, generator=draw)
+        ours.grad = theirs.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert ("momentum_buffer" in pair[1].state[ours]) == (momentum > 0)
+
+
+def test_sgds_decay_is_decoupled():
+    p = nn.Parameter(torch.ones(4))
+    optimizer = RuleOptimizer([p], "sgd", lr=0.1, momentum=0.9, weight_decay=0.5)
+    for _ in range(3):
+        p.grad = torch.zeros(4)
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((4,), 0.95**3))
+    assert not optimizer.state[p]["momentum_buffer"].any()
