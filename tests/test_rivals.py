@@ -61,3 +61,13 @@ def test_sgds_decay_is_decoupled():
         optimizer.step()
     torch.testing.assert_close(p.detach(), torch.full((4,), 0.95**3))
     assert not optimizer.state[p]["momentum_buffer"].any()
+
+
+def test_lion_is_the_papers():
+    """Program 1 of 2302.06675, entry by entry: +-lr, and the average moves after the sign was taken."""
+    grads = gradients((30, 20), 20)
+    m = torch.zeros(30, 20, dtype=torch.float64)
+    for grad, our in zip(grads, steps("lion", grads, beta1=0.8, beta2=0.95), strict=True):
+        g = grad.double()
+        assert torch.equal(our, torch.sign(0.8 * m + 0.2 * g))
+        m = 0.95 * m + 0.05 * g

@@ -5,6 +5,7 @@ from apollo_optim.rules.adafactor import Adafactor
 from apollo_optim.rules.adamw import AdamW
 from apollo_optim.rules.apollo import Apollo, ApolloMini, ApolloSvd
 from apollo_optim.rules.base import Rule
+from apollo_optim.rules.lion import Lion
 from apollo_optim.rules.muon import Muon
 from apollo_optim.rules.scale import Scale
 from apollo_optim.rules.sgd import Sgd
@@ -20,6 +21,7 @@ RULES: dict[str, type[Rule]] = {
         Scale,
         Muon,
         Sgd,
+        Lion,
     )
 }
 
