@@ -6,6 +6,11 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from apollo_optim import RuleOptimizer
+from apollo_optim.core import blocks as blocks_module
+from apollo_optim.core.matrix import orthogonalise
+
+MATRICES = pytest.mark.parametrize("shape", [(30, 20), (20, 30), (3, 12, 8)], ids=str)
+BLOCKS = pytest.mark.parametrize("size", [1 << 20, 64], ids=["whole", "in blocks"])
 
 
 def gradients(shape: tuple[int, ...], count: int = 5) -> list[Tensor]:
@@ -71,3 +76,23 @@ def test_lion_is_the_papers():
         g = grad.double()
         assert torch.equal(our, torch.sign(0.8 * m + 0.2 * g))
         m = 0.95 * m + 0.05 * g
+
+
+@BLOCKS
+@MATRICES
+def test_normuon_is_muon_with_its_rows_normalised(monkeypatch, shape, size):
+    """Equation by equation, with Muon's direction (torch.optim.Muon's: test_parity.py), and of Muon's norm."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    grads = gradients(shape)
+    of_muon = steps("muon", grads)
+    m, v = torch.zeros(shape), torch.zeros(*shape[:-1], 1)
+    for grad, muon, our in zip(grads, of_muon, steps("normuon", grads, beta2=0.9), strict=True):
+        m = 0.95 * m + 0.05 * grad
+        o = orthogonalise(0.95 * m + 0.05 * grad, 5, 1e-7, "float32")
+        v = 0.9 * v + 0.1 * o.square().mean(-1, keepdim=True)
+        expected = (o / v.sqrt()).double()
+        torch.testing.assert_close(our / norm(our, -2, -1), expected / norm(expected, -2, -1), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(norm(our, -2, -1), norm(muon, -2, -1), rtol=1e-5, atol=0)
+    first = steps("normuon", grads[:1], beta2=0.0)[0]
+    alike = norm(first, -2, -1).expand(*shape[:-1], 1) / shape[-2] ** 0.5
+    torch.testing.assert_close(norm(first, -1), alike, rtol=1e-4, atol=0)

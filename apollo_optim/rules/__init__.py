@@ -7,6 +7,7 @@ from apollo_optim.rules.apollo import Apollo, ApolloMini, ApolloSvd
 from apollo_optim.rules.base import Rule
 from apollo_optim.rules.lion import Lion
 from apollo_optim.rules.muon import Muon
+from apollo_optim.rules.normuon import NorMuon
 from apollo_optim.rules.scale import Scale
 from apollo_optim.rules.sgd import Sgd
 
@@ -22,6 +23,7 @@ RULES: dict[str, type[Rule]] = {
         Muon,
         Sgd,
         Lion,
+        NorMuon,
     )
 }
 
