@@ -96,3 +96,50 @@ def test_normuon_is_muon_with_its_rows_normalised(monkeypatch, shape, size):
     first = steps("normuon", grads[:1], beta2=0.0)[0]
     alike = norm(first, -2, -1).expand(*shape[:-1], 1) / shape[-2] ** 0.5
     torch.testing.assert_close(norm(first, -1), alike, rtol=1e-4, atol=0)
+
+
+@BLOCKS
+@MATRICES
+def test_racs_is_the_papers(monkeypatch, shape, size):
+    """Five rounds, averages from the first value, the limiter: in plain fp64."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    grads = gradients(shape)
+    q = s = previous = None
+    for grad, our in zip(grads, steps("racs", grads, alpha=0.5), strict=True):
+        g = grad.double()
+        new_q = torch.ones(*shape[:-1], 1, dtype=torch.float64)
+        for _ in range(5):
+            new_s = (g**2 * new_q).sum(-2, keepdim=True) / norm(new_q, -2) ** 2
+            new_q = (g**2 * new_s).sum(-1, keepdim=True) / norm(new_s, -1) ** 2
+        q, s = (new if old is None else 0.9 * old + 0.1 * new for old, new in ((q, new_q), (s, new_s)))
+        x = g / q.sqrt() / s.sqrt()
+        size_x = norm(x, -2, -1)
+        limited = size_x if previous is None else torch.minimum(size_x, 1.01 * previous)
+        torch.testing.assert_close(our, 0.5 * x * limited / size_x, rtol=1e-4, atol=1e-6)
+        previous = limited
+
+
+def test_racs_finds_the_best_approximation_of_rank_one():
+    """The fixed point: q s^T is the first term of the singular value decomposition of G * G."""
+    (grad,) = gradients((30, 20), 2)[:1]
+    p = nn.Parameter(torch.zeros(30, 20))
+    optimizer = RuleOptimizer([p], "racs", rounds=50)
+    p.grad = grad
+    optimizer.step()
+    state = optimizer.state[p]
+    u, sigma, vh = torch.linalg.svd(grad.double() ** 2)
+    best = sigma[0] * u[:, :1] @ vh[:1]
+    found = state["row"].double() @ state["col"].double()
+    assert (found - best).norm() <= 1e-5 * best.norm()
+
+
+def test_a_zero_gradient_leaves_racs_averages_alone():
+    """At the start, as torch's checkpoint code steps once with it, and in mid-run."""
+    grads = gradients((30, 20), 4)
+    grads = [grads[0], *grads[2:]]
+    zero = torch.zeros(30, 20)
+    plain = steps("racs", grads)
+    with_zeros = steps("racs", [zero, grads[0], zero, zero, *grads[1:]])
+    assert not with_zeros[0].any()
+    for a, b in zip(plain, [with_zeros[1], *with_zeros[4:]], strict=True):
+        assert torch.equal(a, b)

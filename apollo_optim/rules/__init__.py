@@ -8,6 +8,7 @@ from apollo_optim.rules.base import Rule
 from apollo_optim.rules.lion import Lion
 from apollo_optim.rules.muon import Muon
 from apollo_optim.rules.normuon import NorMuon
+from apollo_optim.rules.racs import Racs
 from apollo_optim.rules.scale import Scale
 from apollo_optim.rules.sgd import Sgd
 
@@ -24,6 +25,7 @@ RULES: dict[str, type[Rule]] = {
         Sgd,
         Lion,
         NorMuon,
+        Racs,
     )
 }
 
