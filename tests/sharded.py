@@ -54,6 +54,7 @@ RESTS: dict[str, dict[str, Any]] = {  # what every matrix is told to follow inst
     "scale columns": {"rule": "scale", "normalize": "columns"},
     "normuon": {"rule": "normuon"},
     "racs": {"rule": "racs"},
+    "sinkgd": {"rule": "sinkgd"},
 }
 Row = dict[str, Any]
 Found = Iterator[tuple[str, Row]]

@@ -133,6 +133,15 @@ def test_racs_finds_the_best_approximation_of_rank_one():
     assert (found - best).norm() <= 1e-5 * best.norm()
 
 
+@pytest.mark.parametrize("rule", ["racs", "sinkgd"])
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 1e6])
+def test_the_gradients_size_does_not_matter(rule, size):
+    """Not even where the square of its square is no number of fp32."""
+    draw = torch.Generator().manual_seed(2)
+    grad = torch.randn(30, 20, generator=draw)
+    torch.testing.assert_close(*(steps(rule, [g])[0] for g in (grad * size, grad)), rtol=1e-4, atol=1e-6)
+
+
 def test_a_zero_gradient_leaves_racs_averages_alone():
     """At the start, as torch's checkpoint code steps once with it, and in mid-run."""
     grads = gradients((30, 20), 4)
@@ -143,3 +152,46 @@ def test_a_zero_gradient_leaves_racs_averages_alone():
     assert not with_zeros[0].any()
     for a, b in zip(plain, [with_zeros[1], *with_zeros[4:]], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rule", ["racs", "sinkgd"])
+def test_what_has_no_gradient_for_long_stands_still(rule):
+    """Rows of an embedding whose tokens do not come: their average goes by way of 1e-40 to 0, and 0 / 0 is no step."""
+    grads = gradients((30, 20), 50)
+    for grad in grads[1:-1]:
+        grad[:, 5], grad[3] = 1e-20, 0.0
+    taken = steps(rule, grads, **({"beta": 0.1} if rule == "racs" else {}))
+    assert all(step.isfinite().all() for step in taken)
+    assert not any(step[3].any() for step in taken[1:-1])
+    assert taken[-1][3].all()
+
+
+@BLOCKS
+@MATRICES
+@pytest.mark.parametrize("rounds", [1, 5])
+def test_sinkgd_is_the_papers(monkeypatch, shape, size, rounds):
+    """Rows to sqrt(n), columns to sqrt(m), in turns, on the matrix itself; rows of zeros stay zero."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    grads = gradients(shape, 2)
+    *_, m, n = shape
+    for grad, our in zip(grads, steps("sinkgd", grads, rounds=rounds), strict=True):
+        x = grad.double()
+        for _ in range(rounds):
+            x = (x * n**0.5 / norm(x, -1)).nan_to_num(0.0)
+            x = x * m**0.5 / norm(x, -2)
+        torch.testing.assert_close(our, 0.05 * x, rtol=1e-4, atol=1e-7)
+
+
+@MATRICES
+def test_many_rounds_of_sinkgd_bring_rows_and_columns_to_one_size(shape):
+    (x,) = steps("sinkgd", gradients(shape, 2)[:1], rounds=200, alpha=1.0)
+    *_, m, n = shape
+    torch.testing.assert_close(norm(x, -2), torch.full_like(norm(x, -2), m**0.5), rtol=1e-4, atol=0)
+    torch.testing.assert_close(norm(x, -1), torch.full_like(norm(x, -1), n**0.5), rtol=1e-4, atol=0)
+
+
+def test_the_width_rule_of_axolotls_sinkgd():
+    """The rate of a matrix falls with its inputs, from the width that it was found at."""
+    grads = gradients((30, 20), 2)
+    for ours, papers in zip(steps("sinkgd", grads, base_width=5), steps("sinkgd", grads), strict=True):
+        torch.testing.assert_close(ours, papers * 5 / 20)

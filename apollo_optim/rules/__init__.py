@@ -11,6 +11,7 @@ from apollo_optim.rules.normuon import NorMuon
 from apollo_optim.rules.racs import Racs
 from apollo_optim.rules.scale import Scale
 from apollo_optim.rules.sgd import Sgd
+from apollo_optim.rules.sinkgd import SinkGd
 
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
@@ -26,6 +27,7 @@ RULES: dict[str, type[Rule]] = {
         Lion,
         NorMuon,
         Racs,
+        SinkGd,
     )
 }
 
