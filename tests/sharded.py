@@ -52,6 +52,9 @@ RESTS: dict[str, dict[str, Any]] = {  # what every matrix is told to follow inst
     "adafactor": {"rule": "adafactor"},
     "scale rows": {"rule": "scale", "normalize": "rows", "momentum": 0.9},
     "scale columns": {"rule": "scale", "normalize": "columns"},
+    "normuon": {"rule": "normuon"},
+    "racs": {"rule": "racs"},
+    "sinkgd": {"rule": "sinkgd"},
 }
 Row = dict[str, Any]
 Found = Iterator[tuple[str, Row]]

@@ -475,12 +475,15 @@ def compiled_cases() -> list:
 def test_compiled_is_eager(name, dtype, shapes):
     """One step: state within 1e-6 relative; bf16 weights at most one ulp apart, in at most 0.1 % of the entries.
 
+    5e-6 where a rule's state comes out of Newton-Schulz products, which magnify a last bit of what goes in.
+
     And a schedule over twenty steps recompiles nothing. (Once for each rule: low-bit weights compile in test_quant.py.)
     """
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
     twins = [nn.Parameter(p.detach().clone()) for p in ours]
     eager, fast = bare(name, ours, 8, compile=False), bare(name, twins, 8, compile=True)
+    apart = 5e-6 if has(name, "precision") else 1e-6
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # "torch.compile does not work": then this test would test nothing
         apollo_optim.core.compile.can_compile("cpu")
@@ -497,12 +500,12 @@ def test_compiled_is_eager(name, dtype, shapes):
         for p, q in zip(ours, twins, strict=True):
             for key, a in eager.state[p].items():
                 if isinstance(a, Tensor) and a.is_floating_point():
-                    assert (a - fast.state[q][key]).norm() <= 1e-6 * a.norm(), (key, step)
+                    assert (a - fast.state[q][key]).norm() <= apart * a.norm(), (key, step)
             if dtype is torch.bfloat16:
                 differ = p != q
                 assert differ.float().mean() <= 1e-3
-                apart = (p.view(torch.int16).int() - q.view(torch.int16).int()).abs()
-                assert apart.max() <= 1
+                ulps = (p.view(torch.int16).int() - q.view(torch.int16).int()).abs()
+                assert ulps.max() <= 1
             else:
                 torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
     graphs = len(fast.graphs)

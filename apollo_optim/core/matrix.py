@@ -143,6 +143,21 @@ def sum_blocks(function: Callable[[Tensor, Block], Tensor], own: Tensor, place: 
     return place.sum(total, *dims)
 
 
+def weighted_squares(grad: Tensor, weights: Tensor | None, place: Place, dim: int) -> Tensor:
+    """`(G * G * weights).sum(dim, keepdim=True)`, fp32, of weights that broadcast to G; None: ones."""
+
+    def squares(block: Tensor, at: Block) -> Tensor:
+        square = block.float().square()
+        return square if weights is None else square * part(weights, at)
+
+    return sum_blocks(squares, grad, place, dim)
+
+
+def reciprocal(squares: Tensor) -> Tensor:
+    """`1 / squares`, and 0 where there is nothing to divide by: an average of zeros goes by way of 1e-40 to 0."""
+    return (1 / squares).masked_fill(squares < 1e-30, 0.0)
+
+
 def orthogonalise(matrix: Tensor, steps: int, eps: float, precision: str) -> Tensor:
     """Near the orthogonal matrix that is nearest to (.., m, n): Newton-Schulz, of the quintic of Jordan et al. (2024).
 

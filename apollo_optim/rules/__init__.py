@@ -5,8 +5,13 @@ from apollo_optim.rules.adafactor import Adafactor
 from apollo_optim.rules.adamw import AdamW
 from apollo_optim.rules.apollo import Apollo, ApolloMini, ApolloSvd
 from apollo_optim.rules.base import Rule
+from apollo_optim.rules.lion import Lion
 from apollo_optim.rules.muon import Muon
+from apollo_optim.rules.normuon import NorMuon
+from apollo_optim.rules.racs import Racs
 from apollo_optim.rules.scale import Scale
+from apollo_optim.rules.sgd import Sgd
+from apollo_optim.rules.sinkgd import SinkGd
 
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
@@ -18,6 +23,11 @@ RULES: dict[str, type[Rule]] = {
         Adafactor,
         Scale,
         Muon,
+        Sgd,
+        Lion,
+        NorMuon,
+        Racs,
+        SinkGd,
     )
 }
 

@@ -70,6 +70,21 @@ METHODS: dict[str, Method] = {
     ),
     "muon": Method({"optim.name": "muon+adamw"}, start="muon-8bit", knob=MOMENTUM),
     "apollo-mini-rest-adafactor": Method({"optim.name": "apollo-mini", "optim.rest": "adafactor"}, start="apollo-mini"),
+    # Other rules of the matrices; embedding, head and norms follow AdamW. RACS and SinkGD start at their papers' rates,
+    # SGD where a step of this model is about as long as AdamW's (its gradient's norm is about 2).
+    "normuon": Method({"optim.name": "normuon+adamw"}, start="muon-8bit", knob=MOMENTUM),
+    "racs": Method(
+        {"optim.name": "racs+adamw"}, {"lr": 0.02}, start="adamw", knob=Knob("optim.beta", 27_000, kind="half-life")
+    ),
+    "sinkgd": Method({"optim.name": "sinkgd+adamw"}, {"lr": 0.02}, start="adamw"),
+    "sinkgd-axolotl": Method(
+        {"optim.name": "sinkgd+adamw", "optim.rounds": 1, "optim.base_width": 192}, start="sinkgd"
+    ),
+    "lion": Method(
+        {"optim.name": "lion+adamw"}, {"lr": 4e-4}, start="adamw", knob=Knob("optim.beta2", 282_500, kind="half-life")
+    ),
+    "sgd": Method({"optim.name": "sgd+adamw"}, {"lr": 1.0}, start="adamw"),
+    "sgd-momentum": Method({"optim.name": "sgd+adamw"}, {"lr": 0.1}, start="adamw", knob=MOMENTUM),
 }
 """In the order of the queue; the first is what the others are compared to."""
 BASELINE = next(iter(METHODS))

@@ -1,0 +1,197 @@
+"""The rivals' steps against installed packages, the papers' formulas in fp64, and what must hold in the limit."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+
+from apollo_optim import RuleOptimizer
+from apollo_optim.core import blocks as blocks_module
+from apollo_optim.core.matrix import orthogonalise
+
+MATRICES = pytest.mark.parametrize("shape", [(30, 20), (20, 30), (3, 12, 8)], ids=str)
+BLOCKS = pytest.mark.parametrize("size", [1 << 20, 64], ids=["whole", "in blocks"])
+
+
+def gradients(shape: tuple[int, ...], count: int = 5) -> list[Tensor]:
+    """Rows and columns of very different sizes, and a row that is zero in the second."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = 10 ** torch.randn(*shape[:-1], 1, generator=draw) * 10 ** torch.randn(shape[-1], generator=draw)
+    grads = [torch.randn(shape, generator=draw) * sizes for _ in range(count)]
+    grads[1].select(-2, 0).zero_()
+    return grads
+
+
+def steps(rule: str, grads: list[Tensor], **knobs) -> list[Tensor]:
+    """What a step at lr 1 takes off the weight, in fp64."""
+    p = nn.Parameter(torch.zeros(grads[0].shape))
+    optimizer = RuleOptimizer([p], rule, lr=1.0, compile=False, **knobs)
+    taken = []
+    for grad in grads:
+        with torch.no_grad():
+            p.zero_()
+        p.grad = grad.clone()
+        optimizer.step()
+        taken.append(-p.detach().double())
+    return taken
+
+
+def norm(t: Tensor, *dims: int) -> Tensor:
+    return vector_norm(t, dim=dims, keepdim=True)
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+@pytest.mark.parametrize("shape", [(30, 20), (7,), ()], ids=str)
+def test_sgd_is_torchs(shape, momentum, nesterov):
+    """To the last bit or two; torch's weight decay is not decoupled."""
+    draw = torch.Generator().manual_seed(1)
+    start = torch.randn(shape, generator=draw)
+    theirs, ours = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    kwargs = {"lr": 0.1, "momentum": momentum, "nesterov": nesterov}
+    pair = torch.optim.SGD([theirs], **kwargs), RuleOptimizer([ours], "sgd", **kwargs)
+    for _ in range(20):
+        theirs.grad = torch.randn(shape, generator=draw)
+        ours.grad = theirs.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert ("momentum_buffer" in pair[1].state[ours]) == (momentum > 0)
+
+
+def test_sgds_decay_is_decoupled():
+    p = nn.Parameter(torch.ones(4))
+    optimizer = RuleOptimizer([p], "sgd", lr=0.1, momentum=0.9, weight_decay=0.5)
+    for _ in range(3):
+        p.grad = torch.zeros(4)
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((4,), 0.95**3))
+    assert not optimizer.state[p]["momentum_buffer"].any()
+
+
+def test_lion_is_the_papers():
+    """Program 1 of 2302.06675, entry by entry: +-lr, and the average moves after the sign was taken."""
+    grads = gradients((30, 20), 20)
+    m = torch.zeros(30, 20, dtype=torch.float64)
+    for grad, our in zip(grads, steps("lion", grads, beta1=0.8, beta2=0.95), strict=True):
+        g = grad.double()
+        assert torch.equal(our, torch.sign(0.8 * m + 0.2 * g))
+        m = 0.95 * m + 0.05 * g
+
+
+@BLOCKS
+@MATRICES
+def test_normuon_is_muon_with_its_rows_normalised(monkeypatch, shape, size):
+    """Equation by equation, with Muon's direction (torch.optim.Muon's: test_parity.py), and of Muon's norm."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    grads = gradients(shape)
+    of_muon = steps("muon", grads)
+    m, v = torch.zeros(shape), torch.zeros(*shape[:-1], 1)
+    for grad, muon, our in zip(grads, of_muon, steps("normuon", grads, beta2=0.9), strict=True):
+        m = 0.95 * m + 0.05 * grad
+        o = orthogonalise(0.95 * m + 0.05 * grad, 5, 1e-7, "float32")
+        v = 0.9 * v + 0.1 * o.square().mean(-1, keepdim=True)
+        expected = (o / v.sqrt()).double()
+        torch.testing.assert_close(our / norm(our, -2, -1), expected / norm(expected, -2, -1), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(norm(our, -2, -1), norm(muon, -2, -1), rtol=1e-5, atol=0)
+    first = steps("normuon", grads[:1], beta2=0.0)[0]
+    alike = norm(first, -2, -1).expand(*shape[:-1], 1) / shape[-2] ** 0.5
+    torch.testing.assert_close(norm(first, -1), alike, rtol=1e-4, atol=0)
+
+
+@BLOCKS
+@MATRICES
+def test_racs_is_the_papers(monkeypatch, shape, size):
+    """Five rounds, averages from the first value, the limiter: in plain fp64."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    grads = gradients(shape)
+    q = s = previous = None
+    for grad, our in zip(grads, steps("racs", grads, alpha=0.5), strict=True):
+        g = grad.double()
+        new_q = torch.ones(*shape[:-1], 1, dtype=torch.float64)
+        for _ in range(5):
+            new_s = (g**2 * new_q).sum(-2, keepdim=True) / norm(new_q, -2) ** 2
+            new_q = (g**2 * new_s).sum(-1, keepdim=True) / norm(new_s, -1) ** 2
+        q, s = (new if old is None else 0.9 * old + 0.1 * new for old, new in ((q, new_q), (s, new_s)))
+        x = g / q.sqrt() / s.sqrt()
+        size_x = norm(x, -2, -1)
+        limited = size_x if previous is None else torch.minimum(size_x, 1.01 * previous)
+        torch.testing.assert_close(our, 0.5 * x * limited / size_x, rtol=1e-4, atol=1e-6)
+        previous = limited
+
+
+def test_racs_finds_the_best_approximation_of_rank_one():
+    """The fixed point: q s^T is the first term of the singular value decomposition of G * G."""
+    (grad,) = gradients((30, 20), 2)[:1]
+    p = nn.Parameter(torch.zeros(30, 20))
+    optimizer = RuleOptimizer([p], "racs", rounds=50)
+    p.grad = grad
+    optimizer.step()
+    state = optimizer.state[p]
+    u, sigma, vh = torch.linalg.svd(grad.double() ** 2)
+    best = sigma[0] * u[:, :1] @ vh[:1]
+    found = state["row"].double() @ state["col"].double()
+    assert (found - best).norm() <= 1e-5 * best.norm()
+
+
+@pytest.mark.parametrize("rule", ["racs", "sinkgd"])
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 1e6])
+def test_the_gradients_size_does_not_matter(rule, size):
+    """Not even where the square of its square is no number of fp32."""
+    draw = torch.Generator().manual_seed(2)
+    grad = torch.randn(30, 20, generator=draw)
+    torch.testing.assert_close(*(steps(rule, [g])[0] for g in (grad * size, grad)), rtol=1e-4, atol=1e-6)
+
+
+def test_a_zero_gradient_leaves_racs_averages_alone():
+    """At the start, as torch's checkpoint code steps once with it, and in mid-run."""
+    grads = gradients((30, 20), 4)
+    grads = [grads[0], *grads[2:]]
+    zero = torch.zeros(30, 20)
+    plain = steps("racs", grads)
+    with_zeros = steps("racs", [zero, grads[0], zero, zero, *grads[1:]])
+    assert not with_zeros[0].any()
+    for a, b in zip(plain, [with_zeros[1], *with_zeros[4:]], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rule", ["racs", "sinkgd"])
+def test_what_has_no_gradient_for_long_stands_still(rule):
+    """Rows of an embedding whose tokens do not come: their average goes by way of 1e-40 to 0, and 0 / 0 is no step."""
+    grads = gradients((30, 20), 50)
+    for grad in grads[1:-1]:
+        grad[:, 5], grad[3] = 1e-20, 0.0
+    taken = steps(rule, grads, **({"beta": 0.1} if rule == "racs" else {}))
+    assert all(step.isfinite().all() for step in taken)
+    assert not any(step[3].any() for step in taken[1:-1])
+    assert taken[-1][3].all()
+
+
+@BLOCKS
+@MATRICES
+@pytest.mark.parametrize("rounds", [1, 5])
+def test_sinkgd_is_the_papers(monkeypatch, shape, size, rounds):
+    """Rows to sqrt(n), columns to sqrt(m), in turns, on the matrix itself; rows of zeros stay zero."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    grads = gradients(shape, 2)
+    *_, m, n = shape
+    for grad, our in zip(grads, steps("sinkgd", grads, rounds=rounds), strict=True):
+        x = grad.double()
+        for _ in range(rounds):
+            x = (x * n**0.5 / norm(x, -1)).nan_to_num(0.0)
+            x = x * m**0.5 / norm(x, -2)
+        torch.testing.assert_close(our, 0.05 * x, rtol=1e-4, atol=1e-7)
+
+
+@MATRICES
+def test_many_rounds_of_sinkgd_bring_rows_and_columns_to_one_size(shape):
+    (x,) = steps("sinkgd", gradients(shape, 2)[:1], rounds=200, alpha=1.0)
+    *_, m, n = shape
+    torch.testing.assert_close(norm(x, -2), torch.full_like(norm(x, -2), m**0.5), rtol=1e-4, atol=0)
+    torch.testing.assert_close(norm(x, -1), torch.full_like(norm(x, -1), n**0.5), rtol=1e-4, atol=0)
+
+
+def test_the_width_rule_of_axolotls_sinkgd():
+    """The rate of a matrix falls with its inputs, from the width that it was found at."""
+    grads = gradients((30, 20), 2)
+    for ours, papers in zip(steps("sinkgd", grads, base_width=5), steps("sinkgd", grads), strict=True):
+        torch.testing.assert_close(ours, papers * 5 / 20)
