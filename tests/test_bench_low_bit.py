@@ -28,8 +28,8 @@ def matrix(*shape: int, seed: int = 0) -> Tensor:
 
 
 def step(function, codes, scales, update, bits, t=1, decay=0.0):
-    one, usable = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
-    return function(codes, scales, update, one, usable, 1.0, decay, noise(update, t), bits)
+    one, finite = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    return function(codes, scales, update, one, finite, 1.0, decay, noise(update, t), bits)
 
 
 def noise(update, t=1):

@@ -14,7 +14,7 @@ from apollo_optim.core.blocks import part
 from apollo_optim.core.place import Place
 from apollo_optim.core.random import Dither, dither, key_at
 from apollo_optim.core.storage import is_finite, nbytes, parts
-from apollo_optim.quant import format, tallied
+from apollo_optim.quant import format, rounding_stats
 from apollo_optim.quant import products as products_module
 from apollo_optim.quant import write as write_module
 
@@ -27,8 +27,8 @@ def matrix(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def write(w: LowBitWeight, update: Tensor, *, factor: object = 1.0, lr: float = 1.0, decay: float = 0.0, t: int = 1):
-    usable = torch.ones((1,) * update.ndim, dtype=torch.bool)
-    w._write_rows_((), update, factor, usable, lr, decay, noise_of(update, 7, t))
+    finite = torch.ones((1,) * update.ndim, dtype=torch.bool)
+    w._write_rows_((), update, factor, finite, lr, decay, noise_of(update, 7, t))
 
 
 def noise_of(update: Tensor, seed: int, t: int = 1) -> Dither:
@@ -147,10 +147,10 @@ def test_zeros_can_leave_zero():
 def test_unusable_matrices_stay_to_the_bit():
     w = LowBitWeight.from_float(matrix(2, 6, 40), 8, 16)
     before = w.clone()
-    usable = torch.tensor([True, False]).view(2, 1, 1)
+    finite = torch.tensor([True, False]).view(2, 1, 1)
     update = torch.full((2, 6, 40), 0.01)
     update[1] = torch.nan
-    w._write_rows_((), update, torch.ones(2, 1, 1), usable, 1.0, 0.5, noise_of(update, 1))
+    w._write_rows_((), update, torch.ones(2, 1, 1), finite, 1.0, 0.5, noise_of(update, 1))
     assert torch.equal(w.codes[1], before.codes[1])
     assert torch.equal(w.scales[1], before.scales[1])
     assert not torch.equal(w.codes[0], before.codes[0])
@@ -250,7 +250,7 @@ def test_a_tally_tells_what_rounding_made_of_a_step(bits):
     w = model["mlp"].weight
     update = matrix(200, 300, seed=1) * 0.1
     before = w.detach().clone()
-    with tallied(model) as tallies:
+    with rounding_stats(model) as tallies:
         write(w, update, lr=0.5, decay=0.1)
     assert list(tallies) == names
     (tally,) = tallies.values()
@@ -262,7 +262,7 @@ def test_a_tally_tells_what_rounding_made_of_a_step(bits):
     assert tally.realised == pytest.approx(((moved * intended).sum() / intended.square().sum()).item(), rel=1e-4)
     assert tally.realised == pytest.approx(1.0, abs=0.1)
     write(w, update)  # outside of it nothing is counted
-    assert w.tally is None
+    assert w.stats is None
 
 
 # --- as a tensor ---

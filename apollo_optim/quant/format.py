@@ -76,7 +76,7 @@ def stepped(
     scales: Tensor,
     tensor_rn: Tensor,
     factor: Tensor,
-    usable: Tensor,
+    finite: Tensor,
     lr: Number,
     weight_decay: Number,
     noise: Dither,
@@ -84,7 +84,7 @@ def stepped(
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of r whole rows after a step, `(1 - lr * weight_decay) * w - lr * factor * tensor`, in fp32.
 
-    Rounded stochastically: on average it is the number. `factor` broadcasts to r x n; where `usable` (bool, 1 x 1)
+    Rounded stochastically: on average it is the number. `factor` broadcasts to r x n; where `finite` (bool, 1 x 1)
     is not, nothing changes; `noise`: of these rows.
 
     A scale is kept as long as it can be, since entries that a step does not touch then keep their codes: to round them
@@ -101,10 +101,10 @@ def stepped(
     old_rgs = unpack(codes).view(r, g, s).float()
     unit_rg1 = scales.float().unsqueeze(-1)
     update_rgs = grouped(tensor_rn.float() * in_memory(factor * lr)) * in_memory(1 / unit_rg1)
-    usable_111 = usable.view(1, 1, 1)  # here and not at the end: to choose among int8 takes as long as all the rest
-    wanted = torch.where(usable_111, old_rgs * in_memory(1 - lr * weight_decay) - update_rgs, old_rgs)
+    finite_111 = finite.view(1, 1, 1)  # here and not at the end: to choose among int8 takes as long as all the rest
+    wanted = torch.where(finite_111, old_rgs * in_memory(1 - lr * weight_decay) - update_rgs, old_rgs)
 
-    small = (wanted.abs().amax(-1, keepdim=True) * 2 <= top) & (unit_rg1 > SMALLEST) & usable_111
+    small = (wanted.abs().amax(-1, keepdim=True) * 2 <= top) & (unit_rg1 > SMALLEST) & finite_111
     wanted, unit_rg1 = torch.where(small, wanted * 2, wanted), torch.where(small, unit_rg1 / 2, unit_rg1)
 
     noise_rgs = grouped(noise.uniform())

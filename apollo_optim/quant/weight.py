@@ -20,7 +20,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.core.matrix import Number
 from apollo_optim.core.random import Dither
 from apollo_optim.quant import format
-from apollo_optim.quant.tally import Tally
+from apollo_optim.quant.stats import RoundingStats
 from apollo_optim.quant.view import as_the_base_is, read_only, written
 from apollo_optim.quant.write import is_compiled, write_rows
 
@@ -79,7 +79,7 @@ class LowBitWeight(Tensor):
     scales: Tensor
     bits: int
     group_size: int
-    tally: Tally | None = None  # counts the steps while there is one (`tallied`)
+    stats: RoundingStats | None = None  # counts the steps while there is one (`rounding_stats`)
 
     @staticmethod
     def __new__(
@@ -154,7 +154,7 @@ class LowBitWeight(Tensor):
             lr,
             weight_decay,
             noise,
-            self.tally,
+            self.stats,
             compile=is_compiled(self.shape, self.device),
         )
 

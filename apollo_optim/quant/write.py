@@ -15,7 +15,7 @@ from apollo_optim.core.matrix import Number
 from apollo_optim.core.place import Place
 from apollo_optim.core.random import Dither
 from apollo_optim.quant import format
-from apollo_optim.quant.tally import Tally, measured
+from apollo_optim.quant.stats import RoundingStats, measured
 
 CPU_BLOCK = 1 << 15  # entries that an eager step works on at a time: some ten temporaries of it fit in a core's cache
 COMPILED_CPU_BLOCK = 1 << 18
@@ -32,7 +32,7 @@ def write_rows(
     lr: Number,
     weight_decay: Number,
     noise: Dither,
-    tally: Tally | None = None,
+    stats: RoundingStats | None = None,
     *,
     compile: bool,
 ) -> None:
@@ -44,7 +44,7 @@ def write_rows(
         factor: A number, or a tensor that broadcasts to `tensor`.
         finite: bool, (.., 1, 1): where it is not, a matrix stays as it is.
         noise: Of rounding, for these rows.
-        tally: Counts what rounding makes of the step.
+        stats: Counts what rounding makes of the step.
         compile: Step by a compiled function (`is_compiled`).
     """
     r, n = tensor.shape[-2:]
@@ -62,12 +62,12 @@ def write_rows(
             there: tuple[int | slice, ...] = (*matrix, slice(rows.start + here.start, rows.start + here.stop))
             stored = codes[there], scales[there]
             step = updates[own, here], factor[own, here] if factor.shape[1] > 1 else factor[own], finite[own], *rates
-            before = [t.clone() for t in stored] if tally is not None else []
+            before = [t.clone() for t in stored] if stats is not None else []
             arguments = *stored, *step, noise.t_n, a_br1[own, here], b_br1[own, here]
             _ready(_writer(bits), _fused, arguments, compile)(*arguments)
-            if tally is not None:
+            if stats is not None:
                 difference = *before, *stored, *step
-                tally.add(updates[own, here].numel(), *_ready(measured, compiled, difference, compile)(*difference))
+                stats.add(updates[own, here].numel(), *_ready(measured, compiled, difference, compile)(*difference))
 
 
 def is_compiled(shape: tuple[int, ...], device: torch.device) -> bool:
@@ -75,7 +75,7 @@ def is_compiled(shape: tuple[int, ...], device: torch.device) -> bool:
     return prod(shape) >= COMPILED_FROM and can_compile(device.type)
 
 
-def warm_up(shape: tuple[int, ...], dtype: torch.dtype, bits: int, group_size: int, device: torch.device) -> None:
+def precompile(shape: tuple[int, ...], dtype: torch.dtype, bits: int, group_size: int, device: torch.device) -> None:
     """Compile the step of weights of this shape before there is one: compilers take memory, too."""
     m, n = shape[-2:]
     if is_compiled(shape, device):
@@ -119,13 +119,13 @@ def _ready(function: _Function, compiler: _Function, arguments: Sequence[Tensor]
     """The function itself, or compiled for arguments that look like these."""
     if not compile:
         return function
-    look = [(t.shape, t.stride(), t.dtype, t.device) for t in arguments]
-    return _compiled_for(function, compiler, torch.get_num_threads(), *look)
+    signature = [(t.shape, t.stride(), t.dtype, t.device) for t in arguments]
+    return _compiled_for(function, compiler, torch.get_num_threads(), *signature)
 
 
 @functools.cache
-def _compiled_for(function: _Function, compiler: _Function, *look: Any) -> _Function:
-    """One for every look, kept as long as the process."""
+def _compiled_for(function: _Function, compiler: _Function, *signature: Any) -> _Function:
+    """One for every signature, kept as long as the process."""
     ready: _Function = compiler(function)
     return ready
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from apollo_optim.core.storage import is_finite
-from apollo_optim.quant import tallied
+from apollo_optim.quant import rounding_stats
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.evaluate import evaluate
 from apollo_optim.train.failures import TrainingFailed
@@ -89,9 +89,9 @@ class Tally(Event):
 
     @contextlib.contextmanager
     def during(self, step: int) -> Iterator[None]:
-        with tallied(self.state.model) as tallies:
+        with rounding_stats(self.state.model) as found:
             yield
-        figures = {name: {"changed": tally.changed, "realised": tally.realised} for name, tally in tallies.items()}
+        figures = {name: {"changed": stats.changed, "realised": stats.realised} for name, stats in found.items()}
         self.record.metrics.write("tally", step=step, weights=figures)
 
 

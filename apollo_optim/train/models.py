@@ -17,7 +17,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.data.foreign import reason
 from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.quant.quantize import Chosen, choose_weights, quantize_module, quantize_weights
-from apollo_optim.quant.write import warm_up
+from apollo_optim.quant.write import precompile
 from apollo_optim.train.arrival import quantized_on_arrival
 from apollo_optim.train.config import ModelConfig, QuantConfig, RunConfig
 from apollo_optim.train.draw import draw_weights
@@ -135,18 +135,18 @@ def with_new_weights(
     if quant.bits is not None:
         chosen = choose_weights(model, quant.targets, quant.exclude)
         if to_train:
-            warm_up_steps(cfg, quant, chosen)
+            precompile_steps(cfg, quant, chosen)
         finish = functools.partial(quantize_module, chosen=chosen, bits=quant.bits, group_size=quant.group_size)
     draw_weights(model, finish)
     return model
 
 
-def warm_up_steps(cfg: ModelConfig, quant: QuantConfig, chosen: Chosen) -> None:
+def precompile_steps(cfg: ModelConfig, quant: QuantConfig, chosen: Chosen) -> None:
     """Compile the step of low-bit weights of these shapes, before they take memory."""
     assert quant.bits is not None
     shapes = {tuple(module.get_parameter(own).shape) for module, names in chosen.items() for own in names}
     for shape in sorted(shapes):  # the same order in every process
-        warm_up(shape, DTYPES[cfg.dtype], quant.bits, quant.group_size, torch.device("cpu"))
+        precompile(shape, DTYPES[cfg.dtype], quant.bits, quant.group_size, torch.device("cpu"))
 
 
 def load_pretrained(
@@ -162,7 +162,7 @@ def load_pretrained(
     if quant.bits is not None:
         like = skeleton(cfg, config, trust_remote_code=trust_remote_code)
         chosen = choose_weights(like, quant.targets, quant.exclude)
-        warm_up_steps(cfg, quant, chosen)
+        precompile_steps(cfg, quant, chosen)
         arrival = quantized_on_arrival({name for names in chosen.values() for name in names.values()}, quant)
     with _explained(cfg), arrival:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

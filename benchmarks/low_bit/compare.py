@@ -60,14 +60,14 @@ def drift(format: str, bits: int, group_size: int, updates: str, steps: int) -> 
     touched = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < (0.1 if updates == "sparse" else 1.0)
     direction = matrix(*shape, seed=2)
     exact = begin.double()
-    one, usable = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    one, finite = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
     moved_scales = 0.0
     for t in range(steps):
         update = (direction + matrix(*shape, seed=3 + t)) * (touched * (1e-3 * unit / 0.02 / 2**0.5))
         exact -= update.double()
         before = scales
         noise = Place.of(update).noise(key_at(0, "weight", t), update.device)
-        codes, scales = it.stepped(codes, scales, update, one, usable, 1.0, 0.0, noise, bits)
+        codes, scales = it.stepped(codes, scales, update, one, finite, 1.0, 0.0, noise, bits)
         groups = slice(-(-shape[-1] // group_size))  # not the minima
         moved_scales += (scales != before)[:, groups].float().mean().item() / steps
     end = it.dequantised(codes, scales, shape[-1], torch.float32).double()

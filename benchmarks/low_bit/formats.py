@@ -143,7 +143,7 @@ def stepped(
     scales: Tensor,
     tensor_rn: Tensor,
     factor: Tensor,
-    usable: Tensor,
+    finite: Tensor,
     lr: Number,
     weight_decay: Number,
     noise: Dither,
@@ -156,7 +156,7 @@ def stepped(
     (r, n), (old_rgs, scales_rg1, minima_rg1) = tensor_rn.shape, loaded(codes, scales, affine)
     s = old_rgs.shape[-1]
     update_rgs = grouped(tensor_rn.float() * (factor * lr), s)
-    used_rgs = grouped(usable.expand(r, n), s)
+    used_rgs = grouped(finite.expand(r, n), s)
     touched_rg1 = used_rgs.any(-1, keepdim=True)
     decayed_rgs = old_rgs * (1 - lr * weight_decay) - minima_rg1 * (lr * weight_decay) / scales_rg1
     wanted_rgs = torch.where(used_rgs, decayed_rgs - update_rgs / scales_rg1, old_rgs)

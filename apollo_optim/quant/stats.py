@@ -10,7 +10,7 @@ from apollo_optim.core.storage import writes_itself
 from apollo_optim.quant import format
 
 
-class Tally:
+class RoundingStats:
     """Sums over the blocks of one weight's step, on its device.
 
     Attributes (after the step):
@@ -45,7 +45,7 @@ def measured(
     scales: Tensor,
     tensor_rn: Tensor,
     factor: Tensor,
-    usable: Tensor,
+    finite: Tensor,
     lr: Tensor,
     weight_decay: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,18 +53,18 @@ def measured(
     n = tensor_rn.shape[-1]
     before, after = (format.unpack(it)[..., :n] for it in (old_codes, codes))
     old_rn, new_rn = (format.dequantised(*it, n, torch.float32) for it in ((old_codes, old_scales), (codes, scales)))
-    intended = torch.where(usable, -lr * (weight_decay * old_rn + factor * tensor_rn.float()), 0.0)
+    intended = torch.where(finite, -lr * (weight_decay * old_rn + factor * tensor_rn.float()), 0.0)
     return (before != after).sum(), ((new_rn - old_rn) * intended).sum(), intended.square().sum()
 
 
 @contextlib.contextmanager
-def tallied(model: nn.Module) -> Iterator[dict[str, Tally]]:
-    """Count the steps that low-bit weights take within: name -> tally. It costs a fraction of a forward pass."""
+def rounding_stats(model: nn.Module) -> Iterator[dict[str, RoundingStats]]:
+    """Count the steps that low-bit weights take within: name -> stats. It costs a fraction of a forward pass."""
     weights = {name: p for name, p in model.named_parameters() if writes_itself(p)}
     for p in weights.values():
-        p.tally = Tally()  # type: ignore[attr-defined]
+        p.stats = RoundingStats()  # type: ignore[attr-defined]
     try:
-        yield {name: p.tally for name, p in weights.items()}  # type: ignore[attr-defined]
+        yield {name: p.stats for name, p in weights.items()}  # type: ignore[attr-defined]
     finally:
         for p in weights.values():
-            p.tally = None  # type: ignore[attr-defined]
+            p.stats = None  # type: ignore[attr-defined]
