@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -292,6 +293,67 @@ def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few documents, so that cuts fall on every kind of edge."""
     monkeypatch.setattr("apollo_optim.data.corpus.BLOCK", 500)
     monkeypatch.setattr("apollo_optim.data.stream.BLOCK", 500)
+
+
+@pytest.mark.parametrize("mode", ["pack", "pad"])
+@pytest.mark.parametrize("kind", ["files", "stream"])
+def test_text_made_ahead_is_the_same_text_at_the_same_positions(
+    places: dict[tuple[str, str], Data], tiny_blocks: None, kind: str, mode: str
+) -> None:
+    batches = places[kind, mode].train
+    batches.load_state_dict(start := _fresh(places[kind, mode]).state_dict())
+
+    def told() -> list[tuple[Any, ...]]:
+        return [(ids(batches, 3), batches.state_dict(), batches.skipped) for _ in range(12)]
+
+    expected = told()
+    after = ids(batches, 3)
+    batches.load_state_dict(start)
+    with batches.ahead(99):
+        assert told() == expected
+        assert batches._ahead is not None, "nothing was made ahead"
+    assert _making() == []
+    assert ids(batches, 3) == after  # what was made ahead is used, too
+    batches.load_state_dict(start)
+    with batches.ahead(99):
+        batches.next(3)
+        batches.load_state_dict(expected[2][1])  # while a thread reads the same documents
+    assert ids(batches, 3) == expected[3][0]
+
+
+def test_no_thread_where_the_block_suffices(places: dict[tuple[str, str], Data], tiny_blocks: None) -> None:
+    batches = places["files", "pack"].train
+    batches.load_state_dict(_fresh(places["files", "pack"]).state_dict())
+    batches.next(1)
+    with batches.ahead(len(batches._block.rows) - 1):
+        assert batches._ahead is None
+    with batches.ahead(len(batches._block.rows)):
+        assert batches._ahead is not None
+
+
+def test_an_error_of_the_thread_is_raised_by_the_batch_that_needs_the_text(
+    places: dict[tuple[str, str], Data], tiny_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = places["stream", "pack"].train
+    batches.load_state_dict(_fresh(places["stream", "pack"]).state_dict())
+    batches.next(1)
+
+    def breaks() -> None:
+        raise InputError("the stream broke")
+
+    monkeypatch.setattr(batches.documents, "read", breaks)
+    left = len(batches._block.rows) - 1
+    with batches.ahead(99):
+        batches.next(left)
+        position = batches.state_dict()
+        with pytest.raises(InputError, match=r"^the stream broke$"):
+            batches.next(1)
+    assert batches.state_dict() == position
+    assert _making() == []
+
+
+def _making() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "text ahead"]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

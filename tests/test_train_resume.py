@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -17,6 +18,7 @@ from train_tiny import figures, records, tiny
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.data import Batches
+from apollo_optim.data.ahead import Ahead
 from apollo_optim.train.checkpoint import checkpoints, load_state, newest
 from apollo_optim.train.config import load_config, save_config
 from apollo_optim.train.failures import Interrupted
@@ -74,6 +76,25 @@ def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch, dtype, optim, how)
     seconds = [record["seconds"] for record in records(tmp_path / "parts", "step")]
     assert seconds == sorted(seconds)  # they add up over the parts
     assert result.seconds == seconds[-1]
+
+
+def test_text_made_ahead_changes_no_run_and_is_not_in_its_position(tmp_path, monkeypatch):
+    monkeypatch.setattr("apollo_optim.data.corpus.BLOCK", 1200)  # a block of some steps
+    with monkeypatch.context() as without:
+        without.setattr(Batches, "ahead", lambda self, rows: contextlib.nullcontext())
+        pretrain(tiny(tmp_path, "without"))
+    made = []
+    start = Ahead.__init__
+    monkeypatch.setattr(Ahead, "__init__", lambda self, work: (made.append(self), start(self, work))[1])
+    cfg = tiny(tmp_path, "with")
+    stop_after(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        pretrain(cfg)
+    assert not any(thread.name == "text ahead" for thread in threading.enumerate())
+    pretrain(cfg, resume=True)
+    assert len(made) > 1
+    assert figures(tmp_path / "with") == figures(tmp_path / "without")
+    assert all(record["data_wait"] >= 0 for record in records(tmp_path / "with", "step"))
 
 
 def test_dropout_and_the_seed_would_show_a_lost_random_state(tmp_path, monkeypatch):
@@ -174,7 +195,7 @@ def test_a_text_that_ends_is_reported_and_what_was_trained_is_saved(tmp_path, mo
     def ends(self, count):
         if self.tokens == 5 * 4 * 32:
             self.documents.read = list
-            self._used = len(self._block)
+            self._used = len(self._block.rows)
         return real(self, count)
 
     monkeypatch.setattr(Batches, "next", ends)

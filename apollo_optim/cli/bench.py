@@ -16,6 +16,7 @@ BENCHES = {
     "race": "the same small LLaMA trained by every optimizer, learning rates searched with the same budget",
     "step": "the time of a step of ours, of the installed peers and of fused AdamW, interleaved in one process",
     "loop": "what pretrain costs beside forward, backward and step, and tokens a second with each optimizer",
+    "stall": "how long steps wait for text, with it made ahead in a thread and without",
     "memory": "peak memory, a fresh process for every optimizer, beside its plan",
     "low-bit": "what low-bit weights cost by the piece, and other formats for them",
     "kill": "runs killed with kill -9 and resumed, compared bitwise",

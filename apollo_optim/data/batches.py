@@ -8,18 +8,25 @@ whole documents, so that a block comes from everywhere.
 The position is where the current block began in the documents, and the rows of it that are used up. Coming back means
 reading that block again, so no tokens are stored, and any source of documents with a position of its own will do: a
 shuffled corpus and a stream look the same here.
+
+To make a block takes as long as many steps, so a run has the next one made in a thread (`Batches.ahead`). What a
+position says belongs to the block that rows are taken from, never to the one that is being made.
 """
 
+import contextlib
+from array import array
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.data.ahead import Ahead
 from apollo_optim.data.corpus import Text, shuffled
 from apollo_optim.data.tokenizer import encode
 
 IGNORED = -100  # a label that counts for nothing
+Row: TypeAlias = "array[int]"  # of token ids, 4 bytes each: a block of Python's numbers takes ten times the memory
 
 
 class Documents(Protocol):
@@ -41,6 +48,22 @@ class Batch(NamedTuple):
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+
+    def pinned(self) -> "Batch":
+        """The same in page-locked memory, from which `non_blocking` copies do not block. Needs a GPU."""
+        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory())
+
+
+class Block(NamedTuple):
+    """What is read, tokenised and shuffled in one go."""
+
+    began: dict[str, Any]
+    """Where it begins in the documents."""
+    number: int
+    """Blocks up to this one."""
+    rows: list[Row]
+    skipped: int
+    """Broken lines and rows without text up to its end."""
 
 
 class EndOfText(Exception):
@@ -72,15 +95,34 @@ class Batches:
         self.seed = seed  # of the order of rows within a block
         self.about = about  # what a position depends on: it means nothing on another corpus or with another tokenizer
         self.tokens = 0  # handed out so far, padding not counted
-        self._began = documents.state_dict()
-        self._block: list[list[int]] = []
-        self._used = self._number = 0
+        self._go_to(documents.state_dict(), 0)
         self._saved = self._position()
+
+    def _go_to(self, began: dict[str, Any], number: int) -> None:
+        self._block, self._used = Block(began, number, [], self.documents.skipped), 0
+        self._ahead: Ahead[Block] | None = None
+        self._wanted = 0  # rows that are going to be asked for, as far as a thread is to make them
+
+    @contextlib.contextmanager
+    def ahead(self, rows: int) -> Iterator[None]:
+        """While the next `rows` rows are asked for: make the next block in a thread, unless this one suffices.
+
+        The batches are the same to the bit. What goes wrong in the thread is raised by the `next` that needs the
+        block. The thread is over when this is left; `state_dict` says the position of the last batch all along.
+        """
+        self._wanted = rows
+        self._look_ahead()
+        try:
+            yield
+        finally:
+            self._wanted = 0
+            if self._ahead is not None:
+                self._ahead.join()  # what came of it stays: the documents are beyond it
 
     @property
     def skipped(self) -> int:
         """Broken lines and rows without text that were left out so far."""
-        return self.documents.skipped
+        return self._block.skipped
 
     def next(self, count: int) -> Batch:
         """The next `count` rows."""
@@ -117,12 +159,13 @@ class Batches:
             was = about if isinstance(about, dict) else {}
             other = [f"{key} was {was.get(key)}, is {now}" for key, now in self.about.items() if was.get(key) != now]
             raise InputError(f"this position was saved on other data: {'; '.join(other) or 'not a position at all'}")
-        self._began = state["documents"]
-        self.documents.load_state_dict(self._began)
+        if self._ahead is not None:
+            self._ahead.join()  # it reads the same documents
+        self.documents.load_state_dict(state["documents"])
         self.tokens = state["tokens"]
-        self._block, self._used, self._number = [], 0, state["block"]
+        # Before the block that it stands in, of which then as much is used up.
+        self._go_to(state["documents"], state["block"] - bool(state["row"]))
         if state["row"]:
-            self._number -= 1
             self._read()
             self._used = state["row"]
         self._saved = state
@@ -130,49 +173,69 @@ class Batches:
     def _position(self) -> dict[str, Any]:
         return {
             "about": self.about,
-            "documents": self._began,
-            "block": self._number,
+            "documents": self._block.began,
+            "block": self._block.number,
             "row": self._used,
             "tokens": self.tokens,
         }
 
     def _read(self) -> None:
-        """Read the next block that makes a row: at the end of an epoch there may be too little left for one."""
+        """Go to the next block."""
+        block = self._make(self._block.number) if self._ahead is None else self._ahead.get()
+        self._block, self._used, self._ahead = block, 0, None
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """Have the next block made, if it is going to be needed."""
+        left = len(self._block.rows) - self._used
+        if self._ahead is None and left and self._wanted > left:
+            number = self._block.number
+            self._ahead = Ahead(lambda: self._make(number))
+
+    def _make(self, number: int) -> Block:
+        """The block after number `number` that makes a row: at the end of an epoch there may be too little for one."""
         for _ in range(2):
-            self._began = self.documents.state_dict()
+            began = self.documents.state_dict()
             texts = self.documents.read()
             if not texts:
                 raise EndOfText
-            self._number += 1
-            self._block, self._used = shuffled(self._cut(texts), f"{self.seed}/{self._number}"), 0
-            if self._block:
-                return
+            number += 1
+            rows = shuffled(self._cut(texts), f"{self.seed}/{number}")
+            if rows:
+                return Block(began, number, rows, self.documents.skipped)
         raise InputError(f"the text is too short to fill one row of {self.seq_len} tokens; lower data.seq_len")
 
-    def _cut(self, texts: list[Text]) -> list[list[int]]:
+    def _cut(self, texts: list[Text]) -> list[Row]:
         """Texts to rows. Packing leaves out what is left over at the end of a block, less than one row."""
-        documents = encode(self.tokenizer, [text.text for text in texts])
         end, length = self.tokenizer.eos_token_id, self.seq_len
+        documents = encode(self.tokenizer, [text.text for text in texts])
         if self.mode == "pad":  # the papers' tokenizer ends a document that it cuts with the end-of-text token too
-            return [[*ids[: length - 1], end] for ids in documents]
-        tokens: list[int] = []
+            return [array("i", [*ids[: length - 1], end]) for ids in documents]
+        tokens = array("i")
         for ids, text in zip(documents, texts, strict=True):
-            tokens += [*ids, end] if text.ends else ids
+            tokens.extend(ids)
+            if text.ends:
+                tokens.append(end)
         return [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
 
-    def _row(self) -> list[int]:
-        if self._used == len(self._block):
+    def _row(self) -> Row:
+        if self._used == len(self._block.rows):
             self._read()
-        row = self._block[self._used]
+        row = self._block.rows[self._used]
         self._used += 1
+        self._wanted -= 1
         self.tokens += len(row)
         return row
 
 
-def _batch(rows: list[list[int]], seq_len: int) -> Batch:
+def _batch(rows: list[Row], seq_len: int) -> Batch:
     """Padding repeats the end-of-text token; being behind everything, it is seen by no position that counts."""
-    input_ids = torch.tensor([row + [row[-1]] * (seq_len - len(row)) for row in rows])
-    labels = torch.tensor([row + [IGNORED] * (seq_len - len(row)) for row in rows])
+
+    def filled(row: Row, token: int) -> torch.Tensor:
+        return torch.frombuffer(row + array("i", [token]) * (seq_len - len(row)), dtype=torch.int32)
+
+    input_ids = torch.stack([filled(row, row[-1]) for row in rows]).long()
+    labels = torch.stack([filled(row, IGNORED) for row in rows]).long()
     return Batch(input_ids, labels)
 
 

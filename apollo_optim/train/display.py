@@ -152,6 +152,8 @@ def step_figures(record: dict[str, Any], eta: float) -> list[tuple[str, str]]:
         else f"{record['lr']:.3g} (rest {record['lr_rest']:.3g})"
     )
     skipped = [("skipped", f"{record['skipped']:,}")] if record.get("skipped") else []
+    share = record.get("waiting", 0.0)  # of the time since the last line
+    waiting = [("waiting for text", f"{share:.0%}")] if share >= 0.05 else []
     return [
         ("loss", f"{record['loss']:.4f}"),
         ("lr", rates),
@@ -159,6 +161,7 @@ def step_figures(record: dict[str, Any], eta: float) -> list[tuple[str, str]]:
         ("tokens/s", f"{record['tokens_per_s']:,.0f}"),
         ("ETA", duration(eta)),
         ("peak", in_bytes(record.get("peak_gpu") or peak_memory())),
+        *waiting,
         *skipped,
     ]
 

@@ -110,6 +110,7 @@ class Log(Event):
         self._patience = min(PATIENCE, self.last - self.state.step)
         self._mark = self._progress()
         self._dead = False
+        self._waited = 0.0
 
     def due(self, step: int) -> bool:
         return due(step, self.every, self.last) or step == 1
@@ -117,7 +118,9 @@ class Log(Event):
     def after(self, report: StepReport) -> None:
         state = self.state
         self._say_skipped()
+        before = self._mark[-1]
         tokens_per_s, left = self._pace()
+        data_wait, self._waited = report.data_wait - self._waited, report.data_wait
         lr, lr_rest = learning_rates(state.optimizer)
         record = self.record.metrics.write(
             "step",
@@ -129,9 +132,11 @@ class Log(Event):
             grad_norm=report.grad_norm.get() if report.grad_norm is not None else math.nan,
             tokens_per_s=tokens_per_s,
             seconds=state.seconds,
+            data_wait=data_wait,
             skipped=self._skips.total,
         )
-        self.record.display.step(record | {"peak_gpu": measure.peak_gpu_memory(state.device)}, left)
+        shown = {"peak_gpu": measure.peak_gpu_memory(state.device), "waiting": data_wait / (state.seconds - before)}
+        self.record.display.step(record | shown, left)
         self._check_progress()
         if record["grad_norm"] == 0 and not self._dead:
             self._dead = True

@@ -88,7 +88,8 @@ def run_job(job: Job, *, resumed_from: int | None = None, more: Sequence[Event] 
         schedule = functools.partial(factor, steps=last, cfg=cfg.schedule)
         train_step = TrainStep(state, cfg.train, schedule, job.released, job.data.tokenizer, job.world)
         try:
-            run_steps(state, train_step, [*events_of(job, record), *more, save], last=last, stop=stop)
+            with job.data.train.ahead((last - state.step) * cfg.train.batch_size):
+                run_steps(state, train_step, [*events_of(job, record), *more, save], last=last, stop=stop)
         except Interrupted as asked:
             again = f"go on with: apollo-optim pretrain --out {job.run} --resume"
             raise Interrupted(f"{asked}; {again}") from None

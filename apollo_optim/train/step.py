@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +49,8 @@ class StepReport:
     """Of the whole batch, before the update."""
     grad_norm: AsyncScalar | None
     """Of the gradients that are finite, before clipping; None where nobody asked."""
+    data_wait: float = 0.0
+    """Seconds that all steps so far waited for their batches."""
 
 
 @dataclass
@@ -62,6 +66,8 @@ class TrainStep:
     tokenizer: Any = None
     """For the message where a token has no place in the model's vocabulary."""
     world: World = ALONE
+    data_wait: float = field(default=0.0, init=False)
+    """Seconds that its steps waited for their batches."""
 
     def __call__(self, step: int, *, norm: bool) -> StepReport:
         """Make step number `step`; `norm`: report the gradients' norm.
@@ -71,8 +77,10 @@ class TrainStep:
         """
         state = self.state
         set_lr(state.optimizer, self.schedule(step))
+        asked = time.perf_counter()
         batch = state.batches.next(self.cfg.batch_size)
-        report = self.learn(batch, step, norm)
+        self.data_wait += time.perf_counter() - asked
+        report = dataclasses.replace(self.learn(batch, step, norm), data_wait=self.data_wait)
         state.tokens += self.world.total(int((batch.labels != IGNORED).sum()))
         return report
 
@@ -84,6 +92,8 @@ class TrainStep:
         from apollo_optim.data import check_vocabulary
 
         state, cfg, device = self.state, self.cfg, self.state.device
+        if device.type == "cuda":  # a copy from other memory waits for the device
+            batch = batch.pinned()
         check_vocabulary(batch, state.model.config.get_text_config().vocab_size, self.tokenizer)
         predictions = max(self.world.total(targets(batch.labels)), 1)
         size = cfg.micro_batch or cfg.batch_size
