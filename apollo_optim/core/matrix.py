@@ -150,12 +150,12 @@ def weighted_squares(grad: Tensor, weights: Tensor | None, place: Place, dim: in
         square = block.float().square()
         return square if weights is None else square * part(weights, at)
 
-    return sum_blocks(squares, grad, place, dim)
+    return in_memory(sum_blocks(squares, grad, place, dim))
 
 
 def reciprocal(squares: Tensor) -> Tensor:
     """`1 / squares`, and 0 where there is nothing to divide by: an average of zeros goes by way of 1e-40 to 0."""
-    return (1 / squares).masked_fill(squares < 1e-30, 0.0)
+    return in_memory((1 / squares).masked_fill(squares < 1e-30, 0.0))
 
 
 def orthogonalise(matrix: Tensor, steps: int, eps: float, precision: str) -> Tensor:

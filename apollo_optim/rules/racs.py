@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from apollo_optim.core.compile import in_memory
 from apollo_optim.core.matrix import limit_growth, reciprocal, weighted_squares
 from apollo_optim.core.place import Place
 from apollo_optim.rules.base import Rule, Scalars, Slot, State, Update, knob
@@ -63,7 +64,9 @@ class Racs(Rule):
 
         def over_square(t: Tensor, vector: Tensor, of: Place, dim: int) -> Tensor:
             norm = of.sum(vector.square().sum(dim, keepdim=True), dim).sqrt().clamp(min=LEAST)
-            return t / norm / norm  # in two: the fourth power of a small gradient is no number of fp32
+            # In memory: compiled sums of few terms are written out, each with all that went before in it.
+            # In two: the fourth power of a small gradient is no number of fp32.
+            return in_memory(t / norm / norm)
 
         row_m1 = torch.ones_like(state["row"])
         for _ in range(self.rounds):
@@ -72,7 +75,8 @@ class Racs(Rule):
 
         total_11, first_11 = rows.sum(row_m1.sum(-2, keepdim=True), -2), (state["prev_norm"] == 0)[..., None, None]
         new = (torch.ones_like(total_11) * s["new"]).masked_fill(first_11, 1.0).masked_fill(total_11 == 0, 0.0)
-        row_m1, col_1n = (old + (t - old) * new for old, t in ((state["row"], row_m1), (state["col"], col_1n)))
+        pairs, new = ((state["row"], row_m1), (state["col"], col_1n)), in_memory(new)
+        row_m1, col_1n = (in_memory(old + (t - old) * new) for old, t in pairs)
         over_row_m1, over_col_1n = reciprocal(row_m1), reciprocal(col_1n)
         stepped_m1 = weighted_squares(grad, over_col_1n, place, -1) * over_row_m1
         norm = rows.sum(stepped_m1.sum(-2, keepdim=True), -2).sqrt()[..., 0, 0]
