@@ -36,11 +36,6 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_name: Counter[str] = Counter()
 
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.by_name.total()
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
@@ -97,7 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = measure(name, model)
         about = {"size": args.size, "dtype": args.dtype, "bits": args.bits, "layers": args.layers}
         if args.log is not None:
-            args.log.parent.mkdir(parents=True, exist_ok=True)
             append(args.log, {**about, **line, "commit": commit(), **versions()})
         each = line["launches"] / line["parameters"]
         rows.append([name, f"{line['launches']:,}", f"{line['parameters']}", f"{each:.1f}"])

@@ -582,11 +582,7 @@ def unreduced() -> Found:
     """DistributedDataParallel, which averages after the hooks have run: seen or not."""
     wrapped = nn.parallel.DistributedDataParallel(nn.Linear(8, 16))
     optimizer = build_optimizer("apollo-mini", wrapped, targets="all-linear")
-    said = "nothing"
-    try:
-        release(wrapped, optimizer)
-    except InputError as error:
-        said = str(error)
+    said = refusal(lambda: release(wrapped, optimizer))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         release(wrapped.module, optimizer).remove()
@@ -609,12 +605,16 @@ def refusals() -> Found:
             "AdamW": lambda: AdamW(model.parameters()),  # noqa: B023
         }
         for game, build in builders.items():
-            said = "nothing"
-            try:
-                build()
-            except InputError as error:
-                said = str(error)
-            yield "fsdp1", {"orig": use_orig_params, "wrapped": True, "game": game, "said": said}
+            yield "fsdp1", {"orig": use_orig_params, "wrapped": True, "game": game, "said": refusal(build)}
+
+
+def refusal(step: Callable[[], object]) -> str:
+    """What it says that cannot be done; "nothing" where it can."""
+    try:
+        step()
+    except InputError as error:
+        return str(error)
+    return "nothing"
 
 
 def uneven_convolution() -> Found:
@@ -622,12 +622,7 @@ def uneven_convolution() -> Found:
     mesh = init_device_mesh("cpu", (3,))
     p = nn.Parameter(distribute_tensor(torch.ones(6, 4, 3, 3), mesh, [Shard(1)]))
     p.grad = torch.ones_like(p)
-    try:
-        Apollo([p], rank=2).step()
-        said = "nothing"
-    except InputError as error:
-        said = str(error)
-    yield "convolution", {"said": said}
+    yield "convolution", {"said": refusal(Apollo([p], rank=2).step)}
 
 
 def strange_splits() -> Found:
@@ -635,12 +630,7 @@ def strange_splits() -> Found:
     mesh = init_device_mesh("cpu", (2,))
     p = nn.Parameter(DTensor.from_local(torch.ones(4, 6), mesh, [_StridedShard(0, split_factor=2)], run_check=False))
     p.grad = torch.ones_like(p)
-    try:
-        Apollo([p], rank=2).step()
-        said = "nothing"
-    except InputError as error:
-        said = str(error)
-    yield "strided", {"said": said}
+    yield "strided", {"said": refusal(Apollo([p], rank=2).step)}
 
     full = torch.randn(9, 6, generator=torch.Generator().manual_seed(3))
     for name, split, grad in (

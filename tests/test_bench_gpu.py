@@ -64,7 +64,7 @@ def in_process(case: Case, folder: Path) -> list[kit.Line]:
 def test_a_case_that_is_stopped_leaves_what_it_has_measured_and_the_next_is_said(start):
     began = time.monotonic()
     lines = start("slow", "fine", seconds=6.0)  # a busy machine takes some to start a process
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 16
     assert [(line["case"], line["kind"], line["status"]) for line in lines] == [
         ("slow", "figures", "ok"),
         ("slow", "end", "timed out"),

@@ -125,7 +125,9 @@ def test_no_temporary_of_a_compiled_step_is_large(rule, knobs):
     p.grad = torch.randn(p.shape, dtype=torch.bfloat16)
     optimizer = RuleOptimizer([p], rule, compile=True, **knobs)
     optimizer.step()
-    assert largest_allocation(optimizer) <= p.numel() * 4 * (1 / 8 if "proj" in knobs else 1 / 16)
+    largest = largest_allocation(optimizer)
+    assert largest > 0 or rule == "adamw"  # which looks at nothing before it writes
+    assert largest <= p.numel() * 4 * (1 / 8 if "proj" in knobs else 1 / 16)
 
 
 @pytest.mark.parametrize("parts", [pytest.param(4, marks=pytest.mark.slow), 16])

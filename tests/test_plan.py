@@ -163,7 +163,7 @@ def test_a_loss_without_logits_takes_what_the_allocator_gives(
 @pytest.mark.parametrize("rest", ["adamw", "adamw8bit", "adafactor", "scale", "apollo"])
 def test_an_update_is_planned_by_a_few_of_its_blocks(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CPU_BLOCK", "BLOCK"):
-        monkeypatch.setattr(blocks, name, 1 << 12)
+        monkeypatch.setattr(blocks, name, 1 << 11)
     small = {"vocab_size": 512, "num_hidden_layers": 1}
     model, made = model_of(run_of("apollo", "bfloat16", config=small)), []
     monkeypatch.setattr(budget, "most_alive", lambda found: made.append(len(found)) or most_alive(found))
@@ -176,7 +176,7 @@ def test_an_update_is_planned_by_a_few_of_its_blocks(rest: str, monkeypatch: pyt
     monkeypatch.setattr(budget, "few_blocks", contextlib.nullcontext)
     every, most = updates()
     assert few == every
-    assert 3 * operations < 2 * most
+    assert 2 * operations < most
 
 
 @every_optimizer

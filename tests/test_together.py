@@ -30,14 +30,20 @@ class Alike(nn.Module):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
-    ("dtype", "codec"),
-    [(torch.float32, "float32"), (torch.bfloat16, "bfloat16"), (torch.bfloat16, "8bit")],
-    ids=["fp32", "bf16", "8bit"],
+    ("dtype", "codec", "block"),
+    [
+        (torch.float32, "float32", together_module.CPU_BLOCK),
+        (torch.float32, "float32", 700),  # stacks of two, of 300 entries each
+        (torch.bfloat16, "bfloat16", 700),
+        (torch.bfloat16, "8bit", 700),
+    ],
+    ids=["fp32", "fp32-blocks", "bf16", "8bit"],
 )
-def test_together_is_one_by_one_bit_for_bit(rule, dtype, codec, monkeypatch):
+def test_together_is_one_by_one_bit_for_bit(rule, dtype, codec, block, monkeypatch):
     """Also where a gradient is not finite: its parameter alone is skipped."""
-    monkeypatch.setattr(together_module, "CPU_BLOCK", 700)  # stacks of two, of 300 entries each
-    monkeypatch.setattr("apollo_optim.core.codecs.LEAST_ENTRIES", 64)
+    monkeypatch.setattr(together_module, "CPU_BLOCK", block)
+    if codec == "8bit":  # of small tensors, too
+        monkeypatch.setattr("apollo_optim.core.codecs.LEAST_ENTRIES", 64)
     ends = []
     for one_by_one in (False, True):
         model = Alike(dtype)

@@ -59,9 +59,11 @@ def blocks(shape: tuple[int, ...], device: torch.device, whole: int = 0, size: i
 
     One index, (), where there is nothing to cut, and under torch.compile.
     """
-    if torch.compiler.is_compiling() or prod(shape) <= (size or block_size(device)) or len(shape) <= whole:
+    if torch.compiler.is_compiling() or len(shape) <= whole:  # (what a block is, a compiler cannot trace)
         return [()]
     most = size or block_size(device)
+    if prod(shape) <= most:
+        return [()]
     inner = [prod(shape[dim + 1 :]) for dim in range(len(shape) - whole)]
     cut = next((dim for dim, entries in enumerate(inner) if entries <= most), len(inner) - 1)
     rows = max(1, most // inner[cut])

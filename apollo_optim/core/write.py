@@ -46,10 +46,10 @@ def write_block(
     keep, size, finite = in_memory(1 - lr * weight_decay), in_memory(factor * lr), in_memory(finite)
     flat = weight.shape != tensor.shape
     old = weight.reshape(tensor.shape) if flat else weight
-    # In fp32. What is half of it becomes so where it meets an fp32 tensor that has dimensions: no copy is needed then.
+    # All in fp32, and no copy is made for it: bf16 becomes that where it meets an fp32 tensor that has dimensions.
     step = (tensor if isinstance(size, Tensor) and size.ndim else tensor.float()) * size
-    whole = old.dtype.itemsize == 2 and isinstance(keep, float) and keep == 1.0
-    stepped = torch.where(finite, old - step if whole else old.float() * keep - step, old)
+    as_it_is = old.dtype.itemsize == 2 and isinstance(keep, float) and keep == 1.0  # without decay
+    stepped = torch.where(finite, (old if as_it_is else old.float() * keep) - step, old)
     stepped = stepped if noise is None else round_stochastically(stepped, noise)
     weight.copy_(stepped.view(weight.shape) if flat else stepped)
 

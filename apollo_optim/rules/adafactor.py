@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from apollo_optim.core.blocks import Block, part
-from apollo_optim.core.matrix import lerp, sum_blocks
+from apollo_optim.core.matrix import lerp, sum_blocks, weighted_squares
 from apollo_optim.core.place import Place
 from apollo_optim.rules.base import Rule, Scalars, Slot, State, Update
 
@@ -42,11 +42,8 @@ class Adafactor(Rule):
         """The two factors after this gradient, and by how much the step must shrink to an RMS of 1."""
         m, n = place.shape[-2:]
 
-        def square(block: Tensor, _: Block) -> Tensor:
-            return block.float().square()
-
-        row = lerp(state["exp_avg_sq_row"], sum_blocks(square, grad, place, -1) / n + FLOOR, s["new"])
-        col = lerp(state["exp_avg_sq_col"], sum_blocks(square, grad, place, -2) / m + FLOOR, s["new"])
+        row = lerp(state["exp_avg_sq_row"], weighted_squares(grad, None, place, -1) / n + FLOOR, s["new"])
+        col = lerp(state["exp_avg_sq_col"], weighted_squares(grad, None, place, -2) / m + FLOOR, s["new"])
         mean = place.along(-1).sum(row.sum(-2, keepdim=True), -2) / m
         row_factor, col_factor = (row / mean).rsqrt(), col.rsqrt()
 

@@ -5,8 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from apollo_optim.core.blocks import Block
-from apollo_optim.core.matrix import TINY, lerp, ratio, sum_blocks
+from apollo_optim.core.matrix import TINY, lerp, ratio, weighted_squares
 from apollo_optim.core.place import Place
 from apollo_optim.rules.base import Scalars, Slot, State, Update, knob
 from apollo_optim.rules.knobs import BETA
@@ -40,11 +39,7 @@ class NorMuon(Muon):
     def observe(self, grad: Tensor, state: State, s: Scalars, place: Place) -> dict[str, Tensor]:
         new = super().observe(grad, state, s, place)
         rows = place.along(-1)
-
-        def square(block: Tensor, _: Block) -> Tensor:
-            return block.float().square()
-
-        square_m1 = sum_blocks(square, new["orthogonal"], place, -1)
+        square_m1 = weighted_squares(new["orthogonal"], None, place, -1)
         mean_m1 = lerp(state["exp_avg_sq_row"], square_m1 / place.shape[-1], s["new2"])
         factor_m1 = 1 / (mean_m1.sqrt() + TINY)
         before, after = (rows.sum(t.sum(-2, keepdim=True), -2).sqrt() for t in (square_m1, square_m1 * factor_m1**2))

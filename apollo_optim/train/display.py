@@ -152,8 +152,7 @@ def step_figures(record: dict[str, Any], eta: float) -> list[tuple[str, str]]:
         else f"{record['lr']:.3g} (rest {record['lr_rest']:.3g})"
     )
     skipped = [("skipped", f"{record['skipped']:,}")] if record.get("skipped") else []
-    # Of the time since the last line; the first step of a run has to wait for the first text.
-    share = record.get("waiting", 0.0) if record["step"] > 1 else 0.0
+    share = record.get("waiting") or 0.0  # of the time since the last line
     waiting = [("waiting for text", f"{share:.0%}")] if share >= 0.05 else []
     return [
         ("loss", f"{record['loss']:.4f}"),

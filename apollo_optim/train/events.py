@@ -110,7 +110,7 @@ class Log(Event):
         self._patience = min(PATIENCE, self.last - self.state.step)
         self._mark = self._progress()
         self._dead = False
-        self._waited = 0.0
+        self._waited: float | None = None  # until the first line, which had to wait for the first text
 
     def due(self, step: int) -> bool:
         return due(step, self.every, self.last) or step == 1
@@ -120,7 +120,9 @@ class Log(Event):
         self._say_skipped()
         before = self._mark[-1]
         tokens_per_s, left = self._pace()
-        data_wait, self._waited = report.data_wait - self._waited, report.data_wait
+        data_wait = report.data_wait - (self._waited or 0.0)
+        waiting = None if self._waited is None else data_wait / (state.seconds - before)
+        self._waited = report.data_wait
         lr, lr_rest = learning_rates(state.optimizer)
         record = self.record.metrics.write(
             "step",
@@ -135,7 +137,7 @@ class Log(Event):
             data_wait=data_wait,
             skipped=self._skips.total,
         )
-        shown = {"peak_gpu": measure.peak_gpu_memory(state.device), "waiting": data_wait / (state.seconds - before)}
+        shown = {"peak_gpu": measure.peak_gpu_memory(state.device), "waiting": waiting}
         self.record.display.step(record | shown, left)
         self._check_progress()
         if record["grad_norm"] == 0 and not self._dead:
