@@ -419,7 +419,10 @@ def test_refusals():
         (lambda: AdamW([{"params": [w], "rule": "adamv"}]), "no rule is called 'adamv'. Did you mean 'adamw'?"),
         (lambda: AdamW([{"params": [w], "rule": "scale", "normalize": "row"}]), "normalize='row'"),
         (lambda: AdamW([{"params": [w], "rule": "scale", "momentum": 1.0}]), "momentum=1.0"),
-        (lambda: AdamW([{"params": [w], "momentum": 0.5}]), "It is a key of scale, muon, sgd, normuon; this group follows 'adamw'"),
+        (
+            lambda: AdamW([{"params": [w], "momentum": 0.5}]),
+            "It is a key of scale, muon, sgd, normuon; this group follows 'adamw'",
+        ),
         (lambda: AdamW([w], momentum=0.5), "It is a key of scale"),
         (lambda: Apollo([{"params": [w], "rank": 2, "rest": "scale"}]), "unknown key 'rest'"),
         (lambda: RuleOptimizer([{"params": [w]}]), "names no rule"),
