@@ -28,6 +28,7 @@ examples:
   apollo-optim pretrain --optim.name adamw --optim.lr 1e-3 --optim.rest_lr 1e-2 --out out/adamw
   apollo-optim pretrain --data.source 'notes/*.md' --model.name llama-1m --out out/notes
   apollo-optim pretrain --out out/60m --resume          go on after a stop, exactly where it was
+  torchrun --nproc-per-node 2 -m apollo_optim pretrain --parallel.mode fsdp2      the same run in two processes
   apollo-optim report out/60m out/adamw                 compare the results
 
 A list is written [a, b]; null asks for the default."""
@@ -38,9 +39,12 @@ def run(argv: Sequence[str]) -> int:
     asked = parse(argv)
     from ..train.failures import TrainingFailed
     from ..train.pretrain import pretrain
+    from ..train.run_dir import was_begun
 
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts: after a failure
+    resume = asked.resume or (restarted and was_begun(asked.cfg))
     try:
-        pretrain(asked.cfg, resume=asked.resume, trust_remote_code=asked.trust_remote_code)
+        pretrain(asked.cfg, resume=resume, trust_remote_code=asked.trust_remote_code)
     except TrainingFailed as error:
         return complain(error, 1)
     return 0

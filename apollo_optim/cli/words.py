@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -26,8 +27,15 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def complain(error: object, code: int) -> int:
-    """Say what is wrong, and with which exit code the command ends."""
-    print(f"error: {error}", file=sys.stderr)
+    """Say what is wrong, and with which exit code the command ends.
+
+    Of several processes the first says what all have found, for `torchrun` ends the others when one has ended.
+    """
+    several = "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0"
+    if several:
+        time.sleep(5.0)
+    who = f"process {os.environ['RANK']}: " if several else ""
+    print(f"error: {who}{error}", file=sys.stderr)
     return code
 
 

@@ -66,6 +66,15 @@ def fit_state(p: Tensor, group: Group, saved: State, label: Any, owner: str) -> 
     return {name: _fit(name, value, expected[name], p.device) for name, value in saved.items()}
 
 
+def split_as(t: Tensor, like: Tensor) -> Tensor:
+    """`t`, of which every rank has all, split as `like` of the same shape is."""
+    if not is_sharded(like):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def _like(p: Tensor) -> Tensor:
     """On the meta device, where no state takes memory."""
     return p.detach().to("meta") if is_sharded(p) else torch.empty(p.shape, dtype=p.dtype, device="meta")
@@ -78,10 +87,6 @@ def _fit(name: str, value: Any, like: Any, device: torch.device) -> Any:
     if name == "step":
         return value.to("cpu", torch.float32, copy=True)
     if is_sharded(like):
-        if is_sharded(value):
-            return value.to(device, copy=True)
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value.to(device), like.device_mesh, like.placements, src_data_rank=None)
+        return value.to(device, copy=True) if is_sharded(value) else split_as(value.to(device), like)
     own = whole(value)  # in memory as the new state lies there, for which steps are compiled
     return torch.empty_like(like, dtype=own.dtype, device=device).copy_(own)

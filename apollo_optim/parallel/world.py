@@ -1,33 +1,145 @@
-"""Who writes, who waits, what is summed: the processes of a run. There is one, for now.
+"""Who writes, who waits, what is summed: the processes of a run.
 
-Many processes arrive by another `World` with the same three answers; what trains asks them and nothing else.
+What trains asks a `World` and nothing else, so that one process and many run the same code. The processes are made by
+`torchrun` (or by whoever sets its four variables, or has called `init_process_group`); without it a run is `ALONE`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-T = TypeVar("T", int, torch.Tensor)
+from apollo_optim.core.errors import InputError
+
+MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes
+
+
+class ProcessLost(Exception):
+    """Another process of the run has gone, or does not answer: this one cannot go on."""
 
 
 @dataclass(frozen=True)
 class World:
-    """One process."""
+    """The processes of a run, as one of them sees them. Whatever is asked of all has to be asked by every one."""
 
     rank: int = 0
     size: int = 1
+    local_rank: int = 0
+    """Its number on its own machine: that of its GPU."""
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes the log and the checkpoints' plain parts, and is the one that people see."""
+        """Whether this process writes the log and the checkpoints, and is the one that people see."""
         return self.rank == 0
 
-    def total(self, value: T) -> T:
-        """The sum over all processes; every one of them has to ask."""
+    def mine(self, rows: torch.Tensor) -> torch.Tensor:
+        """This process's rows of a batch that all have: each `size`-th, so that who has which is no matter of cuts."""
+        return rows if self.size == 1 else rows[self.rank :: self.size].contiguous()
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes of a small tensor, on its device."""
+        if self.size > 1:
+            value = value.clone()
+            with losing_none():
+                dist.all_reduce(value)
         return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in any process."""
+        return flag if self.size == 1 else bool(self.total(torch.tensor([int(flag)]))[0])
+
+    def each(self, value: Any) -> list[Any]:
+        """What every process says, by rank: small and plain values."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with losing_none():
+            dist.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.any(False)
+
+    @contextlib.contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """One process at first, and then the others, who find what it has made (a tokenizer, files in a cache)."""
+        if not self.leads:
+            self.wait()
+        yield
+        if self.leads:
+            self.wait()
+
+    def draw(self, seed: int, step: int) -> None:
+        """Set torch's random numbers (dropout) for this process's part of a step.
+
+        One process draws on and on, and a checkpoint knows where it is. Each of many begins every step at a place of
+        its own that only seed, step and rank decide, so that nothing has to be saved of it.
+        """
+        if self.size > 1:
+            torch.manual_seed(seed * 1_000_003 + step * self.size + self.rank)
 
 
 ALONE = World()
+
+
+@contextlib.contextmanager
+def joined(timeout: float) -> Iterator[World]:
+    """The processes of this run, which have met; `ALONE` where nobody started several.
+
+    Args:
+        timeout: Seconds that one waits for the others before the run fails.
+
+    Raises InputError if `torchrun`'s variables are there in part, or the others cannot be met.
+    """
+    if dist.is_available() and dist.is_initialized():  # somebody else's, who also ends it
+        yield _this()
+        return
+    given = [name for name in MEETING if name in os.environ]
+    if len(given) < len(MEETING) or os.environ["WORLD_SIZE"] == "1":
+        yield ALONE
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:
+        at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise InputError(f"the processes could not meet at {at}: {first_line(error)}") from error
+    try:
+        yield _this()
+    finally:
+        dist.destroy_process_group()
+
+
+def _this() -> World:
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextlib.contextmanager
+def losing_none() -> Iterator[None]:
+    """Torch's errors of a connection, within it, as ProcessLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise ProcessLost(first_line(error)) from error
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process does not answer any more."""
+    signs: Sequence[str] = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "gloo", "NCCL")
+    several = dist.is_available() and dist.is_initialized()
+    return several and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -66,10 +66,13 @@ def rows_of(p: Tensor, gpus: int) -> float:
 
 
 def units(model: nn.Module) -> tuple[int, int]:
-    """Bytes of what ``fully_shard`` on every block and on the whole gathers: (the rest around the blocks, the largest).
+    """Bytes of what ``fully_shard`` of every block and the whole gathers: (what is around the blocks, the largest)."""
+    sizes = [distinct_bytes(block.parameters()) for block in blocks_of(model)]
+    return distinct_bytes(model.parameters()) - sum(sizes), max(sizes, default=0)
 
-    Blocks are the elements of the outermost ``nn.ModuleList``s.
-    """
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """What is sharded as one: the elements of the outermost ``nn.ModuleList``s."""
     blocks: list[nn.Module] = []
 
     def walk(module: nn.Module) -> None:
@@ -80,8 +83,7 @@ def units(model: nn.Module) -> tuple[int, int]:
                 walk(child)
 
     walk(model)
-    sizes = [distinct_bytes(block.parameters()) for block in blocks]
-    return distinct_bytes(model.parameters()) - sum(sizes), max(sizes, default=0)
+    return blocks
 
 
 def distinct_bytes(tensors: Any) -> int:

@@ -16,10 +16,13 @@ from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.optim.compiled import Graphs
 from apollo_optim.optim.precompile import precompile
+from apollo_optim.parallel.spread import replicated, sharded
 from apollo_optim.parallel.world import ALONE, World
+from apollo_optim.plan.shards import blocks_of
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.config import RunConfig
 from apollo_optim.train.gradients import Gradients
+from apollo_optim.train.loss import Learner
 from apollo_optim.train.models import build_model, low_bit, usable_vocabulary
 from apollo_optim.train.optimizer import make_optimizer
 from apollo_optim.train.plan import model_of
@@ -54,6 +57,8 @@ class Job:
     ended: dict[str, int] | None = None
     """What it took of memory, if it has ended already: this process trains nothing."""
     world: World = ALONE
+    learner: torch.nn.Module | None = None
+    """The model and its loss, spread over several processes."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -68,10 +73,17 @@ class Job:
     @property
     def gradients(self) -> Gradients:
         """What they take of memory."""
-        return Gradients.of(self.model, self.cfg.train, compiled=self.cfg.model.compile)
+        return Gradients.of(self.model, self.cfg.train, compiled=self.cfg.model.compile, processes=self.world.size)
 
 
-def build(cfg: RunConfig, run: Path, earlier: Earlier | None = None, *, trust_remote_code: bool = False) -> Job:
+def build(
+    cfg: RunConfig,
+    run: Path,
+    earlier: Earlier | None = None,
+    *,
+    trust_remote_code: bool = False,
+    world: World = ALONE,
+) -> Job:
     """Data, model and optimizer at step 0.
 
     What goes on has all that it needs in its own directory: `earlier` brings the config of the model and the tokenizer,
@@ -85,15 +97,19 @@ def build(cfg: RunConfig, run: Path, earlier: Earlier | None = None, *, trust_re
         config = checkpoint.saved_config(earlier.state["checkpoint"], trust_remote_code=trust_remote_code)
         tokenizer = own_tokenizer(run, earlier.state, trust_remote_code)
 
-    device = choose_device(cfg)
+    device = choose_device(cfg, world)
     if cfg.train.release and device.type == "cpu":
         measure.give_back_memory()
     importlib.import_module("transformers.modeling_utils")  # what the model would import, to be counted without it
     baseline = {"imports": measure.resident_memory()}
-    data = open_data(cfg.data, tokenizer, trust_remote_code=trust_remote_code)
+    with world.leader_first():
+        data = open_data(cfg.data, tokenizer, trust_remote_code=trust_remote_code)
     baseline["data"] = measure.resident_memory()
     vocabulary = usable_vocabulary(data.tokenizer)
-    graphs = compiled_beforehand(cfg, device, vocabulary, config, trust_remote_code=trust_remote_code)
+    whole = world.size == 1 or cfg.parallel.mode == "ddp"
+    graphs: Graphs = {}
+    if whole:  # what is sharded has other shapes
+        graphs = compiled_beforehand(cfg, device, vocabulary, config, trust_remote_code=trust_remote_code)
     torch.manual_seed(cfg.train.seed)
     random.seed(cfg.train.seed)
     model = build_model(
@@ -110,8 +126,13 @@ def build(cfg: RunConfig, run: Path, earlier: Earlier | None = None, *, trust_re
     if cfg.model.compile and can_compile(device.type):
         # In place: the names of the parameters stay. Without the head: its loss may be made in parts.
         model.base_model.compile()
+    learner = None
+    if not whole:  # before there is an optimizer: it is given other parameters
+        learner = sharded(Learner(model, cfg.train.loss), blocks_of(model), world)
     optimizer = make_optimizer(cfg.optim, model, graphs)
     released = release(model, optimizer, clip=cfg.train.clip_tensor) if cfg.train.release else None
+    if whole and world.size > 1:
+        learner = replicated(Learner(model, cfg.train.loss), world, unused=has_experts(model))
     return Job(
         cfg=cfg,
         run=run,
@@ -123,7 +144,14 @@ def build(cfg: RunConfig, run: Path, earlier: Earlier | None = None, *, trust_re
         own_tokenizer=tokenizer is not None,
         changed=earlier.changed,
         ended=earlier.memory,
+        world=world,
+        learner=learner,
     )
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether tokens are routed, so that some weights may take no part in a step."""
+    return any("expert" in name for name, _ in model.named_parameters())
 
 
 def compiled_beforehand(
@@ -141,13 +169,16 @@ def compiled_beforehand(
     return precompile(make_optimizer(cfg.optim, model), device)
 
 
-def choose_device(cfg: RunConfig) -> torch.device:
-    """As configured, else the GPU if there is one; sets threads and determinism."""
+def choose_device(cfg: RunConfig, world: World = ALONE) -> torch.device:
+    """As configured, else the GPU if there is one (each process's own); sets threads and determinism."""
     if cfg.train.threads is not None:
         torch.set_num_threads(cfg.train.threads)
     torch.set_float32_matmul_precision(cfg.train.matmul_precision)
     try:
         device = torch.device(cfg.train.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is None and world.size > 1:
+            device = torch.device("cuda", world.local_rank)
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"train.device={cfg.train.device}: {str(error).splitlines()[0]}") from None

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from apollo_optim.parallel.world import ALONE, World
 from apollo_optim.train.chunked import How
 from apollo_optim.train.loss import summed_loss, targets
 
@@ -38,24 +40,38 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, rows: list[Batch], batch_size: int, bytes_per_token: float, how: How = "auto"
+    model: PreTrainedModel,
+    rows: list[Batch],
+    batch_size: int,
+    bytes_per_token: float,
+    how: How = "auto",
+    *,
+    learner: nn.Module | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Evaluate on `rows`, `batch_size` of them at a time.
+
+    Several processes take batches in turn, and each learns what all have found: `learner` is the model with its loss
+    as it is spread over them.
 
     Leaves the model in the mode it was in, and draws no random numbers: training goes on as if nothing had been.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.train(False)
-    losses, counts = [], []
-    for start in range(0, len(rows), batch_size):
-        some = rows[start : start + batch_size]
-        labels = torch.stack([row.labels for row in some])
-        input_ids = torch.stack([row.input_ids for row in some])
-        losses.append(summed_loss(model, input_ids.to(device), labels.to(device), how).double())
-        counts.append(targets(labels))
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    losses = torch.zeros(len(batches), dtype=torch.float64, device=device)
+    counts = [targets(torch.stack([row.labels for row in batch])) for batch in batches]
+    for first in range(0, len(batches), world.size):
+        number = first + world.rank
+        batch = batches[min(number, len(batches) - 1)]  # who has none left goes along: sharded weights need all
+        labels = torch.stack([row.labels for row in batch]).to(device)
+        input_ids = torch.stack([row.input_ids for row in batch]).to(device)
+        loss = summed_loss(model, input_ids, labels, how) if learner is None else learner(input_ids, labels)
+        if number < len(batches):
+            losses[number] = loss.double()
     model.train(was_training)
-    summed = torch.stack(losses).tolist()
+    summed = world.total(losses).tolist()
     loss = sum(summed) / max(sum(counts), 1)
     reference = sum(total / max(count, 1) for total, count in zip(summed, counts, strict=True)) / (len(counts) + 1)
     return Evaluation(

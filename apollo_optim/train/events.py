@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from apollo_optim.core.place import local
 from apollo_optim.core.storage import is_finite
+from apollo_optim.parallel.world import ALONE, World
 from apollo_optim.quant import rounding_stats
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.evaluate import evaluate
@@ -22,6 +24,8 @@ from apollo_optim.train.skips import PATIENCE, Skips
 from apollo_optim.train.state import TrainState
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from apollo_optim.data import Batch
     from apollo_optim.train.chunked import How
     from apollo_optim.train.step import StepReport
@@ -188,13 +192,23 @@ class Evaluate(Event):
     every: int | None
     last: int
     loss: How = "auto"
+    world: World = ALONE
+    learner: nn.Module | None = None
 
     def due(self, step: int) -> bool:
         return due(step, self.every, self.last)
 
     def after(self, report: StepReport) -> None:
         state = self.state
-        figures = evaluate(state.model, self.rows, self.batch_size, self.bytes_per_token, self.loss)
+        figures = evaluate(
+            state.model,
+            self.rows,
+            self.batch_size,
+            self.bytes_per_token,
+            self.loss,
+            learner=self.learner,
+            world=self.world,
+        )
         if not math.isfinite(figures.loss):
             raise TrainingFailed(f"the validation loss is {figures.loss} after step {state.step}")
         state.evaluation = dataclasses.asdict(figures)
@@ -214,6 +228,7 @@ class Save(Event):
     every: int | None
     keep: int
     last: int
+    world: World = ALONE
     for_goodbye = True
 
     def due(self, step: int) -> bool:
@@ -225,7 +240,11 @@ class Save(Event):
     def now(self) -> None:
         """Save what is there, if it is not saved yet."""
         state = self.state
-        if not all(is_finite(p) for p in state.model.parameters()):
+        if self.world.any(not all(is_finite(local(p)) for p in state.model.parameters())):
             raise TrainingFailed(f"the weights are not finite any more after step {state.step}")
-        self.record.metrics.flush()
-        checkpoint.save(self.run, state.step, state.model, state.state_dict(), self.keep)
+        if self.world.leads:
+            self.record.metrics.flush()
+            checkpoint.save(self.run, state.step, state.model, state.state_dict(), self.keep)
+        else:
+            checkpoint.lend(checkpoint.weights(state.model), state.state_dict())
+        self.world.wait()  # a checkpoint is there when all go on

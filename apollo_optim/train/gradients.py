@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from apollo_optim.core.place import local
 from apollo_optim.train.config import TrainConfig
 from apollo_optim.train.display import in_bytes
 
@@ -24,10 +25,10 @@ class Gradients:
     released: bool
 
     @classmethod
-    def of(cls, model: torch.nn.Module, cfg: TrainConfig, *, compiled: bool) -> Gradients:
-        """Those of a run; `compiled`: the model is."""
-        sizes = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
-        return cls(max(sizes), sum(sizes), _together(cfg, compiled), cfg.release)
+    def of(cls, model: torch.nn.Module, cfg: TrainConfig, *, compiled: bool, processes: int = 1) -> Gradients:
+        """Those of a run, in each of its processes; `compiled`: the model is."""
+        sizes = [local(p).numel() * p.element_size() for p in model.parameters() if p.requires_grad]
+        return cls(max(sizes), sum(sizes), _together(cfg, compiled, processes), cfg.release)
 
     def most(self) -> int:
         """Bytes at the fullest moment of a step."""
@@ -42,8 +43,8 @@ class Gradients:
         return f"step inside backward: one gradient at a time, {largest} at most instead of {everything}"
 
 
-def _together(cfg: TrainConfig, compiled: bool) -> str:
-    count = math.ceil(cfg.batch_size / (cfg.micro_batch or cfg.batch_size))
+def _together(cfg: TrainConfig, compiled: bool, processes: int) -> str:
+    count = math.ceil(cfg.batch_size / processes / (cfg.micro_batch or cfg.batch_size))
     if not cfg.release:
         return "they wait for the step"
     if count > 1:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from apollo_optim.parallel.world import ALONE, World
 from apollo_optim.train.events import Event
 from apollo_optim.train.failures import Interrupted
 from apollo_optim.train.signals import Stop
@@ -26,6 +27,7 @@ def run_steps(
     *,
     last: int,
     stop: Stop | None = None,
+    world: World = ALONE,
 ) -> None:
     """Step after step until step `last` is made or somebody asks to stop.
 
@@ -33,6 +35,7 @@ def run_steps(
         state: Where the run is; `state.step` counts the steps that are made.
         train_step: Called as `train_step(step, norm=...)`.
         events: What is done around some of the steps, in this order.
+        world: All of its processes stop after the same step, whichever was asked.
         stop: Who asks. Then the events that are `for_goodbye` take place, and Interrupted is raised.
     """
     stop = stop or Stop()
@@ -45,7 +48,8 @@ def run_steps(
             report = train_step(step, norm=any(event.needs_norm for event in due))
         state.step = step
         state.optimizer.zero_grad(set_to_none=True)
-        stopping = stop.requested  # read once: what is asked for from here on is done one step later
+        asked = stop.requested  # read once: what is asked for from here on is done one step later
+        stopping = world.any(bool(asked))
         if stopping:
             due += [event for event in events if event.for_goodbye and event not in due]
         if not due:
@@ -54,7 +58,7 @@ def run_steps(
         for event in due:
             event.after(report)
         if stopping and step < last:
-            raise Interrupted(f"{stopping}: saved after step {step}")
+            raise Interrupted(f"{asked or 'another process was asked'}: saved after step {step}")
         clock.start()
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.train.chunked import How, Unmade, summed_cross_entropy, unmade_logits
@@ -47,3 +48,15 @@ def summed_loss(
     if router_loss is not None and model.training:
         loss = loss + getattr(model, "router_aux_loss_coef", 0.0) * router_loss * (shifted != IGNORED).sum()
     return loss
+
+
+class Learner(nn.Module):
+    """A model and its loss as one module, for what wraps or shards a module by its `forward`: DDP and FSDP2."""
+
+    def __init__(self, model: PreTrainedModel, how: How) -> None:
+        super().__init__()
+        self.model, self._how = model, how
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """`summed_loss` of some rows."""
+        return summed_loss(self.model, input_ids, labels, self._how)

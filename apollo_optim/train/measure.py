@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from apollo_optim.core.place import local
 from apollo_optim.core.storage import nbytes
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of all of them, each counted once (tied weights share their memory)."""
-    return sum(nbytes(t) for t in {id(t): t for t in tensors}.values())
+    """Bytes of all of them in this process, each counted once (tied weights share their memory)."""
+    return sum(nbytes(local(t)) for t in {id(t): t for t in tensors}.values())
 
 
 def memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +12,18 @@ from pathlib import Path
 from apollo_optim import describe
 from apollo_optim.data.batches import TextEnded
 from apollo_optim.optim.optimizer import RuleOptimizer
+from apollo_optim.parallel.world import ProcessLost, World, joined
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.build import Job, build
-from apollo_optim.train.config import RunConfig, check, to_dict
+from apollo_optim.train.config import RunConfig, check, check_processes, to_dict
 from apollo_optim.train.display import duration
 from apollo_optim.train.events import Evaluate, Event, Log, Memory, Save, Tally
-from apollo_optim.train.failures import Interrupted
+from apollo_optim.train.failures import Interrupted, TrainingFailed
 from apollo_optim.train.loop import run_steps
 from apollo_optim.train.metrics import check_trackers
 from apollo_optim.train.optimizer import peak_rates
-from apollo_optim.train.record import Record, recording
-from apollo_optim.train.run_dir import Earlier, check_continuation, claim, default_run, prepare, restore
+from apollo_optim.train.record import Record, lost, recording
+from apollo_optim.train.run_dir import Earlier, check_continuation, claim, prepare, restore, run_of
 from apollo_optim.train.schedule import factor
 from apollo_optim.train.signals import stop_signals
 from apollo_optim.train.skips import Skips
@@ -67,14 +67,25 @@ def pretrain(cfg: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
     """
     check(cfg)
     check_trackers(list(cfg.log.to))
-    run = Path(os.path.expanduser(cfg.out or default_run(cfg)))
-    with claim(run, resume):
+    run = run_of(cfg)
+    try:
+        with joined(cfg.parallel.timeout) as world:
+            return _pretrain(cfg, run, world, resume, trust_remote_code)
+    except ProcessLost as error:
+        raise TrainingFailed(lost(error)) from error
+
+
+def _pretrain(cfg: RunConfig, run: Path, world: World, resume: bool, trust_remote_code: bool) -> Result:
+    with claim(run, resume, world):
+        check_processes(cfg, world)
         earlier = check_continuation(run, cfg) if resume else Earlier()
-        job = build(cfg, run, earlier, trust_remote_code=trust_remote_code)
+        job = build(cfg, run, earlier, trust_remote_code=trust_remote_code, world=world)
         if earlier.state is not None:
             restore(job.state, earlier.state, run)
-        tokenizer = None if job.own_tokenizer else job.data.tokenizer
-        prepare(run, cfg, job.state.step, tokenizer, resume=resume, keep_code=trust_remote_code)
+        world.wait()  # all have read what is written anew next
+        if world.leads:
+            tokenizer = None if job.own_tokenizer else job.data.tokenizer
+            prepare(run, cfg, job.state.step, tokenizer, resume=resume, keep_code=trust_remote_code)
         return run_job(job, resumed_from=job.state.step if resume else None)
 
 
@@ -82,14 +93,16 @@ def run_job(job: Job, *, resumed_from: int | None = None, more: Sequence[Event] 
     """From where a job is to the end of its run; `more`: events of another story, before the checkpoint is saved."""
     cfg, state, last = job.cfg, job.state, job.cfg.train.steps
     title = f"{cfg.model.name}, {cfg.optim.name}, {last} steps of {cfg.train.batch_size} x {cfg.data.seq_len} tokens"
-    with recording(job.run, state, to_dict(cfg), title, last, job.world) as record, stop_signals() as stop:
+    stopping = stop_signals(several=job.world.size > 1)
+    with recording(job.run, state, to_dict(cfg), title, last, job.world) as record, stopping as stop:
         introduce(job, record, resumed_from)
-        save = Save(state, record, job.run, cfg.checkpoint.every, cfg.checkpoint.keep, last)
+        save = Save(state, record, job.run, cfg.checkpoint.every, cfg.checkpoint.keep, last, job.world)
         schedule = functools.partial(factor, steps=last, cfg=cfg.schedule)
-        train_step = TrainStep(state, cfg.train, schedule, job.released, job.data.tokenizer, job.world)
+        train_step = TrainStep(state, cfg.train, schedule, job.released, job.data.tokenizer, job.world, job.learner)
         try:
             with job.data.train.ahead((last - state.step) * cfg.train.batch_size):
-                run_steps(state, train_step, [*events_of(job, record), *more, save], last=last, stop=stop)
+                events = [*events_of(job, record), *more, save]
+                run_steps(state, train_step, events, last=last, stop=stop, world=job.world)
         except Interrupted as asked:
             again = f"go on with: apollo-optim pretrain --out {job.run} --resume"
             raise Interrupted(f"{asked}; {again}") from None
@@ -117,6 +130,8 @@ def events_of(job: Job, record: Record) -> list[Event]:
             cfg.eval.every,
             last,
             cfg.train.loss,
+            job.world,
+            job.learner,
         ),
     ]
 
@@ -125,6 +140,7 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
     """The first line of the log, and what a reader wants to know before the first step."""
     metrics, display = record.metrics, record.display
     parameters = sum(p.numel() for p in {id(p): p for p in job.model.parameters()}.values())
+    processes = {"processes": job.world.size, "parallel": job.cfg.parallel.mode} if job.world.size > 1 else {}
     metrics.write(
         "start",
         time=time.time(),
@@ -139,8 +155,11 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
         left_out=job.data.left_out,
         resumed_from=resumed_from,
         **({"changed": job.changed} if job.changed else {}),
+        **processes,
     )
     display.note(f"{parameters:,} parameters in {job.cfg.model.dtype} on {job.state.device}; results in {job.run}")
+    if processes:
+        display.note(f"{job.world.size} processes, {job.cfg.parallel.mode}")
     if isinstance(job.optimizer, RuleOptimizer):
         display.note(describe(job.optimizer))
     if job.released is not None:
@@ -158,12 +177,15 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
 def finish(job: Job, record: Record) -> Result:
     """The model for everybody else, and the last line of the log."""
     state, display = job.state, record.display
-    if job.cfg.checkpoint.export:
+    if job.cfg.checkpoint.export and job.world.leads:
         checkpoint.write_model(job.model, job.data.tokenizer, job.run / "model", keep_code=job.trust_remote_code)
+    elif job.cfg.checkpoint.export:
+        checkpoint.lend(checkpoint.named_weights(job.model))
     sizes = measure.memory(job.model, job.optimizer)
     # Gradients are set free after every step; what they take while they live is what counts.
     sizes["gradients"] = job.gradients.most()
     sizes["peak"] = measure.peak_memory()
+    peaks = job.world.each(sizes["peak"])
     gpu = measure.peak_gpu_memory(state.device)
     if gpu is not None:
         sizes["peak_gpu"] = gpu
@@ -179,7 +201,8 @@ def finish(job: Job, record: Record) -> Result:
         left_out=job.data.train.skipped,
         **{key: state.evaluation[key] for key in ("loss", "perplexity", "perplexity_reference", "bits_per_byte")},
     )
-    record.metrics.write("end", **{key: value for key, value in dataclasses.asdict(result).items() if key != "run"})
+    end = {key: value for key, value in dataclasses.asdict(result).items() if key != "run"}
+    record.metrics.write("end", **end, **({"peak_by_rank": peaks} if job.world.size > 1 else {}))
     for count, what in (
         (result.skipped, "updates were skipped: their gradients were not finite"),
         (result.left_out, "broken lines or rows without text were left out"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apollo_optim.parallel.world import World
+from apollo_optim.parallel.world import ProcessLost, World
 from apollo_optim.train.checkpoint import SaveFailed, newest
 from apollo_optim.train.display import Display, open_display
 from apollo_optim.train.failures import TrainingFailed
@@ -50,12 +50,19 @@ def recording(
             with contextlib.suppress(OSError):  # what failed first is what is told
                 metrics.write("failed", step=state.step if error.step is None else error.step, reason=str(told))
             raise told from error.__cause__
+        except ProcessLost as error:
+            raise TrainingFailed(f"{lost(error)} after step {state.step}; {last_good(run)}") from error
         except SaveFailed as error:
             raise TrainingFailed(f"step {state.step}: {error}; {last_good(run)}") from error
         except OSError as error:
             raise TrainingFailed(
                 f"step {state.step}: cannot write to {run}: {error.strerror or error}; {last_good(run)}"
             ) from error
+
+
+def lost(error: ProcessLost) -> str:
+    """What has become of the others, as far as it can be known here."""
+    return f"another process of the run is gone, or does not answer ({error})"
 
 
 def last_good(run: Path) -> str:

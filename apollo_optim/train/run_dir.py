@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.foreign import drop_code
 from apollo_optim.data.tokenizer import fingerprint, load_tokenizer
+from apollo_optim.parallel.world import ALONE, World
 from apollo_optim.train import checkpoint, disk
 from apollo_optim.train.config import RunConfig, differences, load_config, may_change, only_rounds, save_config, to_dict
 from apollo_optim.train.metrics import cut_back, last_event
@@ -24,9 +26,26 @@ def default_run(cfg: RunConfig) -> str:
     return f"out/{Path(cfg.model.name).name}-{cfg.optim.name}"
 
 
+def run_of(cfg: RunConfig) -> Path:
+    """The run directory."""
+    return Path(os.path.expanduser(cfg.out or default_run(cfg)))
+
+
+def was_begun(cfg: RunConfig) -> bool:
+    """Whether there is a run to go on with."""
+    return (run_of(cfg) / "config.yaml").exists()
+
+
 @contextlib.contextmanager
-def claim(run: Path, resume: bool) -> Iterator[None]:
-    """Refuse a directory that holds another run, or (to resume) none, or one in which a process is at work."""
+def claim(run: Path, resume: bool, world: World = ALONE) -> Iterator[None]:
+    """Refuse a directory that holds another run, or (to resume) none, or one in which a process is at work.
+
+    Of several processes the one that leads looks, and the others wait for it.
+    """
+    if not world.leads:
+        world.wait()
+        yield
+        return
     if run.exists() and not run.is_dir():
         raise InputError(f"out={run}: that is a file, not a run directory")
     there = max(checkpoint.checkpoints(run), default=None)
@@ -43,6 +62,7 @@ def claim(run: Path, resume: bool) -> Iterator[None]:
                 f"{run} holds a run that has saved nothing, and it can't be known whether it is still going on: add "
                 "--resume to start it again, or choose another --out"
             )
+        world.wait()
         yield
 
 

@@ -18,8 +18,12 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """The first Ctrl-C or SIGTERM only asks: the step is finished and saved. A second one acts as it always does."""
+def stop_signals(*, several: bool = False) -> Iterator[Stop]:
+    """The first Ctrl-C or SIGTERM only asks: the step is finished and saved. A second one acts as it always does.
+
+    `several` processes: `torchrun` hands on to each what the terminal has told it already, so all of them only ask.
+    (It kills what has not ended after 30 seconds.)
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may listen
@@ -33,7 +37,8 @@ def stop_signals() -> Iterator[Stop]:
 
     def ask(number: int, frame: Any) -> None:
         stop.requested = names[signal.Signals(number)]
-        put_back()
+        if not several:
+            put_back()
 
     for number in names:
         signal.signal(number, ask)

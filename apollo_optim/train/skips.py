@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from apollo_optim.core.place import is_sharded, local, whole
+from apollo_optim.parallel.world import ALONE, World
+
 PATIENCE = 10  # steps in a row of which nothing is left, until a run stops
 
 
-def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+def total_norm(gradients: list[torch.Tensor], world: World = ALONE) -> torch.Tensor:
     """The norm (0-D) of all gradients that are finite: those that are not are skipped, and must not clip the others."""
-    norms = torch.stack(torch._foreach_norm(gradients))
+    norms = torch.stack(torch._foreach_norm([local(grad) for grad in gradients]))
+    if any(map(is_sharded, gradients)):  # each process has a part of each
+        norms = world.total(norms.square()).sqrt()
     total: torch.Tensor = torch.linalg.vector_norm(torch.where(norms.isfinite(), norms, 0.0))
     return total
 
@@ -49,5 +54,5 @@ class Skips:
         }
         if not counted:
             return {}, 0
-        sums = torch.stack([t.sum() for t in counted.values()]).tolist()  # one transfer
+        sums = torch.stack([whole(t).sum() for t in counted.values()]).tolist()  # one transfer
         return dict(zip(counted, sums, strict=True)), sum(t.numel() for t in counted.values())

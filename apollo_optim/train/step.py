@@ -6,14 +6,16 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from apollo_optim import Released
-from apollo_optim.parallel.world import ALONE, World
+from apollo_optim.parallel.spread import waiting
+from apollo_optim.parallel.world import ALONE, World, losing_none
 from apollo_optim.train.config import TrainConfig
 from apollo_optim.train.failures import TrainingFailed
 from apollo_optim.train.loss import IGNORED, summed_loss, targets
@@ -66,6 +68,8 @@ class TrainStep:
     tokenizer: Any = None
     """For the message where a token has no place in the model's vocabulary."""
     world: World = ALONE
+    learner: nn.Module | None = None
+    """The model and its loss, spread over the processes (`parallel.spread`); None: one process has it all."""
     data_wait: float = field(default=0.0, init=False)
     """Seconds that its steps waited for their batches."""
 
@@ -80,36 +84,36 @@ class TrainStep:
         asked = time.perf_counter()
         batch = state.batches.next(self.cfg.batch_size)
         self.data_wait += time.perf_counter() - asked
-        report = dataclasses.replace(self.learn(batch, step, norm), data_wait=self.data_wait)
-        state.tokens += self.world.total(int((batch.labels != IGNORED).sum()))
+        self.world.draw(self.cfg.seed, step)
+        with losing_none():
+            report = dataclasses.replace(self.learn(batch, step, norm), data_wait=self.data_wait)
+        state.tokens += int((batch.labels != IGNORED).sum())
         return report
 
     def learn(self, batch: Batch, step: int, norm: bool) -> StepReport:
-        """One update from one batch.
+        """One update from one batch, which every process has: each learns from its own rows of it.
 
-        Every prediction of the batch weighs the same, however the batch is cut into micro-batches.
+        Every prediction of the batch weighs the same, however it is cut into micro-batches and spread over processes.
         """
         from apollo_optim.data import check_vocabulary
 
         state, cfg, device = self.state, self.cfg, self.state.device
+        check_vocabulary(batch, state.model.config.get_text_config().vocab_size, self.tokenizer)
+        predictions = max(targets(batch.labels), 1)
+        batch = type(batch)(*map(self.world.mine, batch))
         if device.type == "cuda":  # a copy from other memory waits for the device
             batch = batch.pinned()
-        check_vocabulary(batch, state.model.config.get_text_config().vocab_size, self.tokenizer)
-        predictions = max(self.world.total(targets(batch.labels)), 1)
         size = cfg.micro_batch or cfg.batch_size
         summed = torch.zeros((), device=device)
         pieces = list(zip(torch.split(batch.input_ids, size), torch.split(batch.labels, size), strict=True))
         for number, (input_ids, labels) in enumerate(pieces, 1):
-            loss = summed_loss(
-                state.model,
-                input_ids.to(device, non_blocking=True),
-                labels.to(device, non_blocking=True),
-                cfg.loss,
-            )
-            loss = loss / predictions
-            summed += loss.detach()
-            if number < len(pieces):
-                with self.released.accumulate() if self.released else contextlib.nullcontext():
+            with self.accumulating() if number < len(pieces) else contextlib.nullcontext():
+                loss = self.loss_of(input_ids.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+                loss = loss / predictions
+                summed += loss.detach()
+                if self.world.size > 1:
+                    loss = loss * self.world.size  # the processes' gradients are averaged
+                if number < len(pieces):
                     loss.backward()  # type: ignore[no-untyped-call]
         # Set out before the last backward: it has arrived when the step needs it.
         total = AsyncScalar(self.world.total(summed))
@@ -121,6 +125,23 @@ class TrainStep:
             check_loss(total, step)
             state.optimizer.step()
         return StepReport(total.get(), grad_norm)
+
+    def loss_of(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Summed over the predictions of these rows."""
+        if self.learner is None:
+            return summed_loss(self.state.model, input_ids, labels, self.cfg.loss)
+        loss: Tensor = self.learner(input_ids, labels)
+        return loss
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Around a micro-batch that is not a step's last: nothing is stepped, and nothing averaged over processes."""
+        with contextlib.ExitStack() as around:
+            if self.released is not None:
+                around.enter_context(self.released.accumulate())
+            if self.learner is not None:
+                around.enter_context(waiting(self.learner))
+            yield
 
     def step_inside_backward(
         self, released: Released, loss: torch.Tensor, total: AsyncScalar, step: int, norm: bool
@@ -137,7 +158,7 @@ class TrainStep:
         cfg, parameters = self.cfg, [p for p in self.state.model.parameters() if p.grad is not None]
         found = None
         if norm or cfg.clip is not None:
-            total = total_norm([p.grad for p in parameters if p.grad is not None])
+            total = total_norm([p.grad for p in parameters if p.grad is not None], self.world)
             found = AsyncScalar(total)
             if cfg.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, cfg.clip, total)

@@ -1,7 +1,7 @@
 """What a run saves, and the model that it leaves for everybody else."""
 
 from apollo_optim.train.checkpoint.export import export, write_model
-from apollo_optim.train.checkpoint.shards import SaveFailed, load_weights, weights
+from apollo_optim.train.checkpoint.shards import SaveFailed, lend, load_weights, named_weights, weights
 from apollo_optim.train.checkpoint.store import (
     checkpoints,
     load_state,
@@ -18,8 +18,10 @@ __all__ = [
     "SaveFailed",
     "checkpoints",
     "export",
+    "lend",
     "load_state",
     "load_weights",
+    "named_weights",
     "newest",
     "pack",
     "restore_generation",

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.place import is_sharded
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.data.foreign import drop_code
 from apollo_optim.data.tokenizer import load_tokenizer
 from apollo_optim.train import disk
-from apollo_optim.train.checkpoint.shards import failing_cleanly, in_shards, load_weights, own_memory
+from apollo_optim.train.checkpoint.shards import failing_cleanly, in_shards, load_weights, named_weights, own_memory
 from apollo_optim.train.checkpoint.store import checkpoints, restore_generation, saved_config, verify
 from apollo_optim.train.config import load_config
 from apollo_optim.train.models import low_bit, with_new_weights
@@ -77,7 +78,7 @@ def write_model(
     try:
         with failing_cleanly(temporary, "the exported model"):
             shutil.rmtree(temporary, ignore_errors=True)
-            if any(writes_itself(p) for p in model.parameters()):
+            if any(writes_itself(p) or is_sharded(p) for p in model.parameters()):
                 _save_float(model, temporary)
             else:
                 model.save_pretrained(temporary)
@@ -94,15 +95,14 @@ def write_model(
 
 
 def _save_float(model: PreTrainedModel, target: Path) -> None:
-    """`save_pretrained` for low-bit weights: what they mean in the model's dtype, one shard in memory at a time."""
+    """`save_pretrained` for low-bit and for sharded weights: what they mean, one file of them in memory at a time."""
     from safetensors.torch import save_file
 
     target.mkdir(parents=True)
     model.config.save_pretrained(target)
     if model.can_generate():
         model.generation_config.save_pretrained(target)
-    whole = {id(t): (name, t) for name, t in reversed(model.state_dict(keep_vars=True).items())}  # tied ones once
-    named = dict(reversed(whole.values()))
+    named = named_weights(model)
     sizes = {name: t.numel() * t.element_size() for name, t in named.items()}
     shards = in_shards(sizes)
     index: dict[str, str] = {}

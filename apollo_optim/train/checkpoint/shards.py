@@ -6,11 +6,15 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.place import whole
 from apollo_optim.core.storage import parts
+from apollo_optim.optim.loading import split_as
+from apollo_optim.train.checkpoint.tree import pack
 
 SHAPE = ".shape"  # of a low-bit weight: its codes are padded
 SHARD_BYTES = 256 * 10**6  # loaded one shard at a time: the pages of a mapped file count as resident
@@ -22,16 +26,28 @@ class SaveFailed(OSError):
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The plain tensors that parameters and persistent buffers are made of, by name, tied ones once."""
-    named: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        named.setdefault(id(tensor), (name, tensor))
     plain: dict[str, torch.Tensor] = {}
-    for name, tensor in named.values():
+    for name, tensor in named_weights(model).items():
         made_of = parts(tensor)
         plain |= {f"{name}.{part}" if part else name: own for part, own in made_of.items()}
         if "" not in made_of:
             plain[name + SHAPE] = torch.tensor(tensor.shape)
     return plain
+
+
+def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers as they are, by name; tied ones once, by the first of their names."""
+    named: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        named.setdefault(id(tensor), (name, tensor))
+    return dict(named.values())
+
+
+def lend(*trees: Any) -> None:
+    """Give one's parts of all sharded tensors to the process that writes, which asks for them in the same order."""
+    for tree in trees:
+        for tensor in pack(tree)[1].values():
+            whole(tensor)
 
 
 def write_shards(directory: Path, part: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -57,8 +73,8 @@ def in_shards(sizes: dict[str, int]) -> list[list[str]]:
 
 
 def own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """As safetensors wants it: on the CPU, contiguous, not a piece of something else."""
-    tensor = tensor.detach().cpu().contiguous()
+    """As safetensors wants it: on the CPU, contiguous, all of it, not a piece of something else."""
+    tensor = whole(tensor.detach()).cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
@@ -85,7 +101,7 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
             fits = name in into and into[name].shape == tensor.shape and into[name].dtype == tensor.dtype
             if not fits or (name.endswith(SHAPE) and not torch.equal(into[name], tensor)):
                 raise InputError(f"{checkpoint} belongs to another model: its {name} ({_looks(tensor)}) does not fit")
-            into[name].copy_(tensor)
+            into[name].copy_(split_as(tensor.to(into[name].device), into[name]))
             seen.add(name)
     if missing := into.keys() - seen:
         raise InputError(f"{checkpoint} belongs to another model: it has no {min(missing)}")

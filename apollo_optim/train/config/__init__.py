@@ -1,7 +1,7 @@
 """A run is a file: its sections, reading and writing it, and what it may hold."""
 
 from apollo_optim.data.config import DataConfig
-from apollo_optim.train.config.check import check, differences, may_change, only_rounds
+from apollo_optim.train.config.check import check, check_processes, differences, may_change, only_rounds
 from apollo_optim.train.config.io import from_dict, load_config, read_run_file, save_config, to_dict
 from apollo_optim.train.config.parser import check_names, key_types, make_parser, parse, plain
 from apollo_optim.train.config.sections import (
@@ -10,6 +10,7 @@ from apollo_optim.train.config.sections import (
     LogConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     QuantConfig,
     RunConfig,
     ScheduleConfig,
@@ -23,12 +24,14 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParallelConfig",
     "QuantConfig",
     "RunConfig",
     "ScheduleConfig",
     "TrainConfig",
     "check",
     "check_names",
+    "check_processes",
     "differences",
     "from_dict",
     "key_types",

@@ -8,6 +8,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.optim.groups import rule_and_codec
 from apollo_optim.optim.knobs import GENERAL
 from apollo_optim.optim.recipes import check_knobs, find_optimizer
+from apollo_optim.parallel.world import World
 from apollo_optim.train.config.io import from_dict, to_dict
 from apollo_optim.train.config.sections import OptimConfig, RunConfig
 
@@ -20,6 +21,7 @@ MAY_CHANGE = (
     "eval",
     "checkpoint",
     "log",
+    "parallel.timeout",
     "train.threads",
     "train.release",
     "train.steps",
@@ -34,6 +36,7 @@ ONLY_ROUNDS = (
     "model.compile",
     "model.gradient_checkpointing",
     "optim.compile",
+    "parallel.mode",
     "train.deterministic",
     "train.device",
     "train.loss",
@@ -84,6 +87,7 @@ def check(cfg: RunConfig) -> None:
         "checkpoint.every": cfg.checkpoint.every,
         "checkpoint.keep": cfg.checkpoint.keep,
         "log.every": cfg.log.every,
+        "parallel.timeout": cfg.parallel.timeout,
         "quant.tally": cfg.quant.tally,
         "model.vocab_size": cfg.model.vocab_size,
     }
@@ -109,6 +113,24 @@ def check(cfg: RunConfig) -> None:
         )
     if cfg.train.clip is not None and cfg.train.clip_tensor is not None:
         raise InputError("train.clip and train.clip_tensor: choose one of them")
+
+
+def check_processes(cfg: RunConfig, world: World) -> None:
+    """Refuse what several processes cannot do."""
+    if cfg.train.batch_size % world.size:
+        raise InputError(
+            f"train.batch_size={cfg.train.batch_size}: {world.size} processes cannot share it equally; choose a "
+            "multiple, or another number of processes"
+        )
+    if world.size == 1:
+        return
+    if cfg.parallel.mode == "ddp" and cfg.train.release:
+        raise InputError(
+            "train.release: with parallel.mode=ddp gradients are averaged after it has stepped; choose "
+            "--parallel.mode fsdp2, which also has a part of the weights in each process, or leave release out"
+        )
+    if cfg.parallel.mode == "fsdp2" and (cfg.quant.bits or find_optimizer(cfg.optim.name).bits):
+        raise InputError("low-bit weights cannot be sharded: choose --parallel.mode ddp, or float weights")
 
 
 def check_optimizer(cfg: OptimConfig) -> None:

@@ -168,6 +168,18 @@ class TrainConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """Several processes, as `torchrun --nproc-per-node 2 -m apollo_optim pretrain ...` starts them. With one process
+    nothing of this matters: the same run file is for one and for many, and so are its checkpoints."""
+
+    mode: Literal["ddp", "fsdp2"] = "ddp"
+    """ddp: every process has all weights and learns from its part of each batch. fsdp2: every process also has only
+    its part of weights, gradients and optimizer state."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others before the run fails."""
+
+
+@dataclass
 class EvalConfig:
     """Evaluation on the validation split; there is always one at the end."""
 
@@ -213,6 +225,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -1,0 +1,205 @@
+"""The same run in one process and in several: the same losses, the same weights, checkpoints that fit all of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import train
+from safetensors.torch import load_file
+from train_tiny import MODEL, records, tiny
+
+from apollo_optim.core.errors import InputError
+from apollo_optim.parallel.world import ALONE, World, joined
+from apollo_optim.train.checkpoint import checkpoints
+from apollo_optim.train.config import RunConfig, check_processes, save_config
+from apollo_optim.train.pretrain import pretrain
+
+CLOSE = 1e-5  # relative: sums of other orders
+
+
+def cfg_of(folder: Path, name: str, mode: str = "ddp", **changes) -> RunConfig:
+    """Two micro-batches in each of two processes, four in one; no dropout, whose random numbers are a process's own."""
+    sections = {"model": {"config": {**MODEL, "attention_dropout": 0.0}}, "parallel": {"mode": mode}}
+    sections["train"] = {"micro_batch": 1, **changes.pop("train", {})}
+    return tiny(folder, name, **sections, **changes)
+
+
+def written(cfg: RunConfig) -> Path:
+    path = Path(str(cfg.out)).with_suffix(".yaml")
+    save_config(cfg, path)
+    return path
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    files = sorted((run / "model").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    """The same figures of every step and evaluation, and the same weights, but for rounding."""
+    for event in ("step", "eval"):
+        pairs = list(zip(records(ours, event), records(theirs, event), strict=True))
+        assert pairs
+        for a, b in pairs:
+            assert (a["step"], a["tokens"]) == (b["step"], b["tokens"])
+            for key in {"loss", "grad_norm"} & a.keys():
+                assert a[key] == pytest.approx(b[key], rel=CLOSE), (event, a["step"], key)
+    first, second = weights(ours), weights(theirs)
+    assert first.keys() == second.keys()
+    for name, t in first.items():
+        assert (t - second[name]).norm() <= CLOSE * t.norm(), name
+
+
+RUNS = {
+    "ddp": {"train": {"clip": 0.5}},
+    "fsdp2": {"train": {"clip": 0.5}},
+    "fsdp2-release": {"train": {"release": True, "clip_tensor": 0.5}},
+}
+
+
+def goes_on(folder: Path, source: str, name: str, mode: str) -> RunConfig:
+    """A copy of a run as it was after its first checkpoint."""
+    shutil.copytree(folder / source, folder / name, symlinks=True)
+    shutil.rmtree(folder / name / "model")
+    shutil.rmtree(max(checkpoints(folder / name).items())[1])
+    return cfg_of(folder, name, mode, train={"clip": 0.5})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Each of RUNS in one process (`NAME`) and in two (`NAME-2`), and runs that go on in another number of them."""
+    folder = tmp_path_factory.mktemp("runs")
+    jobs = []
+    for name, changes in RUNS.items():
+        mode = name.partition("-")[0]
+        pretrain(cfg_of(folder, name, mode, **changes))
+        jobs.append((written(cfg_of(folder, f"{name}-2", mode, **changes)), False))
+    jobs.append((written(goes_on(folder, "ddp", "one-then-fsdp2", "fsdp2")), True))
+    train(2, *jobs)
+    pretrain(goes_on(folder, "fsdp2-2", "fsdp2-then-one", "ddp"), resume=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one_does(runs, name):
+    assert_same(runs / f"{name}-2", runs / name)
+    assert len(records(runs / f"{name}-2", "step")) == 8
+    start, end = records(runs / f"{name}-2", "start")[0], records(runs / f"{name}-2", "end")[0]
+    assert (start["processes"], start["parallel"]) == (2, name.partition("-")[0])
+    assert len(end["peak_by_rank"]) == 2
+
+
+@pytest.mark.parametrize("name", ["one-then-fsdp2", "fsdp2-then-one"])
+def test_a_checkpoint_goes_on_in_another_number_of_processes(runs, name):
+    assert [record["resumed_from"] for record in records(runs / name, "start")] == [None, 4]
+    assert_same(runs / name, runs / "ddp")
+
+
+def test_a_sharded_process_has_its_part(runs):
+    whole, part = (records(runs / name, "memory")[0] for name in ("fsdp2", "fsdp2-2"))
+    for key in ("weights", "gradients", "optimizer"):
+        assert part[key] < 0.52 * whole[key], key
+
+
+def torchrun(cfg: RunConfig, *words: str, restarts: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["--max-restarts", str(restarts)]
+    command += ["-m", "apollo_optim", "pretrain", "--config", str(written(cfg)), "--log.display", "plain", *words]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    while not (run / "metrics.jsonl").exists() or len(records(run, "step")) < step:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(300)
+def test_torchrun_stops_after_the_same_step_and_goes_on(tmp_path):
+    """SIGTERM, which torchrun hands on to every process: all save after one step, and the resumed run ends as one."""
+    whole = cfg_of(tmp_path, "whole", train={"steps": 30})
+    pretrain(whole)
+    cfg = cfg_of(tmp_path, "run", "fsdp2", train={"steps": 30})
+    process = torchrun(cfg)
+    wait_for(tmp_path / "run", 5, process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0]
+    assert process.returncode
+    assert said.count("saved after step") == 2  # each of the two processes
+    reached = max(checkpoints(tmp_path / "run"))
+    assert 5 <= reached < 30
+    process = torchrun(cfg, "--resume")
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert f"resumed after step {reached}" in said
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_restarts_a_run_of_which_a_process_was_killed(tmp_path, victim):
+    whole = cfg_of(tmp_path, "whole", train={"steps": 30})
+    pretrain(whole)
+    cfg = cfg_of(tmp_path, "run", "fsdp2", train={"steps": 30})
+    process = torchrun(cfg, restarts=1)
+    wait_for(tmp_path / "run", 10, process)
+    os.kill(worker_of(process.pid, victim), signal.SIGKILL)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    start, again = records(tmp_path / "run", "start")
+    assert start["resumed_from"] is None
+    assert again["resumed_from"] >= 8
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def worker_of(parent: int, rank: int) -> int:
+    """The process of this rank that torchrun has started."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (process / "stat").read_text().rpartition(") ")[2].split()
+            if int(status[1]) == parent and f"\0RANK={rank}\0" in "\0" + (process / "environ").read_text():
+                return int(process.name)
+        except OSError:
+            continue  # gone meanwhile
+    raise AssertionError(f"no process of rank {rank}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train": {"batch_size": 5}}, "train.batch_size=5: 2 processes cannot share it equally"),
+        ({"train": {"release": True}}, "train.release: with parallel.mode=ddp"),
+        ({"quant": {"bits": 8}, "parallel": {"mode": "fsdp2"}}, "choose --parallel.mode ddp, or float weights"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(tmp_path, changes, said):
+    cfg = tiny(tmp_path, **changes)
+    with pytest.raises(InputError, match=said):
+        check_processes(cfg, World(0, 2))
+    if "batch_size" not in changes.get("train", {}):
+        check_processes(cfg, ALONE)
+
+
+def test_one_process_is_alone(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with joined(10.0) as world:
+        assert world is ALONE
+    monkeypatch.setenv("RANK", "0")  # of another tool: not torchrun's four
+    with joined(10.0) as world:
+        assert world is ALONE
+
+
+def test_the_rows_of_a_batch_are_shared(monkeypatch):
+    rows = torch.arange(12).view(6, 2)
+    parts = [World(rank, 3).mine(rows) for rank in range(3)]
+    assert torch.equal(torch.stack(parts, 1).view(6, 2), rows)
+    assert ALONE.mine(rows) is rows
