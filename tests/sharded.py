@@ -53,6 +53,7 @@ RESTS: dict[str, dict[str, Any]] = {  # what every matrix is told to follow inst
     "scale rows": {"rule": "scale", "normalize": "rows", "momentum": 0.9},
     "scale columns": {"rule": "scale", "normalize": "columns"},
     "normuon": {"rule": "normuon"},
+    "rmnp": {"rule": "rmnp", "nesterov": True},
     "racs": {"rule": "racs"},
     "sinkgd": {"rule": "sinkgd"},
 }

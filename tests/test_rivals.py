@@ -195,3 +195,30 @@ def test_the_width_rule_of_axolotls_sinkgd():
     grads = gradients((30, 20), 2)
     for ours, papers in zip(steps("sinkgd", grads, base_width=5), steps("sinkgd", grads), strict=True):
         torch.testing.assert_close(ours, papers * 5 / 20)
+
+
+@BLOCKS
+@MATRICES
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_rmnp_is_the_papers(monkeypatch, shape, size, nesterov):
+    """Rows of the momentum, of norm 1 or of RMS 0.2; a row of zeros stays."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    grads = gradients(shape)
+    grads[0].select(-2, 1).zero_()
+    m = torch.zeros(shape, dtype=torch.float64)
+    pairs = (steps("rmnp", grads, nesterov=nesterov, size=of) for of in ("original", "match_rms_adamw"))
+    for grad, papers, matched in zip(grads, *pairs, strict=True):
+        g = grad.double()
+        m = 0.95 * m + 0.05 * g
+        d = 0.95 * m + 0.05 * g if nesterov else m
+        torch.testing.assert_close(papers, (d / norm(d, -1)).nan_to_num(0.0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(matched, papers * 0.2 * shape[-1] ** 0.5, rtol=1e-5, atol=0)
+
+
+def test_rmnp_is_scale_with_a_momentum_and_muon_of_orthogonal_rows():
+    grads = gradients((30, 20))
+    for rmnp, scale in zip(steps("rmnp", grads, momentum=0.9), steps("scale", grads, momentum=0.9), strict=True):
+        torch.testing.assert_close(rmnp, 0.2 * scale)
+    rows = torch.linalg.qr(torch.randn(20, 20, generator=torch.Generator().manual_seed(3)))[0]
+    ours = steps("rmnp", [rows], size="original")[0]
+    torch.testing.assert_close(ours, rows.double(), rtol=1e-5, atol=1e-6)  # the nearest orthogonal matrix is itself

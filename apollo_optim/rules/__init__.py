@@ -9,6 +9,7 @@ from apollo_optim.rules.lion import Lion
 from apollo_optim.rules.muon import Muon
 from apollo_optim.rules.normuon import NorMuon
 from apollo_optim.rules.racs import Racs
+from apollo_optim.rules.rmnp import Rmnp
 from apollo_optim.rules.scale import Scale
 from apollo_optim.rules.sgd import Sgd
 from apollo_optim.rules.sinkgd import SinkGd
@@ -28,6 +29,7 @@ RULES: dict[str, type[Rule]] = {
         NorMuon,
         Racs,
         SinkGd,
+        Rmnp,
     )
 }
 

@@ -73,6 +73,8 @@ METHODS: dict[str, Method] = {
     # Other rules of the matrices; embedding, head and norms follow AdamW. RACS and SinkGD start at their papers' rates,
     # SGD where a step of this model is about as long as AdamW's (its gradient's norm is about 2).
     "normuon": Method({"optim.name": "normuon+adamw"}, start="muon-8bit", knob=MOMENTUM),
+    # RMNP steps rows of noise as far as any other: an RMS of 1e-3 a step was far too much, and here it starts at 1e-4.
+    "rmnp": Method({"optim.name": "rmnp+adamw"}, {"lr": 5e-4}, start="adamw", knob=MOMENTUM),
     "racs": Method(
         {"optim.name": "racs+adamw"}, {"lr": 0.02}, start="adamw", knob=Knob("optim.beta", 27_000, kind="half-life")
     ),
