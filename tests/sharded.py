@@ -54,6 +54,8 @@ RESTS: dict[str, dict[str, Any]] = {  # what every matrix is told to follow inst
     "scale columns": {"rule": "scale", "normalize": "columns"},
     "normuon": {"rule": "normuon"},
     "rmnp": {"rule": "rmnp", "nesterov": True},
+    "galore": {"rule": "galore", "rank": 3, "update_proj_gap": GAP},
+    "fira": {"rule": "fira", "rank": 3, "update_proj_gap": GAP},
     "racs": {"rule": "racs"},
     "sinkgd": {"rule": "sinkgd"},
 }

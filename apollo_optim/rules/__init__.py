@@ -5,6 +5,8 @@ from apollo_optim.rules.adafactor import Adafactor
 from apollo_optim.rules.adamw import AdamW
 from apollo_optim.rules.apollo import Apollo, ApolloMini, ApolloSvd
 from apollo_optim.rules.base import Rule
+from apollo_optim.rules.fira import Fira
+from apollo_optim.rules.galore import Galore
 from apollo_optim.rules.lion import Lion
 from apollo_optim.rules.muon import Muon
 from apollo_optim.rules.normuon import NorMuon
@@ -30,6 +32,8 @@ RULES: dict[str, type[Rule]] = {
         Racs,
         SinkGd,
         Rmnp,
+        Galore,
+        Fira,
     )
 }
 

@@ -70,6 +70,9 @@ METHODS: dict[str, Method] = {
     ),
     "muon": Method({"optim.name": "muon+adamw"}, start="muon-8bit", knob=MOMENTUM),
     "apollo-mini-rest-adafactor": Method({"optim.name": "apollo-mini", "optim.rest": "adafactor"}, start="apollo-mini"),
+    # At rank d/4 as APOLLO, and from the rate that their papers and APOLLO's have in common at every size.
+    "galore": Method({"optim.name": "galore"}, {"lr": 0.01}, start="adamw"),
+    "fira": Method({"optim.name": "fira"}, {"lr": 0.01}, start="adamw"),
     # Other rules of the matrices; embedding, head and norms follow AdamW. RACS and SinkGD start at their papers' rates,
     # SGD where a step of this model is about as long as AdamW's (its gradient's norm is about 2).
     "normuon": Method({"optim.name": "normuon+adamw"}, start="muon-8bit", knob=MOMENTUM),
