@@ -56,6 +56,7 @@ RESTS: dict[str, dict[str, Any]] = {  # what every matrix is told to follow inst
     "rmnp": {"rule": "rmnp", "nesterov": True},
     "galore": {"rule": "galore", "rank": 3, "update_proj_gap": GAP},
     "fira": {"rule": "fira", "rank": 3, "update_proj_gap": GAP},
+    "adam-mini": {"rule": "adam-mini", "block_rows": 4},
     "racs": {"rule": "racs"},
     "sinkgd": {"rule": "sinkgd"},
 }

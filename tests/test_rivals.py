@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from apollo_optim import RuleOptimizer
+from apollo_optim import RuleOptimizer, rule_of
 from apollo_optim.core import blocks as blocks_module
 from apollo_optim.core.matrix import orthogonalise, svd_basis
 from apollo_optim.rules import RULES
@@ -301,3 +301,36 @@ def test_galore_draws_its_basis_where_it_is_told_to():
     assert not torch.equal(taken[0][6], taken[2][6])
     ranks = [int(torch.linalg.matrix_rank(step, rtol=1e-4)) for step in taken[0]]
     assert max(ranks) <= 4
+
+
+@BLOCKS
+@MATRICES
+@pytest.mark.parametrize("rows", [1, 2])
+def test_adam_mini_is_the_papers(monkeypatch, shape, size, rows):
+    """One second moment for each row, or for two neighbours, in plain fp64."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    grads = gradients(shape)
+    m = v = torch.zeros(shape, dtype=torch.float64)
+    for t, (grad, our) in enumerate(zip(grads, steps("adam-mini", grads, block_rows=rows), strict=True), 1):
+        g = grad.double()
+        blocks = g.square().unflatten(-2, (-1, rows)).mean((-2, -1), keepdim=True)
+        square = blocks.expand(*blocks.shape[:-2], rows, g.shape[-1]).flatten(-3, -2)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 1e-3 * square
+        papers = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        torch.testing.assert_close(our, papers, rtol=1e-4, atol=1e-6)
+
+
+def test_adam_mini_of_rows_of_one_entry_is_adamw():
+    grads = gradients((30, 1))
+    for mini, adamw in zip(steps("adam-mini", grads), steps("adamw", grads), strict=True):
+        torch.testing.assert_close(mini, adamw, rtol=1e-5, atol=1e-7)
+
+
+def test_adam_mini_takes_whole_blocks_only():
+    """A matrix whose rows a head does not divide follows AdamW, and the state is dn + m."""
+    even, odd = nn.Parameter(torch.zeros(12, 8)), nn.Parameter(torch.zeros(10, 8))
+    optimizer = RuleOptimizer([even, odd], "adam-mini", block_rows=4)
+    assert [rule_of(p, optimizer.param_groups[0]) for p in (even, odd)] == ["adam-mini", "adamw"]
+    even.grad = torch.ones(12, 8)
+    optimizer.step()
+    assert optimizer.state[even]["exp_avg_sq_row"].shape == (12, 1)

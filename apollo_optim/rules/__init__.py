@@ -2,6 +2,7 @@
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.rules.adafactor import Adafactor
+from apollo_optim.rules.adam_mini import AdamMini
 from apollo_optim.rules.adamw import AdamW
 from apollo_optim.rules.apollo import Apollo, ApolloMini, ApolloSvd
 from apollo_optim.rules.base import Rule
@@ -34,6 +35,7 @@ RULES: dict[str, type[Rule]] = {
         Rmnp,
         Galore,
         Fira,
+        AdamMini,
     )
 }
 

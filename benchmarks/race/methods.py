@@ -73,6 +73,8 @@ METHODS: dict[str, Method] = {
     # At rank d/4 as APOLLO, and from the rate that their papers and APOLLO's have in common at every size.
     "galore": Method({"optim.name": "galore"}, {"lr": 0.01}, start="adamw"),
     "fira": Method({"optim.name": "fira"}, {"lr": 0.01}, start="adamw"),
+    # Of everything, at AdamW's rates, as its authors recommend. (One v a row for queries and keys, too.)
+    "adam-mini": Method({"optim.name": "adam-mini+adam-mini"}, start="adamw"),
     # Other rules of the matrices; embedding, head and norms follow AdamW. RACS and SinkGD start at their papers' rates,
     # SGD where a step of this model is about as long as AdamW's (its gradient's norm is about 2).
     "normuon": Method({"optim.name": "normuon+adamw"}, start="muon-8bit", knob=MOMENTUM),
