@@ -53,6 +53,10 @@ RESTS: dict[str, dict[str, Any]] = {  # what every matrix is told to follow inst
     "scale rows": {"rule": "scale", "normalize": "rows", "momentum": 0.9},
     "scale columns": {"rule": "scale", "normalize": "columns"},
     "normuon": {"rule": "normuon"},
+    "rmnp": {"rule": "rmnp", "nesterov": True},
+    "galore": {"rule": "galore", "rank": 3, "update_proj_gap": GAP},
+    "fira": {"rule": "fira", "rank": 3, "update_proj_gap": GAP},
+    "adam-mini": {"rule": "adam-mini", "block_rows": 4},
     "racs": {"rule": "racs"},
     "sinkgd": {"rule": "sinkgd"},
 }

@@ -67,6 +67,11 @@ def rank_of(name: str, rank: int) -> dict[str, int]:
     return {"rank": rule_named(name).defaults().get("rank", rank)} if has(name, "rank") else {}
 
 
+def decomposes(name: str) -> bool:
+    """Does it take singular vectors, which are state, and two graphs to compile?"""
+    return rule_named(name).defaults().get("proj") == "svd"
+
+
 def limits(name: str) -> bool:
     return has(name, "norm_growth")
 
@@ -176,8 +181,7 @@ def test_state_is_complete_at_the_first_step_and_plain(name):
             slots |= set(dict(static.slots))
     keys = {key for _, key in first}
     assert keys == {"step", "seed", "skipped"} | slots
-    decomposes = rule_named(name).defaults().get("proj") == "svd"
-    assert ("basis" in keys) == decomposes, "a random projection is never state"
+    assert ("basis" in keys) == decomposes(name), "a random projection is never state"
 
 
 @every_optimizer
@@ -362,7 +366,7 @@ def test_no_value_is_read_back_by_the_host(name, monkeypatch):
     optimizer = make(name, model)
     for p in model.parameters():
         p.grad = torch.empty_like(p)
-    if rule_named(name).defaults().get("proj") == "svd":
+    if decomposes(name):
         pytest.skip("a singular value decomposition waits for its device by nature, once a refresh")
     optimizer.step()
 
@@ -462,7 +466,7 @@ def compiled_cases() -> list:
     for name in sorted({rule_named(name): name for name in reversed(NAMES)}.values()):
         for dtype, one, other in ((torch.float32, tall, wide), (torch.bfloat16, wide, tall)):
             of, late = f"{'fp32' if dtype is torch.float32 else 'bf16'}-{name}", [pytest.mark.slow]
-            seldom = name == "apollo-svd" or (dtype is torch.float32 and name not in ("adamw", "apollo"))
+            seldom = decomposes(name) or (dtype is torch.float32 and name not in ("adamw", "apollo"))
             first = late if seldom else []
             cases += [
                 pytest.param(name, dtype, [one], id=of, marks=first),

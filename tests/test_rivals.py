@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from apollo_optim import RuleOptimizer
+from apollo_optim import RuleOptimizer, rule_of
 from apollo_optim.core import blocks as blocks_module
-from apollo_optim.core.matrix import orthogonalise
+from apollo_optim.core.matrix import orthogonalise, svd_basis
+from apollo_optim.rules import RULES
 
 MATRICES = pytest.mark.parametrize("shape", [(30, 20), (20, 30), (3, 12, 8)], ids=str)
 BLOCKS = pytest.mark.parametrize("size", [1 << 20, 64], ids=["whole", "in blocks"])
@@ -195,3 +196,141 @@ def test_the_width_rule_of_axolotls_sinkgd():
     grads = gradients((30, 20), 2)
     for ours, papers in zip(steps("sinkgd", grads, base_width=5), steps("sinkgd", grads), strict=True):
         torch.testing.assert_close(ours, papers * 5 / 20)
+
+
+@BLOCKS
+@MATRICES
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_rmnp_is_the_papers(monkeypatch, shape, size, nesterov):
+    """Rows of the momentum, of norm 1 or of RMS 0.2; a row of zeros stays."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    grads = gradients(shape)
+    grads[0].select(-2, 1).zero_()
+    m = torch.zeros(shape, dtype=torch.float64)
+    pairs = (steps("rmnp", grads, nesterov=nesterov, size=of) for of in ("original", "match_rms_adamw"))
+    for grad, papers, matched in zip(grads, *pairs, strict=True):
+        g = grad.double()
+        m = 0.95 * m + 0.05 * g
+        d = 0.95 * m + 0.05 * g if nesterov else m
+        torch.testing.assert_close(papers, (d / norm(d, -1)).nan_to_num(0.0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(matched, papers * 0.2 * shape[-1] ** 0.5, rtol=1e-5, atol=0)
+
+
+def test_rmnp_is_scale_with_a_momentum_and_muon_of_orthogonal_rows():
+    grads = gradients((30, 20))
+    for rmnp, scale in zip(steps("rmnp", grads, momentum=0.9), steps("scale", grads, momentum=0.9), strict=True):
+        torch.testing.assert_close(rmnp, 0.2 * scale)
+    rows = torch.linalg.qr(torch.randn(20, 20, generator=torch.Generator().manual_seed(3)))[0]
+    ours = steps("rmnp", [rows], size="original")[0]
+    torch.testing.assert_close(ours, rows.double(), rtol=1e-5, atol=1e-6)  # the nearest orthogonal matrix is itself
+
+
+def lying_tall(t: Tensor) -> Tensor:
+    return t.mT if t.shape[-2] < t.shape[-1] else t
+
+
+def galores(
+    grads: list[Tensor], rank: int, gap: int = 3, scale: float = 0.25, eps: float = 1e-6, kept: float | None = None
+) -> list[Tensor]:
+    """The steps of 2403.03507 in dense fp64; with 2410.01623's rest, G - kept R P^T, where `kept` is said.
+
+    Signs of singular vectors are ours (`svd_basis`, on the gradients in fp32): the moments outlive a basis.
+    """
+    m = v = previous = None
+    taken = []
+    for t, grad in enumerate(grads, 1):
+        g = lying_tall(grad.double())
+        if (t - 1) % gap == 0:
+            p = svd_basis(lying_tall(grad), rank).double()
+        r = g @ p
+        m, v = (0.1 * r, 1e-3 * r**2) if m is None else (0.9 * m + 0.1 * r, 0.999 * v + 1e-3 * r**2)
+        n = m / (v.sqrt() + eps)
+        step = scale * n @ p.mT
+        if kept is not None:
+            rest = norm(n, -1) / (norm(r, -1) + 1e-8) * (g - kept * r @ p.mT)
+            size = norm(rest, -2, -1)
+            limited = size if previous is None else torch.minimum(size, 1.01 * previous)
+            step, previous = step + rest * limited / size, limited
+        step = step * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t)
+        taken.append(step.mT if grad.shape[-2] < grad.shape[-1] else step)
+    return taken
+
+
+@BLOCKS
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (16, 16), (3, 12, 8)], ids=str)
+@pytest.mark.parametrize("rule", ["galore", "fira"])
+def test_galore_and_fira_are_the_papers(monkeypatch, rule, shape, size):
+    """Over three bases, tall, wide, square and of a stack."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    draw = torch.Generator().manual_seed(4)
+    grads = [torch.randn(shape, generator=draw) * (1 + t % 3) for t in range(8)]
+    ours = steps(rule, grads, rank=5, update_proj_gap=3)
+    for our, papers in zip(ours, galores(grads, 5, kept=1.0 if rule == "fira" else None), strict=True):
+        assert (our - papers).norm() <= 1e-5 * papers.norm()
+
+
+@pytest.mark.parametrize("rule", ["galore", "fira"])
+def test_galore_in_a_basis_that_holds_everything_is_adamw(monkeypatch, rule):
+    """Columns of an identity, and gradients that lie within: Adam's step; Fira has nothing to add to GaLore's."""
+    monkeypatch.setattr(RULES[rule], "basis", lambda self, grad, *_: torch.eye(grad.shape[-1])[:, : self.rank])
+    grads = gradients((30, 20))
+    for grad in grads:
+        grad[:, 7:] = 0
+    adam = steps("adamw", grads, eps=0.0)
+    for our, full in zip(steps(rule, grads, rank=7, scale=1.0, eps=0.0), adam, strict=True):
+        torch.testing.assert_close(our[:, :7].nan_to_num(0.0), full[:, :7].nan_to_num(0.0), rtol=1e-5, atol=1e-6)
+
+
+def test_firas_rest_is_what_galore_leaves_out():
+    """Without a limit, and past Adam's correction, which multiplies all: channel by channel phi (G - G P P^T)."""
+    (grad,) = gradients((30, 20))[:1]
+    fira, galore = (steps(rule, [grad], rank=4, eps=0.0)[0] for rule in ("fira", "galore"))
+    p = svd_basis(grad, 4).double()
+    rest = fira - galore
+    assert (rest @ p).norm() <= 1e-5 * rest.norm(), "orthogonal to the subspace"
+    g = grad.double()
+    papers = (g - g @ p @ p.mT) * 4**0.5 / norm(g @ p, -1)  # of one step: N of signs, ||N|| = sqrt(r)
+    assert (rest - papers).norm() <= 1e-5 * papers.norm()
+
+
+def test_galore_draws_its_basis_where_it_is_told_to():
+    """At random, from the seed alone: a step is of the basis' rank."""
+    grads = gradients((30, 20), 7)
+    taken = [steps("galore", grads, rank=4, proj="gaussian", update_proj_gap=3, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(taken[0][6], taken[1][6])
+    assert not torch.equal(taken[0][6], taken[2][6])
+    ranks = [int(torch.linalg.matrix_rank(step, rtol=1e-4)) for step in taken[0]]
+    assert max(ranks) <= 4
+
+
+@BLOCKS
+@MATRICES
+@pytest.mark.parametrize("rows", [1, 2])
+def test_adam_mini_is_the_papers(monkeypatch, shape, size, rows):
+    """One second moment for each row, or for two neighbours, in plain fp64."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    grads = gradients(shape)
+    m = v = torch.zeros(shape, dtype=torch.float64)
+    for t, (grad, our) in enumerate(zip(grads, steps("adam-mini", grads, block_rows=rows), strict=True), 1):
+        g = grad.double()
+        blocks = g.square().unflatten(-2, (-1, rows)).mean((-2, -1), keepdim=True)
+        square = blocks.expand(*blocks.shape[:-2], rows, g.shape[-1]).flatten(-3, -2)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 1e-3 * square
+        papers = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        torch.testing.assert_close(our, papers, rtol=1e-4, atol=1e-6)
+
+
+def test_adam_mini_of_rows_of_one_entry_is_adamw():
+    grads = gradients((30, 1))
+    for mini, adamw in zip(steps("adam-mini", grads), steps("adamw", grads), strict=True):
+        torch.testing.assert_close(mini, adamw, rtol=1e-5, atol=1e-7)
+
+
+def test_adam_mini_takes_whole_blocks_only():
+    """A matrix whose rows a head does not divide follows AdamW, and the state is dn + m."""
+    even, odd = nn.Parameter(torch.zeros(12, 8)), nn.Parameter(torch.zeros(10, 8))
+    optimizer = RuleOptimizer([even, odd], "adam-mini", block_rows=4)
+    assert [rule_of(p, optimizer.param_groups[0]) for p in (even, odd)] == ["adam-mini", "adamw"]
+    even.grad = torch.ones(12, 8)
+    optimizer.step()
+    assert optimizer.state[even]["exp_avg_sq_row"].shape == (12, 1)

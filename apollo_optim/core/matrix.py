@@ -214,15 +214,12 @@ def svd_basis(grad_ck: Tensor, rank: int) -> Tensor:
 
 def project(grad_ck: Tensor, basis: Tensor, rank: int, place: Place) -> Tensor:
     """R = G P, (.., c, k) -> (.., c, r), fp32: of this rank's channels, if G is split at all."""
-    sketched = basis.ndim < grad_ck.ndim
-    *starts, _, first = place.offsets
-    stack = tuple(slice(s, s + n) for s, n in zip(starts, grad_ck.shape[:-2], strict=True))
-    own = basis[(*stack, slice(first, first + grad_ck.shape[-1]))]
+    sketched, own = basis.ndim < grad_ck.ndim, _own_rows(basis, grad_ck, place)
 
     def rows(block: Tensor, at: Block) -> Tensor:
-        here = own[at[: len(stack)]]
+        here = own[at[: grad_ck.ndim - 2]]
         if sketched:
-            return _bucket_sums(block.float() * here.unsqueeze(-2), first, rank)
+            return _bucket_sums(block.float() * here.unsqueeze(-2), place.offsets[-1], rank)
         return block.float() @ here
 
     if torch.compiler.is_compiling() and not sketched and grad_ck.dtype is not torch.float32:
@@ -249,6 +246,26 @@ def project_with_norms(
     else:
         low_cr, square = _channel_sums(grad * basis.mT, across), grad.square()
     return low_cr, _channel_sums(low_cr.square(), across).sqrt(), _channel_sums(square, across).sqrt()
+
+
+def _own_rows(basis: Tensor, grad_ck: Tensor, place: Place) -> Tensor:
+    """What this rank's part of a gradient meets of a whole basis."""
+    *starts, _, first = place.offsets
+    stack = tuple(slice(s, s + n) for s, n in zip(starts, grad_ck.shape[:-2], strict=True))
+    return basis[(*stack, slice(first, first + grad_ck.shape[-1]))]
+
+
+def factors(low_cr: Tensor, basis: Tensor, grad_ck: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    """The two factors of R P^T, (.., c, 1, r) and (.., 1, k, r), of this rank's part: `projected_back` takes them.
+
+    Each has the gradient's sizes or 1 but for its last one, so that `State.at` cuts it as it cuts the gradient.
+    """
+    return place.from_channels(low_cr).unsqueeze(-2), _own_rows(basis, grad_ck, place).unsqueeze(-3)
+
+
+def projected_back(low_c1r: Tensor, basis_1kr: Tensor) -> Tensor:
+    """R P^T (.., c, k), of all of `factors` or of a block."""
+    return low_c1r.squeeze(-2) @ basis_1kr.squeeze(-3).mT
 
 
 def _bucket_sums(signed_ck: Tensor, first: int, rank: int) -> Tensor:

@@ -168,14 +168,14 @@ class Place:
         shape = (*self.shape[:-1], own_cx.shape[-1])
         return self._redistributed(own_cx, shape, waiting, list(self.channels.placements))
 
-    def from_channels(self, own_c1: Tensor) -> Tensor:
-        """The inverse for one number a channel: of every channel that this rank's part of the gradient has."""
+    def from_channels(self, own_cx: Tensor) -> Tensor:
+        """The inverse for x numbers a channel: of every channel that this rank's part of the gradient has."""
         if self.mesh is None or not self.splits(-1):
-            return own_c1
+            return own_cx
         from torch.distributed.tensor import Replicate
 
         final = [Replicate() if _splits(p, [len(self.shape) - 1]) else p for p in self.placements]
-        return self._redistributed(own_c1, (*self.shape[:-1], 1), list(self.channels.placements), final)
+        return self._redistributed(own_cx, (*self.shape[:-1], own_cx.shape[-1]), list(self.channels.placements), final)
 
     def along(self, dim: int) -> "Place":
         """The place of sums along `dim`, of size 1 there, of which every rank has all."""

@@ -2,13 +2,17 @@
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.rules.adafactor import Adafactor
+from apollo_optim.rules.adam_mini import AdamMini
 from apollo_optim.rules.adamw import AdamW
 from apollo_optim.rules.apollo import Apollo, ApolloMini, ApolloSvd
 from apollo_optim.rules.base import Rule
+from apollo_optim.rules.fira import Fira
+from apollo_optim.rules.galore import Galore
 from apollo_optim.rules.lion import Lion
 from apollo_optim.rules.muon import Muon
 from apollo_optim.rules.normuon import NorMuon
 from apollo_optim.rules.racs import Racs
+from apollo_optim.rules.rmnp import Rmnp
 from apollo_optim.rules.scale import Scale
 from apollo_optim.rules.sgd import Sgd
 from apollo_optim.rules.sinkgd import SinkGd
@@ -28,6 +32,10 @@ RULES: dict[str, type[Rule]] = {
         NorMuon,
         Racs,
         SinkGd,
+        Rmnp,
+        Galore,
+        Fira,
+        AdamMini,
     )
 }
 

@@ -4,32 +4,27 @@
 """
 
 from dataclasses import dataclass
-from math import prod
-from typing import ClassVar, cast
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from apollo_optim.core.matrix import (
-    PROJECTIONS,
     adam_moments,
     bias_corrections,
     channel_norms,
     limit_growth,
     matrix_norm,
     project_with_norms,
-    random_basis,
     ratio,
-    svd_basis,
 )
 from apollo_optim.core.place import Place
-from apollo_optim.core.random import Key
-from apollo_optim.rules.base import Rule, Scalars, Slot, State, Update, knob, preset
-from apollo_optim.rules.knobs import BETAS, EPS, SWITCH, count, either, number, one_of
+from apollo_optim.rules.base import Scalars, Slot, State, Update, knob, preset
+from apollo_optim.rules.knobs import BETAS, EPS, SWITCH, either, number, one_of
+from apollo_optim.rules.projected import Projected
 
 
 @dataclass(frozen=True)
-class Apollo(Rule):
+class Apollo(Projected):
     """Algorithm 1 of the paper, with the limiter folded into one factor per channel (or per tensor).
 
     The moments of Adam are kept for R = G P alone, the gradient's random sketch of r columns. What they say about each
@@ -44,14 +39,9 @@ class Apollo(Rule):
     summary: ClassVar[str] = (
         "The gradient, each channel rescaled as Adam would have rescaled its random sketch; state 2nr per matrix."
     )
-    view: ClassVar = "channels"
     per_step: ClassVar[frozenset[str]] = frozenset({"betas"})
     lr: ClassVar[float] = 1e-2
 
-    rank: int = knob(
-        count(1),
-        "r, columns of the sketch: a quarter of the small side (the papers' choice; 256 at 7B), or an eighth.",
-    )
     scale: float | str = knob(
         either("auto", number(0, above=True), "d / rank"),
         "Its square root multiplies a step (the paper's alpha). A sketch of r columns underestimates s by sqrt(r / d) "
@@ -68,19 +58,6 @@ class Apollo(Rule):
         "Scale before the limiter instead of after it. The limiter is homogeneous: only roundings differ.",
         False,
     )
-    proj: str = knob(
-        one_of(*PROJECTIONS),
-        '"sketch" (CountSketch: signs and sums, no matrix product), "gaussian" (the paper\'s: the same perplexity in '
-        'several times the time), "rademacher", or "svd" (the gradient\'s top singular vectors, kept as state).',
-        "sketch",
-    )
-    update_proj_gap: int = knob(count(1), "Steps between two projections.", 200)
-    keep_proj: bool = knob(
-        SWITCH,
-        "Keep a random projection from one refresh to the next, as state: small side x r fp32 numbers per matrix. "
-        "Otherwise every step draws it again, the same numbers.",
-        False,
-    )
     norm_growth: float | None = knob(
         either(None, number(1), "no limit"),
         "A step's norm may be at most this times the one before (Fira's limiter).",
@@ -89,23 +66,15 @@ class Apollo(Rule):
     betas: tuple[float, float] = knob(BETAS, "Decay of the two moments of the sketch.", (0.9, 0.999))
     eps: float = knob(EPS, "Added to the root of the uncorrected second moment, as in the papers' code.", 1e-6)
 
-    def applies(self, shape: tuple[int, ...]) -> bool:
-        return shape[-1] > self.rank  # else there is nothing to compress
-
     def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
-        *stack, c, k = shape
+        *stack, c, _ = shape
         low_cr = (*stack, c, self.rank)
-        slots = {
+        return {
             "exp_avg": Slot(low_cr, "mean", "channels"),
             "exp_avg_sq": Slot(low_cr, "square", "channels"),
             "prev_norm": Slot(tuple(stack)),
+            **super().slots(shape),
         }
-        if self.proj == "svd":
-            # orthonormal from the start, should the first gradient not be finite
-            slots["basis"] = Slot((*stack, k, self.rank), split="whole", start="eye")
-        elif self.keep_proj:
-            slots["basis"] = Slot((*stack, k) if self.proj == "sketch" else (*stack, k, self.rank), "drawn", "whole")
-        return slots
 
     def scalars(self, step: int, shape: tuple[int, ...]) -> dict[str, float]:
         alpha = float(shape[-1] / self.rank if self.scale == "auto" else self.scale) ** 0.5
@@ -116,30 +85,6 @@ class Apollo(Rule):
             "size": alpha * correction2 / correction1,
             "front": alpha,
         }
-
-    def draws(self, step: int) -> dict[str, int]:
-        if self.proj == "svd" or (self.keep_proj and not self.phase(step)):
-            return {}
-        return {"projection": (step - 1) // self.update_proj_gap}
-
-    def draw_size(self, shape: tuple[int, ...]) -> int:
-        *stack, _, k = shape
-        return prod(stack) * k * (1 if self.proj == "sketch" else self.rank)
-
-    def draw(self, key: Key, place: Place, device: torch.device) -> Tensor:
-        return random_basis(place, self.rank, self.proj, key, device)
-
-    def phase(self, step: int) -> bool:
-        """Is a basis that is state made anew?"""
-        return (self.keep_proj or self.proj == "svd") and (step - 1) % self.update_proj_gap == 0
-
-    def basis(self, grad_ck: Tensor, state: State, s: Scalars, place: Place) -> Tensor:
-        """P: drawn from the parameter's seed and the number of the refresh, or the gradient's singular vectors."""
-        if self.proj == "svd":
-            return svd_basis(place.whole(grad_ck), self.rank) if s["phase"] else state["basis"]
-        if self.keep_proj and not s["phase"]:
-            return state["basis"]
-        return cast("Tensor", s["projection"])
 
     def observe(self, grad_ck: Tensor, state: State, s: Scalars, place: Place) -> dict[str, Tensor]:
         channels = place.channels
@@ -165,9 +110,6 @@ class Apollo(Rule):
 
     def update(self, grad_ck: Tensor, state: State, s: Scalars) -> Update:
         return Update(grad_ck, state["factor"])
-
-    def describe(self) -> str:
-        return f"{self.title} r={self.rank}"
 
 
 @dataclass(frozen=True)

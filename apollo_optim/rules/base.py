@@ -59,8 +59,8 @@ class Update(NamedTuple):
 class State:
     """The slots of one parameter, read as floats whatever they are stored in: `state["exp_avg"]`, `"basis" in state`.
 
-    `at(block)` is the state of a block of rows: of what has, in every dimension, the gradient's size or 1. All else - a
-    number, a basis, a sketch - is whole in each block.
+    `at(block)` is the state of a block of rows: of what has, in every dimension of the gradient's, its size or 1 (and
+    maybe one dimension more). All else - a number, a basis, a sketch - is whole in each block.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class State:
     def __getitem__(self, name: str) -> Tensor:
         t = self._tensors[name]
         if name not in self._codings:
-            if not self._block or t.ndim != len(self._shape):
+            if not self._block or t.ndim < len(self._shape):
                 return t
-            broadcasts = all(size in (1, whole) for size, whole in zip(t.shape, self._shape, strict=True))
+            broadcasts = all(size in (1, whole) for size, whole in zip(t.shape, self._shape, strict=False))
             return part(t, self._block) if broadcasts else t
         scale = part(self._tensors[name + SCALE], self._block[: len(self._shape) - 1])
         return self._codings[name].decode(part(t, self._block), scale)

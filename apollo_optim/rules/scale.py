@@ -33,13 +33,13 @@ class Scale(Rule):
         return {"exp_avg": Slot(shape, "mean")} if self.momentum else {}
 
     def scalars(self, step: int, shape: tuple[int, ...]) -> dict[str, float]:
-        return {"new": 1 - self.momentum}
+        return {"new": 1 - self.momentum, "size": 1.0}
 
     def observe(self, grad: Tensor, state: State, s: Scalars, place: Place) -> dict[str, Tensor]:
         dim = -1 if self.normalize == "rows" else -2
 
         def squares(block: Tensor, at: Block) -> Tensor:
-            square = self._average(block, state.at(at), s).square()
+            square = self.direction(block, self._average(block, state.at(at), s), s).square()
             # rows in two halves: torch 2.13 for CPUs cannot compile one sum over a row of what is written back, too
             halves = (*square.shape[:-1], 2, square.shape[-1] // 2)
             return square.reshape(halves).sum(-1) if dim == -1 and square.shape[-1] % 2 == 0 else square
@@ -48,12 +48,15 @@ class Scale(Rule):
 
     def update(self, grad: Tensor, state: State, s: Scalars) -> Update:
         average = self._average(grad, state, s)
-        return Update(
-            average, 1 / (state["mean_square"].sqrt() + TINY), {"exp_avg": average} if self.momentum else {}
-        )
+        factor = s["size"] / (state["mean_square"].sqrt() + TINY)
+        return Update(self.direction(grad, average, s), factor, {"exp_avg": average} if self.momentum else {})
+
+    def direction(self, grad: Tensor, average: Tensor, s: Scalars) -> Tensor:
+        """What is normalised, fp32."""
+        return average
 
     def _average(self, grad: Tensor, state: State, s: Scalars) -> Tensor:
         return lerp(state["exp_avg"], grad, s["new"]) if self.momentum else grad.float()
 
     def describe(self) -> str:
-        return f"SCALE ({self.normalize}{f', momentum {self.momentum:g}' if self.momentum else ''})"
+        return f"{self.title} ({self.normalize}{f', momentum {self.momentum:g}' if self.momentum else ''})"

@@ -70,9 +70,16 @@ METHODS: dict[str, Method] = {
     ),
     "muon": Method({"optim.name": "muon+adamw"}, start="muon-8bit", knob=MOMENTUM),
     "apollo-mini-rest-adafactor": Method({"optim.name": "apollo-mini", "optim.rest": "adafactor"}, start="apollo-mini"),
+    # At rank d/4 as APOLLO, and from the rate that their papers and APOLLO's have in common at every size.
+    "galore": Method({"optim.name": "galore"}, {"lr": 0.01}, start="adamw"),
+    "fira": Method({"optim.name": "fira"}, {"lr": 0.01}, start="adamw"),
+    # Of everything, at AdamW's rates, as its authors recommend. (One v a row for queries and keys, too.)
+    "adam-mini": Method({"optim.name": "adam-mini+adam-mini"}, start="adamw"),
     # Other rules of the matrices; embedding, head and norms follow AdamW. RACS and SinkGD start at their papers' rates,
     # SGD where a step of this model is about as long as AdamW's (its gradient's norm is about 2).
     "normuon": Method({"optim.name": "normuon+adamw"}, start="muon-8bit", knob=MOMENTUM),
+    # RMNP steps rows of noise as far as any other: an RMS of 1e-3 a step was far too much, and here it starts at 1e-4.
+    "rmnp": Method({"optim.name": "rmnp+adamw"}, {"lr": 5e-4}, start="adamw", knob=MOMENTUM),
     "racs": Method(
         {"optim.name": "racs+adamw"}, {"lr": 0.02}, start="adamw", knob=Knob("optim.beta", 27_000, kind="half-life")
     ),
