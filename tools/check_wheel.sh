@@ -56,6 +56,19 @@ code=0
 message=$(PYTHONWARNINGS=ignore "$work/venv/bin/apollo-optim" pretrain 2>&1) || code=$?
 [[ $code == 2 && $message == *"apollo-optim[train]"* ]] || { echo "error: without extras the command said ($code): $message" >&2; exit 1; }
 echo "its command, without the extras: $message"
+folder=$("$work/venv/bin/apollo-optim" shim)
+PYTHONPATH=$folder "$work/venv/bin/python" -W ignore - <<'PY'
+import importlib.metadata
+import torch
+from apollo_torch import APOLLOAdamW
+
+weight = torch.nn.Parameter(torch.ones(8, 6))
+optimizer = APOLLOAdamW([{"params": [weight], "rank": 2, "proj": "random", "scale_type": "channel", "scale": 1}], lr=1e-2)
+weight.square().sum().backward()
+optimizer.step()
+assert weight.max() < 1 and optimizer.state[weight]["exp_avg"].shape == (8, 2)
+print(f"its apollo_torch {importlib.metadata.version('apollo_torch')} steps, too")
+PY
 code=0
 message=$(PYTHONWARNINGS=ignore "$work/venv/bin/apollo-optim" bench step 2>&1) || code=$?
 [[ $code == 2 && $message == *"not installed with the library"* ]] || { echo "error: bench said ($code): $message" >&2; exit 1; }

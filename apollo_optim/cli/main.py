@@ -21,6 +21,7 @@ COMMANDS = {
     "report": "draw loss and memory of one run or several, and print the table",
     "bench": "measure speed, memory and quality against other optimizers",
     "export": "write a checkpoint as a Hugging Face directory",
+    "shim": "print a folder for PYTHONPATH that stands in for apollo-torch",
 }
 
 HELP = f"""usage: apollo-optim COMMAND [...]

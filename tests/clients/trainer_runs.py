@@ -71,7 +71,7 @@ def arguments(out: Path | str, **own: Any) -> dict[str, Any]:
 
 def train(
     out: Path | str,
-    name: str = "apollo-mini",
+    name: str | None = "apollo-mini",
     *,
     kind: str = "llama",
     dtype: str = "float32",
@@ -80,10 +80,13 @@ def train(
     knobs: dict[str, Any] | None = None,
     **own: Any,
 ) -> Run:
-    """One run of Trainer, from its start or from a checkpoint. `name`: of `build_optimizer`, or torch's AdamW."""
+    """One run of Trainer, from its start or from a checkpoint.
+
+    `name`: of `build_optimizer`, or torch's AdamW; None: Trainer makes its optimizer itself, by `optim`.
+    """
     model = make_model(kind, dtype)
     args = TrainingArguments(**arguments(out, **own))
-    made: Any = apollo(name, args, model, **(knobs or {})) if name != TORCH_ADAMW else torch_adamw(args)
+    made: Any = torch_adamw(args) if name == TORCH_ADAMW else name and apollo(name, args, model, **(knobs or {}))
     trainer = Trainer(
         model, args, train_dataset=ROWS, optimizer_cls_and_kwargs=made, callbacks=[callback() for callback in callbacks]
     )
