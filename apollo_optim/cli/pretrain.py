@@ -64,7 +64,9 @@ def parse(argv: Sequence[str]) -> Asked:
     if given.resume and not files and given.out:
         files = [str(home(given.out) / "config.yaml")]  # the run directory knows what was run
         if not os.path.exists(files[0]):
-            raise InputError(f"--out {given.out}: holds no run to resume; leave --resume out to start one")
+            from ..train.run_dir import nothing_to_resume
+
+            raise InputError(f"--out {nothing_to_resume(home(given.out))}")
     if given.out is not None:
         words += ["--out", given.out]
     data: dict[str, Any] = {}
