@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Protocol
 
+from apollo_optim.train.company import BUSY
 from apollo_optim.train.measure import peak_memory
 
 NARROW = 60  # columns of a terminal
@@ -155,6 +156,8 @@ def step_figures(record: dict[str, Any], eta: float) -> list[tuple[str, str]]:
     # Of the time since the last line; the first step of a run has to wait for the first text.
     share = record.get("waiting", 0.0) if record["step"] > 1 else 0.0
     waiting = [("waiting for text", f"{share:.0%}")] if share >= 0.05 else []
+    others = record.get("others") or 0.0
+    busy = [("others' CPU", f"{others:.0%}")] if others >= BUSY else []
     return [
         ("loss", f"{record['loss']:.4f}"),
         ("lr", rates),
@@ -163,6 +166,7 @@ def step_figures(record: dict[str, Any], eta: float) -> list[tuple[str, str]]:
         ("ETA", duration(eta)),
         ("peak", in_bytes(record.get("peak_gpu") or peak_memory())),
         *waiting,
+        *busy,
         *skipped,
     ]
 

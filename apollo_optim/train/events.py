@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from apollo_optim.core.storage import is_finite
 from apollo_optim.quant import rounding_stats
 from apollo_optim.train import checkpoint, measure
+from apollo_optim.train.company import BUSY, Others
 from apollo_optim.train.evaluate import evaluate
 from apollo_optim.train.failures import TrainingFailed
 from apollo_optim.train.gradients import Gradients
@@ -111,6 +112,7 @@ class Log(Event):
         self._mark = self._progress()
         self._dead = False
         self._waited = 0.0
+        self._others = Others()
 
     def due(self, step: int) -> bool:
         return due(step, self.every, self.last) or step == 1
@@ -133,11 +135,17 @@ class Log(Event):
             tokens_per_s=tokens_per_s,
             seconds=state.seconds,
             data_wait=data_wait,
+            others=self._others.since(),
             skipped=self._skips.total,
         )
         shown = {"peak_gpu": measure.peak_gpu_memory(state.device), "waiting": data_wait / (state.seconds - before)}
         self.record.display.step(record | shown, left)
         self._check_progress()
+        share = self._others.altogether()
+        if state.step == self.last and share is not None and share >= BUSY:
+            self.record.display.note(
+                f"other processes took {share:.0%} of the processors' time: figures of time are those of a busy machine"
+            )
         if record["grad_norm"] == 0 and not self._dead:
             self._dead = True
             self.record.display.note(
