@@ -25,7 +25,7 @@ examples:
   apollo-optim pretrain
   apollo-optim pretrain --config runs/llama-60m-apollo.yaml --out out/60m
   apollo-optim pretrain --config runs/llama-60m-apollo.yaml --optim.lr 5e-3 --train.steps 2000 --out out/60m-short
-  apollo-optim pretrain --optim.name adamw --optim.lr 1e-3 --optim.rest_lr 1e-2 --out out/adamw
+  apollo-optim pretrain --optim.name adamw --optim.lr 2e-3 --optim.rest_lr 8e-2 --out out/adamw
   apollo-optim pretrain --data.source 'notes/*.md' --model.name llama-1m --out out/notes
   apollo-optim pretrain --out out/60m --resume          go on after a stop, exactly where it was
   apollo-optim report out/60m out/adamw                 compare the results
