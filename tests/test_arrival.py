@@ -1,5 +1,6 @@
 """A pretrained model in few bits: the weights of the float model, quantised, which never exists."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -159,6 +160,46 @@ def test_other_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     assert modeling_utils.safe_open is opening
     assert len(module._global_parameter_registration_hooks) == hooks
     assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
+
+
+@pytest.mark.parametrize("quant", [None, QuantConfig(8, 16, ["c_fc"])])
+def test_masks_of_older_transformers_are_dropped_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, quant: QuantConfig | None
+) -> None:
+    sizes = {"vocab_size": 300, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    saved(tmp_path, "gpt2", shard="1GB", **sizes)
+    whole = tensors(build_model(ModelConfig(str(tmp_path), pretrained=True), quant=quant))
+    masks = {
+        f"transformer.h.{i}.attn.{name}": mask
+        for i in range(2)
+        for name, mask in (("bias", torch.ones(1, 1, 64, 64).tril()), ("masked_bias", torch.tensor(-1e4)))
+    }
+    changed(tmp_path, lambda t: t | masks)
+    again = tensors(build_model(ModelConfig(str(tmp_path), pretrained=True), quant=quant))
+    assert all(torch.equal(again[name], t) for name, t in whole.items())
+    lines = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
+    assert lines == [
+        f"{tmp_path}: dropped buffers of older transformers, no weights: transformer.h.0.attn.masked_bias and 1 more"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "refused"),
+    [
+        ("h.0.attn.bias", False),
+        ("layers.0.self_attn.rotary_emb.inv_freq", False),
+        ("embeddings.position_ids", False),
+        ("attention.masked_bias", False),
+        ("h.0.attn.c_attn.bias", True),
+        ("h.0.one.attn.bias", True),  # of a layer called attn, which has a weight
+        ("lm_head.bias", True),
+    ],
+)
+def test_what_may_be_a_weight_is_no_old_buffer(key: str, refused: bool) -> None:
+    parameters = {"h.0.one.attn.weight", "h.0.attn.c_attn.weight", "lm_head.weight"}
+    found = {"mismatched_keys": [], "missing_keys": [], "unexpected_keys": {key}}
+    with pytest.raises(InputError, match=key) if refused else contextlib.nullcontext():
+        arrival.check_loaded("a", found, parameters)
 
 
 CHILD = """

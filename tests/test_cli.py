@@ -75,7 +75,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("pretrain --config nowhere.yaml", "cannot read the run file nowhere.yaml"),
         ("pretrain --config", "argument --config: expected one argument"),
         ("pretrain llama-60m", "llama-60m"),
-        ("pretrain --out nowhere --resume", "--out nowhere: holds no run to resume"),
+        ("pretrain --out nowhere --resume", "--out nowhere: there is no such directory, so no run to resume"),
         ("pretrain --lr 3", "unknown key --lr (did you mean --optim.lr?)"),
         ("pretrain --batch_size 3", "(did you mean --train.batch_size or --eval.batch_size?)"),
     ],
@@ -109,6 +109,29 @@ def test_a_wrong_run_file_is_told_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_mistyped_directory_is_told_apart_from_one_without_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("out/llama-60m", "out/other", "out/empty"):
+        (tmp_path / name).mkdir(parents=True)
+    for name, message in (
+        ("out/empty", "/out/empty: holds no run to resume; leave --resume out"),
+        ("out/lama-60m", "/out/lama-60m: there is no such directory, so no run to resume"),
+    ):
+        assert main(["pretrain", "--resume", "--out", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+    for name in ("out/llama-60m", "out/other"):
+        (tmp_path / name / "config.yaml").touch()
+    for name, hint in (
+        ("out/lama-60m", f"(did you mean {tmp_path}/out/llama-60m?)"),
+        ("uot/llama-60m", f"(did you mean {tmp_path}/out/llama-60m?)"),
+    ):
+        assert main(["pretrain", "--resume", "--out", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert hint in error
+        assert error.count("\n") == 1
 
 
 def test_words_change_the_run_file(tmp_path: Path) -> None:

@@ -630,7 +630,7 @@ BAD: dict[str, tuple[str, bytes | str, str]] = {
     "cut gzip": ("a.jsonl.gz", gzip.compress(ROWS.replace("body", "text").encode())[:-20], r"gz: a damaged gzip file"),
     "no gzip": ("a.jsonl.gz", ROWS, r"gz: a damaged gzip file"),
     "no parquet": ("a.parquet", "PAR1", r"a\.parquet: not a readable parquet file"),
-    "one document": ("a.txt", story(1), r"a single document cannot be split"),
+    "one short document": ("a.txt", "a", r"a\.txt: this document is too short for training and val"),
 }
 
 
@@ -641,6 +641,21 @@ def test_bad_files(case: str, tmp_path: Path, small: Callable[..., DataConfig]) 
     with pytest.raises(InputError, match=message) as failure:
         open_data(small(path))
     assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("mode", ["pack", "pad"])
+def test_the_end_of_a_single_document_is_its_validation_text(
+    mode: str, tmp_path: Path, small: Callable[..., DataConfig]
+) -> None:
+    text = "".join(f"{n} " + story(n).replace("\n", " ") + "\n" for n in range(200))
+    data = open_data(small(_write(tmp_path / "a.txt", text), validation_percent=10, mode=mode))
+    corpus = open_corpus([str(tmp_path / "a.txt")], Reading(), 10, tmp_path, longest=None if mode == "pad" else 500)
+    parts = ["".join(corpus[i].text for i in indices) for indices in (corpus.train, corpus.validation)]
+    assert "".join(parts) == text
+    assert parts[0].endswith("\n")  # cut at a line's end
+    assert len(parts[1]) / len(text) == pytest.approx(0.1, abs=0.01)
+    assert data.train.next(1).input_ids.numel()
+    assert data.validation(None)
 
 
 def test_a_parquet_file_without_the_column(tmp_path: Path, small: Callable[..., DataConfig]) -> None:

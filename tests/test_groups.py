@@ -381,6 +381,9 @@ def test_building_refuses_what_it_does_not_know():
     for call, message in [
         (lambda: build_optimizer("apolo", llama()), "Did you mean 'apollo'"),
         (lambda: build_optimizer("apollo", llama(), scael=2), "Did you mean 'scale'"),
+        (lambda: build_optimizer("apollo", llama(), target=["attn"]), "unknown key 'target'. Did you mean 'targets'"),
+        (lambda: build_optimizer("adamw", llama(), heads="scale"), "unknown key 'heads'. Did you mean 'head'"),
+        (lambda: param_groups(llama(), rank=4, target=["attn"]), "unknown key 'target'. Did you mean 'targets'"),
         (lambda: build_optimizer("adamw", llama(), rank=4), "has no rank"),
         (lambda: build_optimizer("adamw", llama(), proj="svd"), "unknown key 'proj'. It is a key of apollo, "),
         (lambda: build_optimizer("apollo", llama(), rank=0), "rank=0"),

@@ -126,6 +126,29 @@ def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
     assert markdown_table(runs).count("\n| adamw |") == 1
 
 
+def test_on_a_small_screen_the_picture_keeps_a_size_to_be_read_at(tmp_path: Path) -> None:
+    """It scrolls sideways, as the table does."""
+    page = write_report([read_run(write_log(tmp_path / "a", log_of()))], tmp_path).page.read_text()
+    assert '<div class="wide"><img' in page
+    assert re.search(r"img {[^}]*min-width: 4\drem", page)
+
+
+def test_labels_of_bars_do_not_overlap(tmp_path: Path) -> None:
+    """Where names are long, bars are short, and a part's name does not fit into it."""
+    runs = []
+    for name in ("adamw-seed0-again-and-again", "apollo-mini-seed0"):
+        events = log_of()
+        state = 26_800_000 if "adamw" in name else 12_700_000
+        sizes = {"weights": 13_400_000, "gradients": 13_400_000, "optimizer": state}
+        events[-1]["memory"] |= sizes
+        runs.append(read_run(write_log(tmp_path / name, events)))
+    figure = draw(runs)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[2].texts]
+    assert len(boxes) == 8
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 def test_one_legend_and_no_pair_by_colour_alone(tmp_path: Path) -> None:
     runs = [read_run(write_log(tmp_path / str(i), log_of())) for i in range(12)]
     figure = draw(runs)

@@ -65,6 +65,6 @@ def records(run: Path | str, event: str) -> list[dict[str, Any]]:
 
 def figures(run: Path | str) -> list[dict[str, Any]]:
     """Everything in the log that must not depend on the clock."""
-    timed = ("seconds", "tokens_per_s", "data_wait", "memory")
+    timed = ("seconds", "tokens_per_s", "data_wait", "others", "memory")
     found = records(run, "step") + records(run, "eval") + records(run, "end")
     return [{key: value for key, value in record.items() if key not in timed} for record in found]

@@ -17,6 +17,7 @@ BENCHES = {
     "step": "the time of a step of ours, of the installed peers and of fused AdamW, interleaved in one process",
     "loop": "what pretrain costs beside forward, backward and step, and tokens a second with each optimizer",
     "stall": "how long steps wait for text, with it made ahead in a thread and without",
+    "company": "tokens a second alone and beside a busy process, by how threads wait for each other",
     "memory": "peak memory, a fresh process for every optimizer, beside its plan",
     "low-bit": "what low-bit weights cost by the piece, and other formats for them",
     "kill": "runs killed with kill -9 and resumed, compared bitwise",

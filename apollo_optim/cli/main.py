@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ..core.errors import InputError
+from .waiting import wait_politely
 from .words import complain, nearest
 
 COMMANDS = {
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # Before torch is imported: large tensors of a CPU come in pages of 2 MB, which the system hands out much faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    wait_politely()
     return guarded(lambda: run(words))
 
 

@@ -25,7 +25,7 @@ examples:
   apollo-optim pretrain
   apollo-optim pretrain --config runs/llama-60m-apollo.yaml --out out/60m
   apollo-optim pretrain --config runs/llama-60m-apollo.yaml --optim.lr 5e-3 --train.steps 2000 --out out/60m-short
-  apollo-optim pretrain --optim.name adamw --optim.lr 1e-3 --optim.rest_lr 1e-2 --out out/adamw
+  apollo-optim pretrain --optim.name adamw --optim.lr 2e-3 --optim.rest_lr 8e-2 --out out/adamw
   apollo-optim pretrain --data.source 'notes/*.md' --model.name llama-1m --out out/notes
   apollo-optim pretrain --out out/60m --resume          go on after a stop, exactly where it was
   torchrun --nproc-per-node 2 -m apollo_optim pretrain --parallel.mode fsdp2      the same run in two processes
@@ -68,7 +68,9 @@ def parse(argv: Sequence[str]) -> Asked:
     if given.resume and not files and given.out:
         files = [str(home(given.out) / "config.yaml")]  # the run directory knows what was run
         if not os.path.exists(files[0]):
-            raise InputError(f"--out {given.out}: holds no run to resume; leave --resume out to start one")
+            from ..train.run_dir import nothing_to_resume
+
+            raise InputError(f"--out {nothing_to_resume(home(given.out))}")
     if given.out is not None:
         words += ["--out", given.out]
     data: dict[str, Any] = {}

@@ -73,6 +73,20 @@ class Corpus:
             self.ends.append(0)
         self.ends[-1] = 1
 
+    def divide(self, percent: float) -> bool:
+        """Make two documents of the single one that is there, the end for validation. False where it is too short."""
+        text = os.pread(self.file.fileno(), self.starts[-1], 0)
+        first = next(pieces(text, max(1, int(len(text) * (1 - percent / 100)))))
+        if not text[first:].strip():
+            return False
+        self.documents = self.validation_documents = 0
+        self.ends, self.starts, self.train, self.validation = bytearray(), array("Q", [0]), array("Q"), array("Q")
+        self.file.seek(0)
+        self.add(text[:first], validation=False)
+        self.add(text[first:], validation=True)
+        self.file.flush()
+        return True
+
 
 def pieces(text: bytes, longest: int) -> Iterator[int]:
     """The sizes of pieces of at most `longest` bytes, cut at line ends where there are any, never in a character."""
@@ -122,8 +136,8 @@ def open_corpus(
         log.warning("%s: skipped %d broken lines, the first: %s", name, reading.skipped, reading.first_skipped)
     if reading.left_out:
         log.warning("%s: left out: %s", name, reading.said())
-    if corpus.documents == 1:
-        raise InputError(f"{name}: a single document cannot be split into training and validation text; give more")
+    if corpus.documents == 1 and not corpus.divide(validation_percent):
+        raise InputError(f"{name}: this document is too short for training and validation text; give more")
     for part, documents, bound in (
         ("validation", corpus.validation, f"at least {lowest + 0.001:.3f}"),
         ("training", corpus.train, f"at most {highest:.3f}"),

@@ -1,5 +1,6 @@
 """Which parameter follows which rule: by name, first match wins, and an empty match is an error."""
 
+import inspect
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +10,19 @@ from torch import Tensor, nn
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.matrix import matrix_shape
 from apollo_optim.core.names import as_tuple, is_pattern, is_router, is_vector, matches, summary, with_matrices
-from apollo_optim.optim.knobs import GENERAL, Group, check_group, check_parameter, find_rule, make_rule
+from apollo_optim.optim.knobs import (
+    GENERAL,
+    PASSED,
+    Group,
+    check_group,
+    check_parameter,
+    find_rule,
+    known_keys,
+    make_rule,
+    nearest,
+)
 from apollo_optim.optim.parameter import applies
+from apollo_optim.rules import RULES
 
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("lm_head", "embed_out", "output", "head", "score", "classifier")
@@ -75,10 +87,13 @@ def param_groups(
             (`scale`, `proj`, ...) into `matrices`, `betas` and `eps` into all that are Adam's. Where a `rule` is named,
             a knob that it does not have is one of the other groups' rules.
 
-    Raises InputError for a target, an exclusion that matches nothing, listing what exists, for a `rest` that is no
-    rule, for `rest="apollo"` without a rank, for a `rule` that no matrix can follow, and for the rate of a group that
-    this model does not have.
+    Raises InputError for a knob of no rule, naming the nearest, for a target, an exclusion that matches nothing,
+    listing what exists, for a `rest` that is no rule, for `rest="apollo"` without a rank, for a `rule` that no matrix
+    can follow, and for the rate of a group that this model does not have.
     """
+    known = {*known_keys(RULES.values()), *PASSED, "proj_type"}
+    if unknown := [key for key in knobs if key not in known]:
+        raise InputError(f"param_groups: unknown key {unknown[0]!r}. {nearest(unknown[0], known | ARGUMENTS)}")
     choices = {"embedding": embedding or rest, "head": head or rest, "others": others or rest, "norms": "adamw"}
     own_rule = "apollo" if rule is None else rule  # what the choices call the rule of the matrices
     if rule is None and rank is None and own_rule in choices.values():
@@ -132,6 +147,9 @@ def param_groups(
         group |= {} if rates.get(kind) is None else {"lr": rates[kind]}
         groups.append(group)
     return groups
+
+
+ARGUMENTS = frozenset(inspect.signature(param_groups).parameters) - {"model", "knobs"}
 
 
 def _of_rest(kind: str, their: Group, knobs: Group, elsewhere: Group, quarter: int) -> Group:

@@ -88,13 +88,18 @@ def tidy(group: Group) -> None:
         group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
 
 
-def check_keys(keys: Mapping[str, Any], rules: Sequence[type[Rule]], where: str, what: str = "group") -> None:
-    """Refuse a key that none of these rules knows, naming its owners or the nearest, and a value out of range."""
+def check_keys(
+    keys: Mapping[str, Any], rules: Sequence[type[Rule]], where: str, what: str = "group", arguments: Iterable[str] = ()
+) -> None:
+    """Refuse a key that none of these rules knows, naming its owners or the nearest, and a value out of range.
+
+    `arguments`: what else can be said where the keys are, so that it is suggested, too.
+    """
     known = known_keys(rules)
     for key, value in keys.items():
         if key not in known:
             owners = [rule.name for rule in RULES.values() if key in rule.knobs()]
-            hint = nearest(key, known)
+            hint = nearest(key, {*known, *arguments})
             if owners:
                 hint = f"It is a key of {', '.join(owners)}; this {what} follows {rules[0].name!r}. Leave it out"
             raise InputError(f"{where}: unknown key {key!r}. {hint}")

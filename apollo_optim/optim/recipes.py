@@ -6,6 +6,7 @@ Every rule is one: matrices follow it, the rest AdamW. A recipe says more: other
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -124,7 +125,7 @@ def check_knobs(recipe: Recipe, knobs: Group) -> None:
     knobs = {key: value for key, value in knobs.items() if (key, value) != ("rank", "auto")}
     tidy(knobs)
     rules = recipe.rules + ([find_rule(knobs["otherwise"])] if "otherwise" in knobs else [])
-    check_keys(knobs, rules, where, "optimizer")
+    check_keys(knobs, rules, where, "optimizer", ARGUMENTS)
 
 
 def build_optimizer(
@@ -199,6 +200,9 @@ def build_optimizer(
                 f"Ask for {name.partition('+')[0]} alone"
             )
     return optimizer
+
+
+ARGUMENTS = frozenset(inspect.signature(build_optimizer).parameters) - {"name", "model", "knobs"}
 
 
 def _is_followed(rule: str, optimizer: RuleOptimizer, ndim: int = 0) -> bool:

@@ -22,16 +22,17 @@ PAGE = """<!doctype html>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; background: #fff }}
 h1 {{ font-size: 1.4rem }} h2 {{ font-size: 1.1rem; margin-top: 2rem }}
-img {{ max-width: 100%; height: auto }}
 .wide {{ overflow-x: auto }}
+img {{ width: 100%; min-width: 44rem; height: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem }}
 th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }}
 th:first-child, td:first-child {{ text-align: left }}
+@media (max-width: 40rem) {{ body {{ padding: 0 .5rem }} th, td {{ padding: .3rem }} }}
 .note {{ color: #555; font-size: .85rem }}
 pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem }}
 </style></head><body>
 <h1>{title}</h1>
-<p><img alt="Loss against tokens and time; memory by part and at its peak. The figures are in the table below." src="data:image/png;base64,{image}"></p>
+<div class="wide"><img alt="Loss against tokens and time; memory by part and at its peak. The figures are in the table below." src="data:image/png;base64,{image}"></div>
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>
 {body}
 </tbody></table></div>

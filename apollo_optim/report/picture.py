@@ -17,6 +17,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 PALE = ("#E69F00", "#56B4E9")  # too light for white letters
 STYLES = ("-", "--", "-.", ":")
 SHADES = dict(zip(PARTS, (1.0, 0.55, 0.25), strict=True))  # a part's share of the colour
+WORDY = 0.3  # of the longest bar: from here on a part has room for its name
 SMOOTHING = 60  # the training loss is drawn as a running mean over this fraction of the run
 
 
@@ -124,15 +125,15 @@ def plot_resident(axes: Axes, runs: Sequence[Run], names: list[str], looks: list
         for part, share in SHADES.items():
             size = run.memory.get(part, 0)
             axes.barh(row, size / factor, left=left / factor, height=0.7, color=blend(colour, share), edgecolor="white")
-            if size > 0.11 * widest:
+            if size > 0.1 * widest:
                 ink = "white" if share == 1 and colour not in PALE else "black"
-                text = (f"{part} " if size > 0.22 * widest else "") + f"{size / factor:.3g}"
+                text = (f"{part} " if size > WORDY * widest else "") + f"{size / factor:.3g}"
                 middle = (left + size / 2) / factor
                 axes.text(middle, row, text, ha="center", va="center", color=ink, fontsize=8)
             left += size
         axes.text(left / factor, row, f" {left / factor:.3g}", va="center", fontsize=9)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel=f"{unit} (dark: weights, light: optimizer state)", xlim=(0, 1.14 * widest / factor))
+    axes.set(xlabel=f"{unit}, from dark to light: weights, gradients, state", xlim=(0, 1.14 * widest / factor))
     axes.invert_yaxis()
 
 

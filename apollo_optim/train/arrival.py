@@ -1,4 +1,4 @@
-"""Weights of a checkpoint are quantised as they arrive, so that the float model never exists.
+"""Weights of a checkpoint: looked at when they have arrived, and quantised before, so that no float model exists.
 
 transformers builds a model without memory and gives it one weight after the other: renamed, put together from several
 tensors of the checkpoint, cast. Here is only what happens to each when it is put into its module.
@@ -7,7 +7,9 @@ tensors of the checkpoint, cast. Here is only what happens to each when it is pu
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -17,9 +19,49 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from apollo_optim.core.errors import InputError
 from apollo_optim.quant import LowBitWeight
 from apollo_optim.quant.quantize import quantized
 from apollo_optim.train.config import QuantConfig
+
+# Masks, positions and rotary frequencies, which older transformers saved: today's compute them.
+OLD_BUFFER = re.compile(r"(?:^|\.)(?:masked_bias|position_ids|rotary_emb\.inv_freq|\w*(?:attn|attention)\.bias)$")
+
+log = logging.getLogger(__name__)
+
+
+def check_loaded(name: str, found: dict[str, Any], parameters: Collection[str]) -> None:
+    """Raise InputError where the checkpoint of model `name` holds other weights than the model's `parameters`.
+
+    transformers draws anew what a checkpoint lacks and drops what is too much: nothing to train on unawares. Buffers
+    that it no longer has are dropped, and one line says so. `found`: its loading info.
+    """
+    found = {**found, "unexpected_keys": _without_old_buffers(name, found["unexpected_keys"], parameters)}
+    for kind, problem in (
+        ("mismatched_keys", "other shapes in the checkpoint than in the model"),
+        ("missing_keys", "not in the checkpoint"),
+        ("unexpected_keys", "in the checkpoint, but not in the model"),
+    ):
+        keys = sorted(key if isinstance(key, str) else key[0] for key in found[kind])
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise InputError(
+                f"model.name={name}: {problem}: {', '.join(keys[:3])}{more}. Take back what you changed of the "
+                "model's config; or make a checkpoint that fits (transformers: from_pretrained, then save_pretrained)"
+            )
+
+
+def _without_old_buffers(name: str, unexpected: Collection[str], parameters: Collection[str]) -> list[str]:
+    # `attn.bias` is a mask where attn is a module of several weights, and a bias where it has one, `attn.weight`.
+    old = [
+        key
+        for key in sorted(unexpected)
+        if OLD_BUFFER.search(key) and f"{key.removesuffix('bias')}weight" not in parameters
+    ]
+    if old:
+        more = f" and {len(old) - 1} more" if len(old) > 1 else ""
+        log.warning("%s: dropped buffers of older transformers, no weights: %s%s", name, old[0], more)
+    return [key for key in unexpected if key not in old]
 
 
 @contextlib.contextmanager

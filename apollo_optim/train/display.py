@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Protocol
 
+from apollo_optim.train.company import BUSY
 from apollo_optim.train.measure import peak_memory
 
 NARROW = 60  # columns of a terminal
@@ -154,6 +155,8 @@ def step_figures(record: dict[str, Any], eta: float) -> list[tuple[str, str]]:
     skipped = [("skipped", f"{record['skipped']:,}")] if record.get("skipped") else []
     share = record.get("waiting") or 0.0  # of the time since the last line
     waiting = [("waiting for text", f"{share:.0%}")] if share >= 0.05 else []
+    others = record.get("others") or 0.0
+    busy = [("others' CPU", f"{others:.0%}")] if others >= BUSY else []
     return [
         ("loss", f"{record['loss']:.4f}"),
         ("lr", rates),
@@ -162,6 +165,7 @@ def step_figures(record: dict[str, Any], eta: float) -> list[tuple[str, str]]:
         ("ETA", duration(eta)),
         ("peak", in_bytes(record.get("peak_gpu") or peak_memory())),
         *waiting,
+        *busy,
         *skipped,
     ]
 

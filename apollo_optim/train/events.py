@@ -15,6 +15,7 @@ from apollo_optim.core.storage import is_finite
 from apollo_optim.parallel.world import ALONE, World
 from apollo_optim.quant import rounding_stats
 from apollo_optim.train import checkpoint, measure
+from apollo_optim.train.company import BUSY, Others
 from apollo_optim.train.evaluate import evaluate
 from apollo_optim.train.failures import TrainingFailed
 from apollo_optim.train.gradients import Gradients
@@ -107,6 +108,7 @@ class Log(Event):
     record: Record
     every: int | None
     last: int
+    world: World = ALONE
     needs_norm = True
 
     def __post_init__(self) -> None:
@@ -115,6 +117,7 @@ class Log(Event):
         self._mark = self._progress()
         self._dead = False
         self._waited: float | None = None  # until the first line, which had to wait for the first text
+        self._others = Others()
 
     def due(self, step: int) -> bool:
         return due(step, self.every, self.last) or step == 1
@@ -139,11 +142,17 @@ class Log(Event):
             tokens_per_s=tokens_per_s,
             seconds=state.seconds,
             data_wait=data_wait,
+            others=self._others.since() if self.world.size == 1 else None,  # (the run's own processes are others, too)
             skipped=self._skips.total,
         )
         shown = {"peak_gpu": measure.peak_gpu_memory(state.device), "waiting": waiting}
         self.record.display.step(record | shown, left)
         self._check_progress()
+        share = self._others.altogether()
+        if state.step == self.last and share is not None and share >= BUSY:
+            self.record.display.note(
+                f"other processes took {share:.0%} of the processors' time: figures of time are those of a busy machine"
+            )
         if record["grad_norm"] == 0 and not self._dead:
             self._dead = True
             self.record.display.note(

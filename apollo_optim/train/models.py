@@ -18,7 +18,7 @@ from apollo_optim.data.foreign import reason
 from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.quant.quantize import Chosen, choose_weights, quantize_module, quantize_weights
 from apollo_optim.quant.write import precompile
-from apollo_optim.train.arrival import quantized_on_arrival
+from apollo_optim.train.arrival import check_loaded, quantized_on_arrival
 from apollo_optim.train.config import ModelConfig, QuantConfig, RunConfig
 from apollo_optim.train.draw import draw_weights
 
@@ -174,26 +174,10 @@ def load_pretrained(
             **_options(cfg),
         )
     model: PreTrainedModel = loaded[0]
-    _check_loaded(cfg, loaded[1])
+    check_loaded(cfg.name, loaded[1], {name for name, _ in model.named_parameters()})
     if quant.bits is not None:  # what did not come in by its own name
         quantize_weights(model, quant.bits, quant.group_size, quant.targets, quant.exclude)
     return model
-
-
-def _check_loaded(cfg: ModelConfig, found: dict[str, Any]) -> None:
-    """transformers draws anew what a checkpoint lacks and drops what is too much: nothing to train on unawares."""
-    for kind, problem in (
-        ("mismatched_keys", "other shapes in the checkpoint than in the model"),
-        ("missing_keys", "not in the checkpoint"),
-        ("unexpected_keys", "in the checkpoint, but not in the model"),
-    ):
-        keys = sorted(key if isinstance(key, str) else key[0] for key in found[kind])
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise InputError(
-                f"model.name={cfg.name}: {problem}: {', '.join(keys[:3])}{more}. Take back what you changed of the "
-                "model's config; or make a checkpoint that fits (transformers: from_pretrained, then save_pretrained)"
-            )
 
 
 def _options(cfg: ModelConfig) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.parallel.world import ProcessLost, World, joined
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.build import Job, build
-from apollo_optim.train.config import RunConfig, check, check_processes, to_dict
+from apollo_optim.train.config import RunConfig, check, check_processes, load_config, to_dict
 from apollo_optim.train.display import duration
 from apollo_optim.train.events import Evaluate, Event, Log, Memory, Save, Tally
 from apollo_optim.train.failures import Interrupted, TrainingFailed
 from apollo_optim.train.loop import run_steps
 from apollo_optim.train.metrics import check_trackers
 from apollo_optim.train.optimizer import peak_rates
+from apollo_optim.train.rates import advice, with_known_rates
 from apollo_optim.train.record import Record, lost, recording
 from apollo_optim.train.run_dir import Earlier, check_continuation, claim, prepare, restore, run_of
 from apollo_optim.train.schedule import factor
@@ -62,6 +63,7 @@ def pretrain(cfg: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
     >>> result = pretrain(RunConfig(model=ModelConfig("llama-1m"), out="out/first"))
     >>> result.perplexity
 
+    Rates that `cfg` leaves out are those known of its optimizer at its batch (`train.rates`).
     A resumed run is equal to the bit to one that was never stopped: weights, optimizer, text, random numbers, figures.
     Raises InputError for what the user can put right, TrainingFailed if the run cannot go on, Interrupted after Ctrl-C.
     """
@@ -78,6 +80,8 @@ def pretrain(cfg: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
 def _pretrain(cfg: RunConfig, run: Path, world: World, resume: bool, trust_remote_code: bool) -> Result:
     with claim(run, resume, world):
         check_processes(cfg, world)
+        if not (resume and load_config(run / "config.yaml").optim.lr is None):  # those of old went by other defaults
+            cfg = with_known_rates(cfg)
         earlier = check_continuation(run, cfg) if resume else Earlier()
         job = build(cfg, run, earlier, trust_remote_code=trust_remote_code, world=world)
         if earlier.state is not None:
@@ -120,7 +124,7 @@ def events_of(job: Job, record: Record) -> list[Event]:
     return [
         Memory(state, job.gradients, record),
         Tally(state, record, cfg.quant.tally),
-        Log(state, record, cfg.log.every, last),
+        Log(state, record, cfg.log.every, last, job.world),
         Evaluate(
             state,
             record,
@@ -151,6 +155,7 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
         params=parameters,
         memory=measure.memory(job.model, job.optimizer),
         baseline=job.baseline,
+        advice=advice(job.cfg),
         peak_lr=dict(zip(("lr", "lr_rest"), peak_rates(job.optimizer), strict=True)),
         left_out=job.data.left_out,
         resumed_from=resumed_from,
@@ -162,6 +167,8 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
         display.note(f"{job.world.size} processes, {job.cfg.parallel.mode}")
     if isinstance(job.optimizer, RuleOptimizer):
         display.note(describe(job.optimizer))
+    if told := advice(job.cfg):
+        display.note(told)
     if job.released is not None:
         display.note(job.gradients.cost_of_release())
     if resumed_from is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ def claim(run: Path, resume: bool, world: World = ALONE) -> Iterator[None]:
         )
     started = (run / "config.yaml").exists() or (run / "metrics.jsonl").exists()
     if resume and not (run / "config.yaml").exists():
-        raise InputError(f"{run} holds no run to resume: leave --resume out to start one")
+        raise InputError(nothing_to_resume(run))
     with disk.locked(run) as alone:
         if started and not resume and not alone:  # a start that saved nothing may be made again, if it is over
             raise InputError(
@@ -64,6 +65,16 @@ def claim(run: Path, resume: bool, world: World = ALONE) -> Iterator[None]:
             )
         world.wait()
         yield
+
+
+def nothing_to_resume(run: Path) -> str:
+    """Why this directory cannot be resumed, and which runs are near it."""
+    what = "holds no run to resume" if run.is_dir() else "there is no such directory, so no run to resume"
+    there = [path.parent for path in sorted(run.parent.parent.glob("*/*/config.yaml"))]
+    near = difflib.get_close_matches(str(run), map(str, there), n=1)
+    beside = [str(path) for path in there if path.parent == run.parent][:3]
+    hint = f" (did you mean {near[0]}?)" if near else f" (runs beside it: {', '.join(beside)})" if beside else ""
+    return f"{run}: {what}{hint}; leave --resume out to start one"
 
 
 @dataclass

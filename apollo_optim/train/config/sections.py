@@ -58,9 +58,10 @@ class OptimConfig:
     name: str = "apollo-mini"
     """A name from `apollo-optim optimizers`, or two rules: muon+adamw, the hidden matrices' and all others'."""
     lr: float | None = None
-    """Peak learning rate of the matrices that follow the rule."""
+    """Peak learning rate of the matrices that follow the rule. None: what is known of the optimizer at the nearest
+    number of tokens a step, and so `rest_lr` (docs/rates.md); where nothing is known, the optimizer's own default."""
     rest_lr: float | None = None
-    """Peak learning rate of embedding, head and norms; None: the same `lr`."""
+    """Peak learning rate of embedding, head and norms; None: the same `lr`, if that is said."""
     embedding_lr: float | None = None
     """Peak learning rate of the embedding (and of a head tied to it) apart; None: `rest_lr`."""
     head_lr: float | None = None

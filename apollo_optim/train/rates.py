@@ -1,0 +1,127 @@
+"""Learning rates that are known to work, by optimizer and tokens a step: one table for defaults, warnings and docs.
+
+Rates belong to a batch: what the papers use for 131,072 tokens a step, 0.01 for everything, is far too much for the
+4,096 of a first run. What is in the table was run; its log is named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from apollo_optim.optim.groups import rule_and_codec
+from apollo_optim.train.config import OptimConfig, RunConfig
+
+NEAR = 4.0  # steps of fewer than so many times the tokens (or of more than that fraction) are alike
+FAR = 6.0  # a rate so many times as large, or as small, is said to be far
+
+
+class Rate(NamedTuple):
+    """Peak rates with which an optimizer was run."""
+
+    optimizer: str
+    tokens: int
+    """Of a step."""
+    lr: float
+    """Of the matrices."""
+    rest_lr: float
+    """Of embedding, head and norms."""
+    log: str
+    """Where it was run: a folder of `results/`, or a paper."""
+    rest: str = "adamw"
+    """The rule of embedding and head."""
+
+
+RACE, SMALL_BATCH, PAPER = "race/llama-4m", "llama-60m", "the papers' (arXiv 2412.05270, 2403.03507)"
+RATES = (
+    Rate("apollo-mini", 1_024, 0.001, 0.005, SMALL_BATCH, "adafactor"),
+    Rate("q-apollo-mini", 1_024, 0.001, 0.005, SMALL_BATCH, "adafactor"),
+    Rate("adamw", 4_096, 0.002, 0.08, RACE),
+    Rate("apollo", 4_096, 0.005, 0.08, RACE),
+    Rate("apollo-mini", 4_096, 0.00125, 0.02, RACE),
+    Rate("q-apollo", 4_096, 0.005, 0.08, RACE),
+    Rate("q-apollo-mini", 4_096, 0.00125, 0.02, RACE),
+    Rate("apollo", 4_096, 0.005, 0.04, RACE, "adafactor"),
+    Rate("apollo", 4_096, 0.005, 0.005, RACE, "scale"),
+    Rate("adamw", 131_072, 0.001, 0.001, PAPER),
+    Rate("apollo", 131_072, 0.01, 0.01, PAPER),
+    Rate("apollo-mini", 131_072, 0.01, 0.01, PAPER),
+)
+
+
+def known(cfg: RunConfig) -> Rate | None:
+    """What is known of the run's optimizer at the nearest number of tokens a step; None: nothing at all.
+
+    All of it is for new weights.
+    """
+    if cfg.model.pretrained:
+        return None
+    rows = [row for row in RATES if row.optimizer == cfg.optim.name]
+    rows = [row for row in rows if row.rest == _rest(cfg.optim)] or rows
+    return min(rows, key=lambda row: abs(math.log(row.tokens / tokens_a_step(cfg))), default=None)
+
+
+def with_known_rates(cfg: RunConfig) -> RunConfig:
+    """The run with known rates in the place of those that it does not say. A rate that is said is kept.
+
+    Where `lr` is said, `rest_lr` is the same unless it is said, too. Where nothing is known, the optimizer has its own.
+    """
+    row = known(cfg)
+    if cfg.optim.lr is not None or row is None:
+        return cfg
+    rest_lr = row.rest_lr if cfg.optim.rest_lr is None and row.rest == _rest(cfg.optim) else cfg.optim.rest_lr
+    return dataclasses.replace(cfg, optim=cfg.optim.changed(lr=row.lr, rest_lr=rest_lr))
+
+
+def advice(cfg: RunConfig) -> str | None:
+    """A line where a run's rates are far from what is known, or known from steps of quite another size."""
+    row, lr, tokens = known(cfg), cfg.optim.lr, tokens_a_step(cfg)
+    if cfg.model.pretrained and lr is None:
+        return "optim.lr is not said: the optimizer's own default is one for new weights, too much for trained ones"
+    if row is None or not lr:  # at a rate of 0 somebody knows what he does
+        return None
+    rest_lr = lr if cfg.optim.rest_lr is None else cfg.optim.rest_lr
+    same_rest = row.rest == _rest(cfg.optim)
+    here, there = _pair(lr, rest_lr), _pair(row.lr, row.rest_lr)
+    if _within(NEAR, row.tokens / tokens):
+        far = not _within(FAR, lr / row.lr) or (same_rest and rest_lr and not _within(FAR, rest_lr / row.rest_lr))
+        told = f"lr {here} is far from {there}, which is known of {row.optimizer} at {row.tokens:,} tokens a step"
+        return f"{told} (docs/rates.md)" if far else None
+    told = f"lr {here} is known of {row.optimizer} at {row.tokens:,} tokens a step, and this run's have {tokens:,}"
+    return f"{told}: other rates may be better (docs/rates.md)" if here == there else None
+
+
+def tokens_a_step(cfg: RunConfig) -> int:
+    """Of all micro-batches of a step."""
+    return cfg.train.batch_size * cfg.data.seq_len
+
+
+def _rest(optim: OptimConfig) -> str | None:
+    """The rule of embedding and head; None where they differ. How its state is stored moves no rate."""
+    rules = {rule_and_codec(choice or optim.rest or "adamw")["rule"] for choice in (optim.embedding, optim.head)}
+    return str(rules.pop()) if len(rules) == 1 else None
+
+
+def _within(times: float, ratio: float) -> bool:
+    return 1 / times < ratio < times
+
+
+def _pair(lr: float, rest_lr: float) -> str:
+    return f"{lr:g} (rest {rest_lr:g})"
+
+
+def table() -> str:
+    """All that is known, as the docs show it."""
+    names = list(dict.fromkeys(row.optimizer for row in sorted(RATES, key=lambda row: row.optimizer)))
+    lines = [
+        ["tokens a step", "embedding and head", *(f"`{name}`" for name in names), "known from"],
+        ["---:", "---", *("---" for _ in names), "---"],
+    ]
+    for tokens, rest in dict.fromkeys((row.tokens, row.rest) for row in RATES):
+        here = {row.optimizer: row for row in RATES if (row.tokens, row.rest) == (tokens, rest)}
+        cells = [f"{here[name].lr:g} / {here[name].rest_lr:g}" if name in here else "not measured" for name in names]
+        log = next(iter(here.values())).log
+        lines.append([f"{tokens:,}", rest, *cells, log if log == PAPER else f"`results/{log}`"])
+    lines.append(["fine-tuning", "-", *("not measured" for _ in names), "-"])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
