@@ -48,6 +48,9 @@ def model_directory(path: Path, scratch: Path, *, trust_remote_code: bool = Fals
     """The Hugging Face directory to read: `path`, its `model/`, or, of a run that goes on, an export into `scratch`."""
     for candidate in (path, path / "model"):
         if (candidate / "config.json").is_file():
+            from ..train.checkpoint import check_export
+
+            check_export(candidate)
             return candidate
     if (path / "checkpoints").is_dir():
         from ..train.checkpoint import export

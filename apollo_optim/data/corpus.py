@@ -169,6 +169,14 @@ def _worth_reading(source: str, reading: Reading, *, alone: bool) -> Iterator[Do
         raise InputError(f"{source}: holds no text{first if reading.skipped else ''}")
 
 
+def whole_number(state: dict[str, Any], key: str) -> int:
+    """A count of a saved position. Raises InputError if it is none."""
+    value = state.get(key) if isinstance(state, dict) else None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
+        raise InputError(f"not a position in a text: its {key} is {value!r}")
+    return value
+
+
 def shuffled(items: Iterable[T], seed: str) -> list[T]:
     """The same order on every machine and Python: `Random.random()` is the one stream that Python promises to keep."""
     number = random.Random(seed)
@@ -201,5 +209,8 @@ class CorpusDocuments:
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
-        self.order = shuffled(self.indices, f"{self.seed}/{self.epoch}")
+        epoch, position = (whole_number(state, key) for key in ("epoch", "position"))
+        self.order = shuffled(self.indices, f"{self.seed}/{epoch}")
+        if position > len(self.order):
+            raise InputError(f"not a position in this text: its position is {position}, of {len(self.order)} pieces")
+        self.epoch, self.position = epoch, position

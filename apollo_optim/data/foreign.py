@@ -6,6 +6,8 @@ Every call of a loader says `trust_remote_code` itself. Left out, transformers a
 import json
 from pathlib import Path
 
+from apollo_optim.core import disk
+
 CODE = "auto_map"  # where a config names the Python files that a loader is to run
 
 
@@ -24,4 +26,4 @@ def drop_code(directory: Path) -> None:
             continue
         content = json.loads(text)
         if isinstance(content, dict) and content.pop(CODE, None) is not None:
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            disk.write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

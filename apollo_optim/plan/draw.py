@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from apollo_optim.core import disk
 from apollo_optim.plan.budget import PARTS, Followed, Plan
 
 if TYPE_CHECKING:
@@ -169,8 +170,8 @@ def write_plan(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     written = Written(out / "plan.png", out / "plan.html")
-    written.picture.write_bytes(buffer.getvalue())
-    written.page.write_text(page, encoding="utf-8")
+    disk.write(written.picture, buffer.getvalue())
+    disk.write(written.page, page)
     return written
 
 

@@ -17,6 +17,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 PALE = ("#E69F00", "#56B4E9")  # too light for white letters
 STYLES = ("-", "--", "-.", ":")
 SHADES = dict(zip(PARTS, (1.0, 0.55, 0.25), strict=True))  # a part's share of the colour
+POINTS = 20_000  # of a curve, more than a picture has columns
 SMOOTHING = 60  # the training loss is drawn as a running mean over this fraction of the run
 
 
@@ -84,7 +85,9 @@ def plot_loss(
 ) -> None:
     """The training loss as a thin running mean, the validation loss as the line with markers that one reads off."""
     if run.steps:
-        axes.plot([x_of(event) for event in run.steps], smoothed(run), color=colour, alpha=0.35, linewidth=1.0)
+        every = -(-len(run.steps) // POINTS)
+        xs = [x_of(run.steps[i]) for i in range(0, len(run.steps), every)]
+        axes.plot(xs, smoothed(run)[::every], color=colour, alpha=0.35, linewidth=1.0)
     if run.evals:
         xs, ys = [x_of(event) for event in run.evals], [event["loss"] for event in run.evals]
         axes.plot(xs, ys, color=colour, linestyle=style, linewidth=2, marker="o", markersize=3.5, label=label)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from apollo_optim.core.storage import is_finite
 from apollo_optim.quant import rounding_stats
@@ -212,6 +212,8 @@ class Save(Event):
     every: int | None
     keep: int
     last: int
+    config: dict[str, Any] | None = None
+    """The run's, which a checkpoint keeps a copy of."""
     for_goodbye = True
 
     def due(self, step: int) -> bool:
@@ -226,4 +228,4 @@ class Save(Event):
         if not all(is_finite(p) for p in state.model.parameters()):
             raise TrainingFailed(f"the weights are not finite any more after step {state.step}")
         self.record.metrics.flush()
-        checkpoint.save(self.run, state.step, state.model, state.state_dict(), self.keep)
+        checkpoint.save(self.run, state.step, state.model, state.state_dict(), self.keep, self.config)
