@@ -3,12 +3,15 @@
 import argparse
 import difflib
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..core.errors import InputError
+from ..core.printing import printable, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CONSENT = "--trust-remote-code"  # never a key of a file: files come from anywhere
 CONSENT_HELP = "run the Python code that a model or tokenizer brings along; only if you have read it"
@@ -27,8 +30,20 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 def complain(error: object, code: int) -> int:
     """Say what is wrong, and with which exit code the command ends."""
-    print(f"error: {error}", file=sys.stderr)
+    say(f"error: {printable(error)}", error=True)
     return code
+
+
+def console() -> "Console":
+    """rich, which takes what it is given for text."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, emoji=False)
+
+
+def show(what: Any, **how: Any) -> None:
+    """Print a table or a text by rich, without markup."""
+    console().print(printable(what) if isinstance(what, str) else what, **how)
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from apollo_optim.core import disk
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.printing import plain_markdown, printable
 from apollo_optim.report.picture import draw, headline
 from apollo_optim.report.read import Run, check_comparable, labels
-from apollo_optim.report.table import NOTE, markdown_table, plain_markdown, table_rows
-from apollo_optim.report.units import printable
+from apollo_optim.report.table import NOTE, markdown_table, table_rows
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

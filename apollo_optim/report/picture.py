@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from apollo_optim.core.printing import literal, printable
 from apollo_optim.report.read import PARTS, Event, Run, labels
-from apollo_optim.report.units import byte_scale, printable, unit_of
+from apollo_optim.report.units import byte_scale, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     """Loss against tokens and against time, the memory that stays, and the peak of the process."""
     from matplotlib.figure import Figure
 
-    names, looks = [literal(printable(name)) for name in labels(runs)], [look(i) for i in range(len(runs))]
+    names, looks = [literal(name) for name in labels(runs)], [look(i) for i in range(len(runs))]
     height = 0.32 * len(runs) + 1.1
     figure = Figure(figsize=(11, 4.2 + height), layout="constrained", dpi=140)
     (by_tokens, by_time), (resident, peak) = figure.subplots(2, 2, gridspec_kw={"height_ratios": [4, height]})
@@ -73,11 +74,6 @@ def headline(runs: Sequence[Run]) -> str:
     models = sorted({str(run.setting("model", "name")) for run in runs})
     corpus = (runs[0].start.get("corpus") or {}).get("name", "unknown text")
     return printable(f"{', '.join(models)} on {corpus}")
-
-
-def literal(text: str) -> str:
-    """A name as it is: matplotlib reads mathematics between dollars."""
-    return text.replace("$", r"\$")
 
 
 def plot_loss(

@@ -29,7 +29,7 @@ from apollo_optim.core import disk
 from apollo_optim.core.errors import Damaged, InputError
 from apollo_optim.core.manifest import check_files, read_manifest, write_manifest
 from apollo_optim.core.reading import read_json
-from apollo_optim.data.foreign import reason
+from apollo_optim.data.foreign import check_size, explained, reason
 from apollo_optim.train.checkpoint.shards import CHECKPOINT, failing_in_one_line, read_shards, weights, write_shards
 from apollo_optim.train.checkpoint.tree import pack, unpack
 from apollo_optim.train.config import RunConfig, from_dict, load_config
@@ -139,10 +139,9 @@ def saved_config(checkpoint: Path, *, trust_remote_code: bool = False) -> Pretra
     """The transformers config of a checkpoint."""
     from transformers import AutoConfig
 
-    try:
+    with explained(f"{checkpoint}: its model can't be opened"):
         config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever the loader stumbles over
-        raise InputError(f"{checkpoint}: its model can't be opened: {reason(error)}") from error
+        check_size(config, str(checkpoint))
     return config
 
 
