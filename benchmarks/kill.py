@@ -159,13 +159,16 @@ def kill_during_save(cfg: RunConfig, run: Path, seconds: float, chance: random.R
     """While a checkpoint is half-written: its hidden directory is there before the kill, and still there after it."""
     every = cfg.checkpoint.every or cfg.train.steps
     step = chance.randrange(every, cfg.train.steps + 1, every)
-    half = run / "checkpoints" / f".tmp-step-{step:08d}"
+
+    def half_written() -> bool:
+        return any((run / "checkpoints").glob(f".tmp-*-step-{step:08d}"))
+
     child = start(cfg, run)
-    while not half.exists() and child.poll() is None:
+    while not half_written() and child.poll() is None:
         time.sleep(0.0005)
     time.sleep(chance.uniform(0, 0.02))
     child.kill()
-    return child.wait() != 0 and half.exists()
+    return child.wait() != 0 and half_written()
 
 
 def start(cfg: RunConfig, run: Path, *words: str) -> subprocess.Popen[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,12 +30,11 @@ from apollo_optim.train.checkpoint import (
     restore_optimizer,
     save,
     shards,
-    store,
     unpack,
     weights,
 )
+from apollo_optim.train.checkpoint.shards import CHECKPOINT
 from apollo_optim.train.config import ModelConfig
-from apollo_optim.train.failures import TrainingFailed
 from apollo_optim.train.models import build_model
 from apollo_optim.train.pretrain import pretrain
 
@@ -218,7 +218,7 @@ def test_foreign_directories_are_refused(run, model):
     manifest.write_text(
         manifest.read_text()
         .replace("something else", "apollo-optim checkpoint")
-        .replace(f'"version": {store.VERSION}', f'"version": {store.VERSION + 1}')
+        .replace(f'"version": {CHECKPOINT.version}', f'"version": {CHECKPOINT.version + 1}')
     )
     with pytest.raises(InputError, match="newer"):
         load_state(newest(run))
@@ -323,15 +323,16 @@ def test_export_of_low_bit_weights_with_a_short_last_group(tmp_path):
     assert all(torch.equal(p.dequantize(), exported[name]) for name, p in low_bit.items())
 
 
-def test_a_full_disk_at_the_export_is_one_line_too(tmp_path, monkeypatch):
+def test_a_full_disk_at_the_export_is_one_line_too_and_fails_no_run(tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     from transformers import LlamaForCausalLM
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
-    with pytest.raises(TrainingFailed, match=r"could not write the exported model.*No space left.*step-00000008"):
-        pretrain(tiny(tmp_path))
+    pretrain(tiny(tmp_path, log={"display": "plain"}))
+    told = capsys.readouterr().err
+    assert re.search(r"warning: could not write the exported model .*No space left.*: apollo-optim export", told)
     monkeypatch.undo()
     assert pretrain(tiny(tmp_path), resume=True).step == 8
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()

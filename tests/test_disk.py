@@ -14,8 +14,8 @@ import safetensors.torch
 from train_tiny import figures, records, tiny
 
 from apollo_optim.cli.main import main
+from apollo_optim.core import disk
 from apollo_optim.core.errors import InputError
-from apollo_optim.train import disk
 from apollo_optim.train.checkpoint import checkpoints, load_state, newest
 from apollo_optim.train.config import load_config
 from apollo_optim.train.failures import TrainingFailed
@@ -100,7 +100,7 @@ def test_what_a_file_system_lacks_is_done_without_and_said(what, whole, tmp_path
     assert load_state(newest(run))["step"] == 8
     assert (run / "model" / "model.safetensors").exists()
     assert not [path for path in run.rglob("*") if path.name.startswith((".tmp", ".unfinished"))]
-    said = [record.getMessage() for record in caplog.records if record.name == "apollo_optim.train.disk"]
+    said = [record.getMessage() for record in caplog.records if record.name == "apollo_optim.core.disk"]
     assert said
     assert len(said) == len(set(said))
 
@@ -115,7 +115,7 @@ def test_such_a_run_is_the_same_run(what, whole, tmp_path, monkeypatch):
 
 def test_a_file_system_that_lacks_nothing_is_not_spoken_of(whole, tmp_path, caplog):
     pretrain(tiny(tmp_path, train={"steps": 1}))
-    assert not [record for record in caplog.records if record.name == "apollo_optim.train.disk"]
+    assert not [record for record in caplog.records if record.name == "apollo_optim.core.disk"]
 
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EROFS", "EIO", "EDQUOT"])
@@ -144,7 +144,12 @@ def test_a_directory_that_cannot_be_written_is_refused_in_one_line(whole, tmp_pa
     shutil.copytree(whole, tmp_path / "run", symlinks=True)
     cfg = tiny(tmp_path)
     before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*") if path.name != ".lock")
-    monkeypatch.setattr(Path, "open", fails(errno.EROFS))
+    real = os.open
+
+    def read_only(path, flags, *mode):
+        return (fails(errno.EROFS) if flags & os.O_CREAT else real)(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(InputError, match=r"cannot write to the run directory .*Read-only"):
         pretrain(cfg, resume=True)
     after = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*") if path.name != ".lock")

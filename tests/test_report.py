@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,44 @@ def test_a_run_that_goes_on_is_drawn_and_marked(tmp_path: Path) -> None:
     assert draw([run]).axes
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
-    path = write_log(tmp_path / "run", log_of()[:3], tail='{"event": "st\n{"event": "end"}\n')
-    with pytest.raises(InputError, match=r"metrics.jsonl, line 4: not an event"):
-        read_run(path)
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"event": "st', "not an event"),
+        ("[]", "not an event"),
+        ("[" * 100_000, "not an event"),
+        ('{"event": "step", "step": ' + "9" * 5000 + "}", "not an event"),
+        ('{"event": "step", "step": null, "tokens": 1, "loss": 1.0}', "a step without a step"),
+        ('{"event": "step", "step": 1, "tokens": 1}', "a step without a loss"),
+        ('{"event": "step", "step": 1, "tokens": 1, "loss": "1.0"}', "a step without a loss"),
+        ('{"event": "step", "step": 1, "tokens": 1, "loss": 1e999}', "a step without a loss"),
+        ('{"event": "start"}', "a start without a config"),
+        ('{"event": "start", "config": {}, "corpus": "x"}', "a start whose corpus makes no sense"),
+        ('{"event": "end", "memory": 3}', "an? end whose memory makes no sense"),
+        ("\udcff", "not an event"),
+    ],
+)
+def test_a_line_that_is_no_record_is_counted_and_said(line: str, why: str, tmp_path: Path, caplog: Any) -> None:
+    path = write_log(tmp_path / "run", log_of()[:3])
+    with (path / "metrics.jsonl").open("ab") as file:
+        file.write(line.encode(errors="surrogateescape") + b'\n{"event": "end"}\n')
+    run = read_run(path)
+    assert (len(run.steps), run.end) == (1, {"event": "end"})
+    assert re.search(rf"metrics.jsonl has 1 line that is no record, the first: line 4: {why}", caplog.text)
+
+
+def test_a_long_log_takes_little_memory(tmp_path: Path) -> None:
+    """Eight bytes a figure instead of a dictionary a line."""
+    steps = [event for event in log_of() if event["event"] == "step"]
+    path = write_log(tmp_path / "run", log_of() + steps * 5_000)
+    tracemalloc.start()
+    run = read_run(path)
+    draw([run])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(run.steps) == 50_010
+    assert peak < 20e6  # of dictionaries alone: 50e6
+    assert run.steps[-1] == {key: steps[-1][key] for key in ("step", "tokens", "loss", "seconds", "lr", "lr_rest")}
 
 
 def test_runs_are_told_apart(tmp_path: Path) -> None:

@@ -515,9 +515,9 @@ def test_the_log_is_json_whatever_happens_and_is_cut_back_to_a_step(tmp_path):
     metrics = Metrics(path, [])
     metrics.write("start", config={"x": math.inf}, resumed_from=None)
     for step in range(1, 6):
-        metrics.write("step", step=step, loss=math.nan)
-    metrics.write("start", resumed_from=3)
-    metrics.write("start", resumed_from=5)
+        metrics.write("step", step=step, tokens=step, loss=math.nan)
+    metrics.write("start", config={}, resumed_from=3)
+    metrics.write("start", config={}, resumed_from=5)
     metrics.write("end", step=3)
     metrics.close()
     with path.open("a") as file:

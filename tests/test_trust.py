@@ -14,9 +14,12 @@ from train_tiny import tiny
 
 from apollo_optim.cli.main import main
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.manifest import write_manifest
 from apollo_optim.data import open_data
 from apollo_optim.data.foreign import drop_code
 from apollo_optim.train.checkpoint import export, newest
+from apollo_optim.train.checkpoint.export import EXPORT
+from apollo_optim.train.checkpoint.shards import CHECKPOINT
 from apollo_optim.train.config import ModelConfig, RunConfig, from_dict, load_config, to_dict
 from apollo_optim.train.models import build_model, skeleton
 from apollo_optim.train.plan import planned
@@ -56,18 +59,13 @@ def folder(done, tmp_path, monkeypatch) -> Path:
         }
         (directory / "config.json").write_text(json.dumps(config))
     seal(newest(run))
+    write_manifest(run / "model", EXPORT)
     return tmp_path
 
 
 def seal(checkpoint: Path) -> None:
     """What anybody can do who hands a checkpoint on: a manifest that fits."""
-    path = checkpoint / "manifest.json"
-    files = {
-        file.name: {"bytes": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}
-        for file in checkpoint.iterdir()
-        if file != path
-    }
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": files}))
+    write_manifest(checkpoint, CHECKPOINT, step=int(checkpoint.name.removeprefix("step-")))
 
 
 # --- the loaders ---
@@ -116,6 +114,9 @@ def test_a_run_file_cannot_consent(section, tmp_path, capsys):
 def test_a_run_directory_cannot_consent(folder, capsys):
     path = folder / "run" / "config.yaml"
     path.write_text(path.read_text().replace("model:\n", "model:\n  trust_remote_code: true\n", 1))
+    copy = newest(folder / "run") / "run.json"  # which export and sample go by
+    copy.write_text(copy.read_text().replace('"model": {', '"model": {"trust_remote_code": true,', 1))
+    seal(copy.parent)
     for words in (["export", "--out", str(folder / "out")], ["sample"], ["pretrain", "--resume", "--out"]):
         where = folder / "run"
         (folder / "run" / "model").rename(folder / "model")

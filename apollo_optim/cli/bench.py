@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..core.errors import InputError
+from ..core.printing import say
 from .words import nearest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ benches:
 
 def run(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
+        say(HELP.rstrip())
         return 0 if argv else 2
     name, *rest = argv
     if name not in BENCHES:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..core.printing import say
 from .words import CONSENT, CONSENT_HELP, Parser, home
 
 
@@ -19,7 +20,7 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     from ..train.checkpoint import export
 
-    print(
+    say(
         export(
             home(args.run), step=args.step, out=args.out and home(args.out), trust_remote_code=args.trust_remote_code
         )

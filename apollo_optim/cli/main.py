@@ -6,14 +6,18 @@ Exit codes: 0 done; 1 the run failed (a loss that is not a number, a full disk);
 """
 
 import importlib
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from ..core.errors import InputError
+from ..core.printing import Notes, say
 from .waiting import wait_politely
 from .words import complain, nearest
 
+DEBUG = "--debug"
 COMMANDS = {
     "pretrain": "train a causal language model from a run file",
     "plan": "what a run would take of memory, for every optimizer",
@@ -31,7 +35,7 @@ Train language models with APOLLO: AdamW-level training at SGD-level memory.
 
 commands:
 {"".join(f"  {name:<12}{summary}{chr(10)}" for name, summary in COMMANDS.items())}
-  apollo-optim COMMAND --help says more.
+  apollo-optim COMMAND --help says more; --debug shows all of what went wrong.
 
 examples:
   apollo-optim pretrain                                     a small LLaMA on Python source, nothing to download
@@ -45,17 +49,29 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
+    debug = DEBUG in words
+    words = [word for word in words if word != DEBUG]
     # Before torch is imported: large tensors of a CPU come in pages of 2 MB, which the system hands out much faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     wait_politely()
-    return guarded(lambda: run(words))
+    logger, notes = logging.getLogger("apollo_optim"), Notes()
+    level = logger.level
+    logger.addHandler(notes)
+    logger.setLevel(logging.INFO)
+    try:
+        return guarded(lambda: run(words), debug=debug)
+    finally:
+        logger.removeHandler(notes)
+        logger.setLevel(level)
 
 
-def guarded(work: Callable[[], int]) -> int:
-    """Do it; what goes wrong is said in one line. Returns the exit code."""
+def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
+    """Do it; what goes wrong is said in one line (`debug`: all of it). Returns the exit code."""
     try:
         return work()
     except InputError as error:
+        if debug:
+            say("".join(traceback.format_exception(error)), error=True)
         return complain(error, 2)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("apollo_optim"):
@@ -63,7 +79,7 @@ def guarded(work: Callable[[], int]) -> int:
         return complain(f"this needs {error.name}, which is not installed: pip install 'apollo-optim[train]'", 2)
     except KeyboardInterrupt as stop:
         # The loop has saved, and says how to go on; elsewhere there is nothing to say.
-        print(*stop.args, file=sys.stderr)
+        say(*stop.args, error=True)
         return 130
     except BrokenPipeError:
         # `apollo-optim optimizers | head`: the reader has seen enough. Python would complain at exit when it flushes.
@@ -74,13 +90,16 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 def run(words: list[str]) -> int:
+    for number, word in enumerate(words, 1):
+        if any("\ud800" <= c <= "\udfff" for c in word):
+            raise InputError(f"word {number} of the command, {word}, is not UTF-8: give the file another name")
     if not words or words[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
+        say(HELP.rstrip())
         return 0 if words else 2
     if words[0] in ("-V", "--version"):
         from importlib.metadata import version
 
-        print(f"apollo-optim {version('apollo-optim')}")
+        say(f"apollo-optim {version('apollo-optim')}")
         return 0
     name, *rest = words
     if name not in COMMANDS:

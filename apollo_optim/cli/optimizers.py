@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from ..core.printing import say
 from ..train.config import plain
-from .words import Parser
+from .words import Parser, show
 
 
 def run(argv: Sequence[str]) -> int:
@@ -12,7 +13,6 @@ def run(argv: Sequence[str]) -> int:
         "List the optimizers with their defaults: the names that optim.name takes, and the keys of its section.",
     )
     parser.parse(argv)
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -25,9 +25,7 @@ def run(argv: Sequence[str]) -> int:
         defaults = info.defaults
         told = ", ".join(f"{key} {plain(value)}" for key, value in defaults.items())
         table.add_row(info.name, Text.assemble(f"{info.summary}\n{info.paper}\n", (told, "dim")))
-    Console(highlight=False).print(table)
-    print(
-        "a+b, as in muon+adamw: hidden matrices follow a; embedding, head and all matrices that a is not for follow b."
-    )
-    print("d, n: the small and the large side of a matrix; r: the rank. Every key: apollo-optim pretrain --help")
+    show(table)
+    say("a+b, as in muon+adamw: hidden matrices follow a; embedding, head and all matrices that a is not for follow b.")
+    say("d, n: the small and the large side of a matrix; r: the rank. Every key: apollo-optim pretrain --help")
     return 0

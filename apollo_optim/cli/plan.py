@@ -3,13 +3,13 @@
 import argparse
 import dataclasses
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
-from .words import CONSENT, CONSENT_HELP, Parser, nearest
+from ..core.printing import say
+from .words import CONSENT, CONSENT_HELP, Parser, console, nearest, show
 
 if TYPE_CHECKING:
     from ..plan import Budget, Traces
@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     models, plans, largest = Models(args.trust_remote_code), [], []
     for name in names_of(args):
         if limit is not None:  # this takes a while
-            print(f"{name}: looking for the largest micro-batch within {args.memory} ...", file=sys.stderr, flush=True)
+            say(f"{name}: looking for the largest micro-batch within {args.memory} ...", error=True)
         one = with_optimizer(cfg, name, args.rank)
         model, traces = models.of(one)
         budget = budget_of(one, model, parallel=parallel, batch=batch)
@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
     print_followed(followed_rows(plans))
     if args.out:
         written = write_plan(plans, title, args.out, largest or None)
-        print(f"\npicture: {written.picture}\npage:    {written.page}")
+        say(f"\npicture: {written.picture}\npage:    {written.page}")
     return 0
 
 
@@ -243,25 +243,22 @@ def title_of(args: argparse.Namespace, cfg: "RunConfig", batch: int) -> str:
 
 def print_table(title: str, rows: list[list[str]], note: str) -> None:
     """The table; on a narrow terminal in several pieces, for a figure that is cut off is none."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    console.print(title, style="bold", highlight=False)
-    for columns in pieces(rows, console.width):
+    show(title, style="bold")
+    for columns in pieces(rows, console().width):
         head, *body = ([row[column] for column in columns] for row in rows)
         table = Table(header_style="bold")
         for column, name in enumerate(head):
             table.add_column(name, justify="right" if column else "left", no_wrap=True)
         for row in body:
             table.add_row(*row, style="bold" if row[0] == "total" else None, end_section=row[0] == "total")
-        console.print(table)
-    console.print(note, style="dim", highlight=False)
+        show(table)
+    show(note, style="dim")
 
 
 def print_followed(rows: list[list[str]]) -> None:
     """Rule, storage and bytes of every group's state."""
-    from rich.console import Console
     from rich.table import Table
 
     head, *body = rows
@@ -272,7 +269,7 @@ def print_followed(rows: list[list[str]]) -> None:
         table.add_column(name, justify="right" if name == head[-1] else "left", overflow="fold")
     for row in body:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    show(table)
 
 
 def pieces(rows: list[list[str]], width: int) -> list[list[int]]:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .words import Parser, home
+from ..core.printing import say
+from .words import Parser, home, show
 
 
 def run(argv: Sequence[str]) -> int:
@@ -18,8 +19,6 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--out", help="where to write report.png, .html and .md (DIR/report; several runs: ./report)")
     args = parser.parse(argv)
-    from rich.console import Console
-
     from .. import report
 
     runs = [report.read_run(home(path)) for path in args.run]
@@ -27,9 +26,8 @@ def run(argv: Sequence[str]) -> int:
     written = report.write_report(
         runs, (args.out and home(args.out)) or (runs[0].path / "report" if alone else Path("report"))
     )
-    console = Console()
-    console.print(report.rich_table(runs))
-    console.print(report.NOTE, style="dim", highlight=False)
-    # print, not the console: a path that is wrapped can't be copied.
-    print(f"\npicture: {written.picture}\npage:    {written.page}\ntable:   {written.table}")
+    show(report.rich_table(runs))
+    show(report.NOTE, style="dim")
+    # Not by rich: a path that is wrapped can't be copied.
+    say(f"\npicture: {written.picture}\npage:    {written.page}\ntable:   {written.table}")
     return 0

@@ -1,12 +1,12 @@
 """`apollo-optim sample`: a trained model writes text."""
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
+from ..core.printing import say, say_on
 from .words import CONSENT, CONSENT_HELP, Parser, home
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="another seed, another text (0)")
     parser.add_argument(CONSENT, action="store_true", help=CONSENT_HELP)
     args = parser.parse(argv)
+    from ..data.foreign import explained
+
     trust = args.trust_remote_code
     if args.max_tokens < 1:
         raise InputError(f"--max-tokens {args.max_tokens}: at least 1")
@@ -36,11 +38,12 @@ def run(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         directory = model_directory(home(args.dir), Path(scratch), trust_remote_code=trust)
         model, tokenizer = load(directory, trust_remote_code=trust)
-        print(args.prompt, end="", flush=True)
+        say_on(args.prompt)
         settings = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
-        for piece in generate(model, tokenizer, args.prompt, **settings):
-            print(piece, end="", flush=True)
-    print()
+        with explained(f"{directory}: the model can't be run"):
+            for piece in generate(model, tokenizer, args.prompt, **settings):
+                say_on(piece)
+    say()
     return 0
 
 
@@ -48,6 +51,9 @@ def model_directory(path: Path, scratch: Path, *, trust_remote_code: bool = Fals
     """The Hugging Face directory to read: `path`, its `model/`, or, of a run that goes on, an export into `scratch`."""
     for candidate in (path, path / "model"):
         if (candidate / "config.json").is_file():
+            from ..train.checkpoint import check_export
+
+            check_export(candidate)
             return candidate
     if (path / "checkpoints").is_dir():
         from ..train.checkpoint import export
@@ -58,17 +64,17 @@ def model_directory(path: Path, scratch: Path, *, trust_remote_code: bool = Fals
 
 
 def load(path: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from ..data.foreign import reason
+    from ..data.foreign import check_size, explained
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the text is what one wants to see
-    try:
+    with explained(f"{path}: can't be opened as a language model"):
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        check_size(config, str(path))
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be opened as a language model: {reason(error)}") from None
     model.train(False)
     return model, tokenizer
 
@@ -86,13 +92,15 @@ def generate(
     if len(tokens) >= context:
         raise InputError(f"the prompt has {len(tokens)} tokens, the model's context only {context}: shorten the prompt")
     if len(tokens) + max_tokens > context:
-        print(f"note: the model's context of {context} tokens ends before --max-tokens", file=sys.stderr)
+        say(f"note: the model's context of {context} tokens ends before --max-tokens", error=True)
     random = torch.Generator().manual_seed(seed)
     cache, feed, new, shown = None, torch.tensor([tokens]), list[int](), ""
     with torch.inference_mode():
         for _ in range(min(max_tokens, context - len(tokens))):
             output = model(feed, past_key_values=cache, use_cache=True)
             logits, cache = output.logits[0, -1].float(), output.past_key_values
+            if not torch.isfinite(logits).all():
+                raise InputError("the model's logits are not numbers: its weights are damaged")
             logits[len(tokenizer) :] = -torch.inf  # a model may have more entries than its tokenizer: they mean nothing
             if temperature == 0:
                 token = int(logits.argmax())

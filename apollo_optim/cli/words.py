@@ -3,13 +3,16 @@
 import argparse
 import difflib
 import os
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..core.errors import InputError
+from ..core.printing import printable, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CONSENT = "--trust-remote-code"  # never a key of a file: files come from anywhere
 CONSENT_HELP = "run the Python code that a model or tokenizer brings along; only if you have read it"
@@ -35,8 +38,20 @@ def complain(error: object, code: int) -> int:
     if several:
         time.sleep(5.0)
     who = f"process {os.environ['RANK']}: " if several else ""
-    print(f"error: {who}{error}", file=sys.stderr)
+    say(f"error: {who}{printable(error)}", error=True)
     return code
+
+
+def console() -> "Console":
+    """rich, which takes what it is given for text."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, emoji=False)
+
+
+def show(what: Any, **how: Any) -> None:
+    """Print a table or a text by rich, without markup."""
+    console().print(printable(what) if isinstance(what, str) else what, **how)
 
 
 class Parser(argparse.ArgumentParser):

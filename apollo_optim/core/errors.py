@@ -1,4 +1,8 @@
-"""The one exception that says: what you gave me is wrong."""
+"""The exceptions that say: what you gave me is wrong."""
+
+from __future__ import annotations
+
+import os
 
 
 class InputError(ValueError):
@@ -6,3 +10,11 @@ class InputError(ValueError):
 
     The command line prints it as one line and exits with 2.
     """
+
+
+class Damaged(InputError):
+    """A file does not hold what it should: "FILE is damaged: what". Who reads it adds what to go on from."""
+
+    def __init__(self, path: str | os.PathLike[str], what: object, way_out: str = "") -> None:
+        self.path, self.what = path, " ".join(str(what).split())[:300]
+        super().__init__(f"{path} is damaged: {self.what}{way_out}")

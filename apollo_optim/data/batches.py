@@ -22,7 +22,7 @@ import torch
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.ahead import Ahead
-from apollo_optim.data.corpus import Text, shuffled
+from apollo_optim.data.corpus import Text, shuffled, whole_number
 from apollo_optim.data.tokenizer import encode
 
 IGNORED = -100  # a label that counts for nothing
@@ -161,13 +161,18 @@ class Batches:
             raise InputError(f"this position was saved on other data: {'; '.join(other) or 'not a position at all'}")
         if self._ahead is not None:
             self._ahead.join()  # it reads the same documents
+        block, row, tokens = (whole_number(state, key) for key in ("block", "row", "tokens"))
+        if row and not block:
+            raise InputError(f"not a position in a text: row {row} of no block")
         self.documents.load_state_dict(state["documents"])
-        self.tokens = state["tokens"]
+        self.tokens = tokens
         # Before the block that it stands in, of which then as much is used up.
-        self._go_to(state["documents"], state["block"] - bool(state["row"]))
-        if state["row"]:
+        self._go_to(state["documents"], block - bool(row))
+        if row:
             self._read()
-            self._used = state["row"]
+            if row > len(self._block.rows):
+                raise InputError(f"not a position in this text: its row is {row}, of {len(self._block.rows)}")
+            self._used = row
         self._saved = state
 
     def _position(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import tempfile
+import time
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.data.files import local_documents, versions
+from apollo_optim.data.files import AGAIN, local_documents, versions
 from apollo_optim.data.readers import Document, Reading
 
 BLOCK = 1 << 22  # characters of text whose rows are shuffled together
 CODE = ("python", "packages")
+PROGRESS = 10  # seconds after which it is told how much was read
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -52,6 +54,11 @@ class Corpus:
     skipped: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        return self.starts[-1]
 
     def __getitem__(self, index: int) -> Text:
         start, end = self.starts[index], self.starts[index + 1]
@@ -120,6 +127,7 @@ def open_corpus(
     name = " ".join(sources)
     total = hashlib.sha256()
     lowest, highest = 100.0, 0.0
+    said = time.monotonic()
     try:
         corpus = Corpus(tempfile.TemporaryFile(dir=cache_dir, prefix="corpus-"), longest)  # noqa: SIM115 (for the whole run)
         for source in sources:
@@ -129,6 +137,9 @@ def open_corpus(
                 total.update(_bytes(f"{key}\0{len(text)}\0"))
                 total.update(text)
                 corpus.add(text, validation=position < validation_percent)
+                if time.monotonic() - said > PROGRESS:
+                    said = time.monotonic()
+                    log.info("%s: read %s documents, %.1f GB so far", name, f"{corpus.documents:,}", corpus.size / 1e9)
         corpus.file.flush()
     except OSError as error:  # of writing: what cannot be read has its own message
         raise InputError(f"cannot copy the text to {cache_dir} ({error.strerror}); set data.cache_dir") from error
@@ -165,7 +176,7 @@ def open_corpus(
 def _worth_reading(source: str, reading: Reading, *, alone: bool) -> Iterator[Document]:
     """The documents that are not blank, and of a library each content once; none at all is an error."""
     seen: set[bytes] = set()
-    empty = True
+    empty, elsewhere = True, reading.left_out.get(AGAIN, 0)
     for document in local_documents(source, reading, alone=alone):
         if not document.text.strip():
             if source not in CODE:  # (what they are of is said in the documentation)
@@ -178,9 +189,17 @@ def _worth_reading(source: str, reading: Reading, *, alone: bool) -> Iterator[Do
             seen.add(digest)
         empty = False
         yield document
-    if empty:
+    if empty and reading.left_out.get(AGAIN, 0) == elsewhere:  # else all of it is read as part of another source
         first = f"; skipped {reading.skipped} broken lines, the first: {reading.first_skipped}"
         raise InputError(f"{source}: holds no text{first if reading.skipped else ''}")
+
+
+def whole_number(state: dict[str, Any], key: str) -> int:
+    """A count of a saved position. Raises InputError if it is none."""
+    value = state.get(key) if isinstance(state, dict) else None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
+        raise InputError(f"not a position in a text: its {key} is {value!r}")
+    return value
 
 
 def shuffled(items: Iterable[T], seed: str) -> list[T]:
@@ -215,5 +234,8 @@ class CorpusDocuments:
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
-        self.order = shuffled(self.indices, f"{self.seed}/{self.epoch}")
+        epoch, position = (whole_number(state, key) for key in ("epoch", "position"))
+        self.order = shuffled(self.indices, f"{self.seed}/{epoch}")
+        if position > len(self.order):
+            raise InputError(f"not a position in this text: its position is {position}, of {len(self.order)} pieces")
+        self.epoch, self.position = epoch, position

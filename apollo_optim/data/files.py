@@ -4,20 +4,24 @@ Everything yields `Document(key, text)` in a fixed order. The key is the path re
 line or section number), so that hashes of it do not depend on where the text lies on this machine.
 """
 
+import fnmatch
 import glob
 import importlib.metadata
 import importlib.util
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.reading import kind_of, opened
 from apollo_optim.data.readers import READERS, RECORDS, Document, Reading, reader
 
 CODE_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages", "__pycache__"}
 PACKAGES = ("torch", "transformers")
+HIDDEN, LINKED = "hidden files and caches", "linked folders, which are not followed"
+IRREGULAR, AGAIN = "not regular files", "other names of a file that is read already"
 
 
 def is_local(source: str) -> bool:
@@ -48,7 +52,7 @@ def local_documents(source: str, reading: Reading, *, alone: bool = False) -> It
         else:
             yield from _files(source, reading, alone)
     except OSError as error:
-        raise InputError(f"cannot read {error.filename or source}: {error.strerror}") from error
+        raise InputError(f"cannot read {error.filename or source}: {error.strerror or error}") from error
 
 
 def versions(source: str) -> dict[str, str]:
@@ -84,15 +88,15 @@ def _text_files(root: Path, reading: Reading) -> list[Path]:
         for name in sorted([*inner, *names]):
             path = Path(directory, name)
             if _hidden(name):
-                why = "hidden files and caches"
+                why = HIDDEN
             elif name in inner and path.is_symlink():
-                why = "linked folders, which are not followed"
+                why = LINKED
             elif name in inner:
                 continue
             elif not reader(path):
                 why = f"other types than {_types()}"
             elif path.exists() and not path.is_file():  # a link to nothing is an error when it is read
-                why = "not regular files"
+                why = IRREGULAR
             else:
                 found.append(path)
                 continue
@@ -121,7 +125,8 @@ def _code(root: Path, prefix: str, reading: Reading) -> Iterator[Document]:
         key = prefix + path.relative_to(root).as_posix()
         # torch/version.py names the build, not the release: without it the corpus is equal wherever the pin is
         if path.suffix == ".py" and key != "torch/version.py":
-            text = path.read_bytes()
+            with opened(path) as file:
+                text = file.read()
             try:
                 text.decode()
             except UnicodeDecodeError as error:
@@ -133,12 +138,7 @@ def _code(root: Path, prefix: str, reading: Reading) -> Iterator[Document]:
 def _files(source: str, reading: Reading, alone: bool) -> Iterator[Document]:
     root, nameless = Path(source).expanduser(), False
     if glob.has_magic(source) and not root.exists():
-        matches = sorted(map(Path, glob.glob(str(root), recursive=True)))
-        found = [path for path in matches if path.is_file()]
-        for path in matches:
-            # Of `**`, which matches folders on its way to the files in them, they are no surprise.
-            if not path.is_file() and "**" not in source:
-                reading.leave_out("not regular files", str(path))
+        found = _globbed(root, reading)
         if not found:
             raise InputError(f"{source}: no file matches")
         root = Path(os.path.commonpath([path.parent for path in found]))
@@ -149,7 +149,7 @@ def _files(source: str, reading: Reading, alone: bool) -> Iterator[Document]:
     elif root.is_file():
         found, root, nameless = [root], root.parent, alone
     elif root.exists():
-        raise InputError(f"{source}: not a regular file")
+        raise InputError(f"{source}: {kind_of(root)}, not a regular file")
     else:
         raise InputError(f"{source}: no such file or directory (a Hugging Face dataset is written hf:NAME)")
     unknown = [path for path in found if not reader(path)]
@@ -158,7 +158,57 @@ def _files(source: str, reading: Reading, alone: bool) -> Iterator[Document]:
     for path in found:
         read: Any = reader(path)
         key = "" if nameless else path.relative_to(root).as_posix()
-        yield from read(path, key, reading)
+        if reading.is_new(path, key):
+            yield from read(path, key, reading)
+        else:
+            reading.leave_out(AGAIN, str(path))
+
+
+def _globbed(pattern: Path, reading: Reading) -> list[Path]:
+    """The files that a glob matches, in order. Linked folders are not followed: one to a folder above has no end."""
+    start = next(number for number, part in enumerate(pattern.parts) if glob.has_magic(part))
+    base = Path(*pattern.parts[:start])  # links up to here were asked for by name
+    found = []
+    for path in sorted(set(_below(base, pattern.parts[start:], reading))) if base.is_dir() else ():
+        if path.is_file():
+            found.append(path)
+        elif not (path.is_dir() and "**" in pattern.parts):  # which matches folders on its way to the files in them
+            reading.leave_out(IRREGULAR, str(path))
+    return found
+
+
+def _below(folder: Path, parts: Sequence[str], reading: Reading) -> Iterator[Path]:
+    part, rest = parts[0], parts[1:]
+    everywhere = part == "**"
+    if everywhere:
+        rest = rest[next((i for i, other in enumerate(rest) if other != "**"), len(rest)) :] or ("*",)
+        yield from _below(folder, rest, reading)
+    elif not glob.has_magic(part):
+        path = folder / part
+        if not rest and os.path.lexists(path):
+            yield path
+        elif rest and path.is_dir() and not _is_link(path, reading):
+            yield from _below(path, rest, reading)
+        return
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        if name.startswith(".") and not part.startswith("."):
+            continue
+        if everywhere:
+            if path.is_dir() and not _is_link(path, reading):
+                yield from _below(path, parts, reading)
+        elif fnmatch.fnmatchcase(name, part):
+            if not rest:
+                yield path
+            elif path.is_dir() and not _is_link(path, reading):
+                yield from _below(path, rest, reading)
+
+
+def _is_link(path: Path, reading: Reading) -> bool:
+    if path.is_symlink():
+        reading.leave_out(LINKED, str(path))
+        return True
+    return False
 
 
 def _types() -> str:

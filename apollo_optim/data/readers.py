@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,7 +10,10 @@ from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.reading import opened
 
+LONGEST = 64 << 20  # bytes of a line, a row or a file that is read in one piece
+BATCH = 16 << 20  # bytes of a parquet file's column that are in memory at a time, about
 SECTION = 1 << 16  # bytes; a longer txt or md file becomes several documents of about this size, cut at line ends
 
 
@@ -34,6 +38,17 @@ class Reading:
     """Why, and how many files or documents."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first few of each."""
+
+    files: dict[tuple[int, int], str] = field(default_factory=dict)
+    """Device and inode of what was read, and its key."""
+
+    def is_new(self, path: Path, key: str) -> bool:
+        """Whether a file is read under this key for the first time, or under none other: its text lies in one split.
+
+        A source that is named twice is read twice: its keys, which decide on the split, are the same.
+        """
+        status = path.stat()
+        return not status.st_ino or self.files.setdefault((status.st_dev, status.st_ino), key) == key
 
     def leave_out(self, why: str, name: str) -> None:
         """Count what is not read, though it lies in a source that was named."""
@@ -86,13 +101,21 @@ def _decodable(path: Path, text: bytes, offset: int = 0) -> bytes:
 
 
 def _whole(path: Path, key: str, reading: Reading) -> Iterator[Document]:
-    yield Document(key, _decodable(path, path.read_bytes()))
+    with opened(path) as file:
+        text = file.read(LONGEST + 1)
+    if len(text) > LONGEST:
+        raise _too_long(str(path), "a file that is read in one piece")
+    yield Document(key, _decodable(path, text))
+
+
+def _too_long(where: str, what: str) -> InputError:
+    return InputError(f"{where}: {what} of more than {LONGEST >> 20} MiB; cut it, or leave it out")
 
 
 def _sections(path: Path, key: str, reading: Reading) -> Iterator[Document]:
     """A text file as one document, or as sections if it is long: a big file too can be shuffled, split, and held."""
     number, offset, rest = 0, 0, b""
-    with path.open("rb") as file:
+    with opened(path) as file:
         while block := file.read(SECTION):
             rest += block
             while len(rest) > SECTION:
@@ -110,7 +133,11 @@ def _sections(path: Path, key: str, reading: Reading) -> Iterator[Document]:
 def _json_lines(file: IO[bytes], path: Path, key: str, reading: Reading) -> Iterator[Document]:
     keys: set[str] = set()
     found = False
-    for number, line in enumerate(file, 1):
+    number = 0
+    while line := file.readline(LONGEST + 1):
+        number += 1
+        if len(line) > LONGEST:
+            raise _too_long(f"{path}:{number}", "a line")
         if not line.strip():
             continue
         try:
@@ -130,15 +157,15 @@ def _json_lines(file: IO[bytes], path: Path, key: str, reading: Reading) -> Iter
 
 
 def _jsonl(path: Path, key: str, reading: Reading) -> Iterator[Document]:
-    with path.open("rb") as file:
+    with opened(path) as file:
         yield from _json_lines(file, path, key, reading)
 
 
 def _jsonl_gz(path: Path, key: str, reading: Reading) -> Iterator[Document]:
     try:
-        with gzip.open(path, "rb") as file:
+        with opened(path) as packed, gzip.GzipFile(fileobj=packed) as file:
             yield from _json_lines(file, path, key, reading)  # type: ignore[arg-type]
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, struct.error) as error:
         raise InputError(f"{path}: a damaged gzip file ({error}); fetch it again or leave it out") from error
 
 
@@ -147,11 +174,13 @@ def _parquet(path: Path, key: str, reading: Reading) -> Iterator[Document]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Regular files only; and read as it is needed, not all columns of a row group ahead.
+        with opened(path) as raw, pyarrow.parquet.ParquetFile(raw, pre_buffer=False) as file:
             if reading.text_key not in file.schema_arrow.names:
                 raise missing_key(str(path), reading.text_key, file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(batch_size=256, columns=[reading.text_key]):
+            number, bytes_ = 0, sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+            rows = max(1, min(256, BATCH * file.metadata.num_rows // max(1, bytes_)))
+            for batch in file.iter_batches(batch_size=rows, columns=[reading.text_key]):
                 for record in batch.to_pylist():
                     number += 1
                     try:
@@ -159,9 +188,12 @@ def _parquet(path: Path, key: str, reading: Reading) -> Iterator[Document]:
                     except BadRecord as error:
                         reading.bad(f"{path}: row {number}", error)
                         continue
+                    if len(text) > LONGEST:
+                        raise _too_long(f"{path}: row {number}", "a text")
                     yield Document(f"{key}:{number}", text)
-    except (pyarrow.lib.ArrowException, UnicodeError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+    except (pyarrow.lib.ArrowException, UnicodeError, OSError, OverflowError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a readable parquet file ({why})") from error
 
 
 Reader = Callable[[Path, str, Reading], Iterator[Document]]

@@ -1,19 +1,21 @@
 """Tokenizers: a byte-level BPE trained on the corpus, or any other by name or path."""
 
+import contextlib
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from apollo_optim.core import disk
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.manifest import NAME as MANIFEST
+from apollo_optim.core.manifest import Format, check_files, read_manifest, write_manifest
 from apollo_optim.data.foreign import reason
 
 END = "<|endoftext|>"
+TOKENIZER = Format("apollo-optim tokenizer", 3, "a tokenizer that apollo-optim saved")
 TRAINING_BYTES = 32 << 20  # more text than this changes a small vocabulary little and costs time
 
 log = logging.getLogger(__name__)
@@ -24,8 +26,8 @@ def trained_bpe(texts: Callable[[], Iterable[str]], vocab_size: int, key: str, c
     if vocab_size < 257:
         raise InputError(f"data.vocab_size is {vocab_size}; 256 bytes and the end of text need at least 257 entries")
     folder = cache_dir / "tokenizers" / f"bpe-{vocab_size}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if folder.exists():
-        return load_tokenizer(str(folder))
+    if (kept := _kept(folder)) is not None:
+        return kept
     log.info("training a tokenizer of %d entries, cached in %s", vocab_size, folder)
     return _cached(_train(texts(), vocab_size), folder)
 
@@ -58,22 +60,38 @@ def _at_most(texts: Iterable[str], size: int) -> Iterator[str]:
 
 def _cached(tokenizer: Any, folder: Path) -> Any:
     """The tokenizer as it is read back. The folder appears whole or not at all; one that another process made stays."""
+    read_back = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(dir=folder.parent, prefix=".new-")
-        try:
+        with disk.new_folder(folder) as temporary:
             tokenizer.save_pretrained(temporary)
-            read_back = load_tokenizer(temporary)
-            try:
-                os.rename(temporary, folder)
-            except OSError as error:
-                if not folder.exists():
-                    log.warning("%s: the tokenizer can't be kept (%s) and is trained each time", folder, error.strerror)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            read_back = load_tokenizer(str(temporary))
+            write_manifest(temporary, TOKENIZER)
     except OSError as error:
-        raise InputError(f"cannot write to {folder.parent} ({error.strerror}); set data.cache_dir") from error
+        if read_back is None:
+            raise InputError(f"cannot write to {folder.parent} ({error.strerror}); set data.cache_dir") from error
+        if not folder.exists():
+            log.warning("%s: the tokenizer can't be kept (%s) and is trained each time", folder, error.strerror)
     return read_back
+
+
+def _kept(folder: Path) -> Any:
+    """The tokenizer of the cache, if it is there and as it was written."""
+    if not folder.exists():
+        return None
+    try:
+        return own_tokenizer(folder)
+    except InputError as error:
+        log.warning("%s; it is trained again", error)
+    with contextlib.suppress(OSError):
+        disk.remove(folder)
+    return None
+
+
+def own_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """A tokenizer that we saved, its files compared with the manifest. (Older ones have none.)"""
+    if (folder / MANIFEST).exists():
+        check_files(folder, read_manifest(folder, TOKENIZER)["files"])
+    return load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:

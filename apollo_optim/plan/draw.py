@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from apollo_optim.core import disk
+from apollo_optim.core.printing import literal, printable
 from apollo_optim.plan.budget import PARTS, Followed, Plan
 
 if TYPE_CHECKING:
@@ -121,7 +123,7 @@ def draw(plans: Sequence[Plan], title: str) -> Figure:
     axes.set_ylim(len(plans) - 0.4, -0.95)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(len(seen), 5), frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(literal(title), fontsize=11)
     return figure
 
 
@@ -160,7 +162,7 @@ def write_plan(
     buffer = io.BytesIO()
     draw(plans, title).savefig(buffer, format="png")
     page = PAGE.format(
-        title=html.escape(title),
+        title=html.escape(printable(title)),
         image=base64.b64encode(buffer.getvalue()).decode(),
         table=_table(table_rows(plans, largest)),
         followed=_table(followed_rows(plans)),
@@ -169,8 +171,8 @@ def write_plan(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     written = Written(out / "plan.png", out / "plan.html")
-    written.picture.write_bytes(buffer.getvalue())
-    written.page.write_text(page, encoding="utf-8")
+    disk.write(written.picture, buffer.getvalue())
+    disk.write(written.page, page)
     return written
 
 
@@ -183,4 +185,4 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cells(tag: str, texts: Iterable[str]) -> str:
-    return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
+    return "".join(f"<{tag}>{html.escape(printable(text))}</{tag}>" for text in texts)

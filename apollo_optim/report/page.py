@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from apollo_optim.core import disk
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.printing import plain_markdown, printable
 from apollo_optim.report.picture import draw, headline
 from apollo_optim.report.read import Run, check_comparable, labels
-from apollo_optim.report.table import NOTE, markdown_table, plain_markdown, table_rows
-from apollo_optim.report.units import printable
+from apollo_optim.report.table import NOTE, markdown_table, table_rows
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -91,7 +92,7 @@ def write_report(runs: Sequence[Run], out: str | Path) -> Report:
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     report = Report(out / "report.png", out / "report.html", out / "report.md")
-    report.picture.write_bytes(buffer.getvalue())
-    report.page.write_text(html_page(runs, buffer.getvalue()), encoding="utf-8")
-    report.table.write_text(f"# {plain_markdown(headline(runs))}\n\n{markdown_table(runs)}", encoding="utf-8")
+    disk.write(report.picture, buffer.getvalue())
+    disk.write(report.page, html_page(runs, buffer.getvalue()))
+    disk.write(report.table, f"# {plain_markdown(headline(runs))}\n\n{markdown_table(runs)}")
     return report

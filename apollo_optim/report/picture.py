@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from apollo_optim.core.printing import literal, printable
 from apollo_optim.report.read import PARTS, Event, Run, labels
-from apollo_optim.report.units import byte_scale, printable, unit_of
+from apollo_optim.report.units import byte_scale, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ PALE = ("#E69F00", "#56B4E9")  # too light for white letters
 STYLES = ("-", "--", "-.", ":")
 SHADES = dict(zip(PARTS, (1.0, 0.55, 0.25), strict=True))  # a part's share of the colour
 WORDY = 0.3  # of the longest bar: from here on a part has room for its name
+POINTS = 20_000  # of a curve, more than a picture has columns
 SMOOTHING = 60  # the training loss is drawn as a running mean over this fraction of the run
 
 
@@ -25,7 +27,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     """Loss against tokens and against time, the memory that stays, and the peak of the process."""
     from matplotlib.figure import Figure
 
-    names, looks = [literal(printable(name)) for name in labels(runs)], [look(i) for i in range(len(runs))]
+    names, looks = [literal(name) for name in labels(runs)], [look(i) for i in range(len(runs))]
     height = 0.32 * len(runs) + 1.1
     figure = Figure(figsize=(11, 4.2 + height), layout="constrained", dpi=140)
     (by_tokens, by_time), (resident, peak) = figure.subplots(2, 2, gridspec_kw={"height_ratios": [4, height]})
@@ -75,17 +77,14 @@ def headline(runs: Sequence[Run]) -> str:
     return printable(f"{', '.join(models)} on {corpus}")
 
 
-def literal(text: str) -> str:
-    """A name as it is: matplotlib reads mathematics between dollars."""
-    return text.replace("$", r"\$")
-
-
 def plot_loss(
     axes: Axes, run: Run, x_of: Callable[[Event], float], *, colour: str, style: str, label: str | None = None
 ) -> None:
     """The training loss as a thin running mean, the validation loss as the line with markers that one reads off."""
     if run.steps:
-        axes.plot([x_of(event) for event in run.steps], smoothed(run), color=colour, alpha=0.35, linewidth=1.0)
+        every = -(-len(run.steps) // POINTS)
+        xs = [x_of(run.steps[i]) for i in range(0, len(run.steps), every)]
+        axes.plot(xs, smoothed(run)[::every], color=colour, alpha=0.35, linewidth=1.0)
     if run.evals:
         xs, ys = [x_of(event) for event in run.evals], [event["loss"] for event in run.evals]
         axes.plot(xs, ys, color=colour, linestyle=style, linewidth=2, marker="o", markersize=3.5, label=label)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.runlog import Log
 
+logger = logging.getLogger(__name__)
 Event = dict[str, Any]
+COUNTS = ("step", "tokens")
+STEP = (*COUNTS, "loss", "seconds", "lr", "lr_rest")
+EVAL = (*COUNTS, "loss", "seconds", "perplexity", "perplexity_reference", "bits_per_byte")
 PARTS = ("weights", "gradients", "optimizer")  # of the memory that stays
 
 
@@ -22,8 +30,8 @@ class Run:
     """Its directory, or its log where that was kept alone."""
     start: Event
     """The last start: a resumed run has several, of the same configuration."""
-    steps: list[Event]
-    evals: list[Event]
+    steps: Sequence[Event]
+    evals: Sequence[Event]
     sizes: dict[str, int]
     """Bytes of weights, gradients and optimizer state after the first step."""
     end: Event | None
@@ -51,7 +59,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        return max((event["seconds"] for event in (*self.steps, *self.evals) if "seconds" in event), default=None)
+        return max((event["seconds"] for event in chain(self.steps, self.evals) if "seconds" in event), default=None)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -72,38 +80,63 @@ def read_run(path: str | Path) -> Run:
     log = path / "metrics.jsonl" if path.is_dir() else path
     if not log.is_file():
         raise InputError(f"{path}: no metrics.jsonl there; name the directory of a run (what `pretrain --out` named)")
-    events = read_events(log)
-    starts = [event for event in events if event["event"] == "start"]
+    lines = Log(log)
+    steps, evals = Series(STEP), Series(EVAL)
+    starts, start, memory, end = 0, Event(), list[Event](), None
+    for _, record in lines:
+        kind = record["event"] if record else ""
+        if record is None:
+            continue
+        if kind == "start":
+            starts, start = starts + 1, record
+        elif kind in ("step", "eval") and record["loss"] is not None:  # a loss that is null was not a number
+            (steps if kind == "step" else evals).append(record)
+        elif kind == "memory":
+            memory = [record]
+        elif kind == "end":
+            end = record
+    if lines.bad:
+        logger.warning("%s", lines.told)
     if not starts:
         raise InputError(f"{log}: no start event in it, so it is not the log of a run")
-    return Run(
-        path=path,
-        start=starts[-1],
-        # A loss that is null was not a number.
-        steps=[event for event in events if event["event"] == "step" and event["loss"] is not None],
-        evals=[event for event in events if event["event"] == "eval" and event["loss"] is not None],
-        sizes=sizes_of(starts[-1], *(event for event in events if event["event"] == "memory")),
-        end=next((event for event in reversed(events) if event["event"] == "end"), None),
-        resumes=len(starts) - 1,
-    )
+    return Run(path, start, steps, evals, sizes_of(start, *memory), end, resumes=starts - 1)
 
 
 def read_events(log: Path) -> list[Event]:
-    """The events of a log. A last line without its newline was cut short by a kill, or is being written: it is left."""
-    lines = log.read_text(encoding="utf-8").split("\n")
-    events = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            event = json.loads(line)
-            event["event"] + ""
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):
-                break
-            raise InputError(f"{log}, line {number}: not an event of a run's log: {line[:60]!r}") from None
-        events.append(event)
+    """All records of a log; what is none is left out and said."""
+    lines = Log(log)
+    events = [record for _, record in lines if record is not None]
+    if lines.bad:
+        logger.warning("%s", lines.told)
     return events
+
+
+class Series(Sequence[Event]):
+    """Records of one kind, of which only some figures are kept: eight bytes each, where a record takes hundreds."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._columns = {key: array("d") for key in keys}
+        self._count = 0
+
+    def append(self, record: Event) -> None:
+        """One more at the end."""
+        self._count += 1
+        for key, column in self._columns.items():
+            value = record.get(key)
+            column.append(math.nan if value is None else value)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Event: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Event]: ...
+    def __getitem__(self, index: int | slice) -> Event | list[Event]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        figures = {key: column[index] for key, column in self._columns.items()}
+        return {key: int(value) if key in COUNTS else value for key, value in figures.items() if not math.isnan(value)}
 
 
 def sizes_of(start: Event, *measured: Event) -> dict[str, int]:

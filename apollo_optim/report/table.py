@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from apollo_optim.core.printing import plain_markdown, printable
 from apollo_optim.report.read import Run, labels
-from apollo_optim.report.units import human_bytes, human_seconds, printable
+from apollo_optim.report.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,13 +77,6 @@ def rich_table(runs: Sequence[Run]) -> Table:
 
 def markdown_table(runs: Sequence[Run]) -> str:
     titles, rows = table_rows(runs)
-    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
-    told = [[plain_markdown(cell) for cell in line] for line in lines]
+    head, *body = [[plain_markdown(cell) for cell in line] for line in (titles, *rows)]
+    told = [head, ["---"] + ["---:"] * (len(titles) - 1), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in told) + f"\n{NOTE}\n"
-
-
-def plain_markdown(text: str) -> str:
-    """A name as it is: neither markup nor another cell nor HTML."""
-    if not set(text) - set("-:"):
-        return text  # the line below the titles
-    return html.escape(re.sub(r"([\\`*_{}\[\]|#])", r"\\\1", text), quote=False)

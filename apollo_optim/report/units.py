@@ -5,11 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def printable(text: str) -> str:
-    """A name without what a terminal would obey: escape codes and other control characters are spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
 def unit_of(size: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
     """The largest unit that is not larger than `size`, else the smallest one."""
     return next((unit for unit in units if size >= unit[0]), units[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Protocol
 
+from apollo_optim.core.printing import lines, printable, say
 from apollo_optim.train.company import BUSY
 from apollo_optim.train.measure import peak_memory
 
@@ -61,7 +62,7 @@ class Plain:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        print(text, file=sys.stderr, flush=True)
+        say(text, error=True)
 
     def memory(self, sizes: dict[str, int]) -> None:
         """One line, once they exist."""
@@ -95,13 +96,13 @@ class Live:
         self._progress = Progress(TextColumn("step"), BarColumn(None), MofNCompleteColumn(), expand=True)
         self._task = self._progress.add_task("", total=steps)
         # Drawn by hand, not by a timer thread: nothing runs between two logged steps.
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, markup=False, highlight=False, emoji=False)
         self._live = RichLive(self._panel(), console=self._console, auto_refresh=False)
         self._live.start()
 
     def note(self, text: str) -> None:
         """A line above the panel."""
-        self._live.console.print(text, highlight=False, markup=False)
+        self._live.console.print(lines(text))
 
     def memory(self, sizes: dict[str, int]) -> None:
         """Rows of the panel."""
@@ -141,8 +142,8 @@ class Live:
         half = (len(names) + 1) // 2 if self._console.width >= NARROW else len(names)
         for i in range(half):
             pair = [names[i], *names[half + i : half + i + 1]]
-            table.add_row(*(cell for name in pair for cell in (f"[dim]{name}[/dim]", self._rows[name])))
-        return Panel(Group(self._progress, table), title=Text(self._title), title_align="left")
+            table.add_row(*(cell for name in pair for cell in (Text(name, "dim"), self._rows[name])))
+        return Panel(Group(self._progress, table), title=Text(printable(self._title)), title_align="left")
 
 
 def step_figures(record: dict[str, Any], eta: float) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from apollo_optim.core.place import local
 from apollo_optim.core.storage import is_finite
@@ -237,6 +237,8 @@ class Save(Event):
     every: int | None
     keep: int
     last: int
+    config: dict[str, Any] | None = None
+    """The run's, which a checkpoint keeps a copy of."""
     world: World = ALONE
     for_goodbye = True
 
@@ -253,7 +255,7 @@ class Save(Event):
             raise TrainingFailed(f"the weights are not finite any more after step {state.step}")
         if self.world.leads:
             self.record.metrics.flush()
-            checkpoint.save(self.run, state.step, state.model, state.state_dict(), self.keep)
+            checkpoint.save(self.run, state.step, state.model, state.state_dict(), self.keep, self.config)
         else:
             checkpoint.lend(checkpoint.weights(state.model), state.state_dict())
         self.world.wait()  # a checkpoint is there when all go on

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from apollo_optim.core import disk
 from apollo_optim.core.errors import InputError
-from apollo_optim.train import disk
+from apollo_optim.core.reading import read_text
+from apollo_optim.core.runlog import Gaps, Log
 
+logger = logging.getLogger(__name__)
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
@@ -30,13 +34,13 @@ class Metrics:
     """The log of one run, open for appending. Every line is flushed, so that a killed process loses none."""
 
     def __init__(self, path: Path, trackers: list[Tracker]) -> None:
-        self._path, self._file = path, path.open("a", encoding="utf-8")
+        self._path, self._file = path, disk.appending(path)
         self._trackers = trackers
 
     def write(self, event: str, **fields: Any) -> dict[str, Any]:
         """Append one line; numbers of steps and evaluations also go to the trackers. Returns the record."""
         record = {"event": event, **fields}
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.write(json.dumps(_finite(record)).encode() + b"\n")
         self._file.flush()
         if event in ("step", "eval"):
             prefix = "eval/" if event == "eval" else "train/"
@@ -61,33 +65,27 @@ class Metrics:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop all that was recorded after `step`, and what a kill left of the last line."""
+    """Drop all that was recorded after `step`, and what a kill left of the last line; say what else is wrong with it.
+
+    Lines that are no records stay where they are, and are counted.
+    """
     if not path.exists():
+        if step:
+            logger.warning("%s is not there: the log lacks steps 1 to %d", path, step)
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        beyond = record.get("step", 0) > step or (record.get("resumed_from") or 0) > step
-        if line.endswith("\n") and not beyond and record.get("event") != "end":
-            kept.append(line)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    disk.replace(temporary, path)
-
-
-def last_event(path: Path) -> dict[str, Any]:
-    """The last line of a log, if there is one and it is whole."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - (1 << 16)))
-            lines = file.read().splitlines()
-        found = json.loads(lines[-1]) if lines else {}
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    lines, gaps = Log(path), Gaps()
+    with disk.writing(path) as file:
+        for line, record in lines:
+            if record is not None:
+                beyond = record.get("step", 0) > step or (record.get("resumed_from") or 0) > step
+                if beyond or record["event"] == "end" or not line.endswith(b"\n"):
+                    continue
+                gaps.see(record)
+            file.write(line)
+    if lines.bad:
+        logger.warning("%s", lines.told)
+    if lacking := gaps.up_to(step):
+        logger.warning("%s lacks steps: %s", path, lacking)
 
 
 def _finite(value: Any) -> Any:
@@ -149,10 +147,10 @@ class WandB:
         # One id for a run and its continuations, kept beside the results.
         note = run / "wandb-id"
         if not (step and note.exists()):
-            note.write_text(wandb.util.generate_id())
+            disk.write(note, wandb.util.generate_id())
         project = os.environ.get("WANDB_PROJECT", "apollo-optim")
         self._run: Any = wandb.init(
-            project=project, name=run.name, id=note.read_text(), resume="allow", dir=str(run), config=config
+            project=project, name=run.name, id=read_text(note), resume="allow", dir=str(run), config=config
         )
 
     def write(self, step: int, figures: dict[str, float]) -> None:

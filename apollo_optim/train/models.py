@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.data.foreign import reason
+from apollo_optim.data.foreign import check_size, explained
 from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.quant.quantize import Chosen, choose_weights, quantize_module, quantize_weights
 from apollo_optim.quant.write import precompile
@@ -185,12 +184,8 @@ def _options(cfg: ModelConfig) -> dict[str, Any]:
     return options if cfg.attention is None else options | {"attn_implementation": cfg.attention}
 
 
-@contextlib.contextmanager
-def _explained(cfg: ModelConfig) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, ImportError, OSError) as error:
-        raise InputError(f"cannot build the model {cfg.name}: {reason(error)}") from error
+def _explained(cfg: ModelConfig) -> contextlib.AbstractContextManager[None]:
+    return explained(f"cannot build the model {cfg.name}")
 
 
 def model_config(
@@ -203,6 +198,7 @@ def model_config(
     """The transformers config that `cfg` means."""
     from transformers import AutoConfig, LlamaConfig
 
+    config: PretrainedConfig
     name = os.path.expanduser(cfg.name)
     if "/" in (cfg.attention or "") and not trust_remote_code:
         raise InputError(
@@ -226,21 +222,21 @@ def model_config(
             **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")},
         }
         _check_fields(LlamaConfig(), cfg.config)
-        return LlamaConfig(**fields | cfg.config)
+        with _explained(cfg):
+            config = LlamaConfig(**fields | cfg.config)
+        check_size(config, cfg.name)
+        return config
     if not Path(name).exists() and name.startswith("llama-"):
         raise InputError(f"model.name={cfg.name}: no such size; there are {', '.join(SIZES)}")
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        sizes = ", ".join(SIZES)
-        raise InputError(
-            f"model.name={cfg.name}: neither a size ({sizes}) nor a readable model: {reason(error)}"
-        ) from error
+    with explained(f"model.name={cfg.name}: neither a size ({', '.join(SIZES)}) nor a readable model"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     if cfg.vocab_size is not None:
         config.get_text_config().vocab_size = cfg.vocab_size
     _check_fields(config, cfg.config)
-    for key, value in cfg.config.items():
-        setattr(config, key, value)
+    with _explained(cfg):
+        for key, value in cfg.config.items():
+            setattr(config, key, value)
+    check_size(config, cfg.name)
     return config
 
 

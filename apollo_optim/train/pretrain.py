@@ -97,10 +97,11 @@ def run_job(job: Job, *, resumed_from: int | None = None, more: Sequence[Event] 
     """From where a job is to the end of its run; `more`: events of another story, before the checkpoint is saved."""
     cfg, state, last = job.cfg, job.state, job.cfg.train.steps
     title = f"{cfg.model.name}, {cfg.optim.name}, {last} steps of {cfg.train.batch_size} x {cfg.data.seq_len} tokens"
-    stopping = stop_signals(several=job.world.size > 1)
-    with recording(job.run, state, to_dict(cfg), title, last, job.world) as record, stopping as stop:
+    config, stopping = to_dict(cfg), stop_signals(several=job.world.size > 1)
+    with recording(job.run, state, config, title, last, job.world) as record, stopping as stop:
         introduce(job, record, resumed_from)
-        save = Save(state, record, job.run, cfg.checkpoint.every, cfg.checkpoint.keep, last, job.world)
+        keep, every = cfg.checkpoint.keep, cfg.checkpoint.every
+        save = Save(state, record, job.run, every, keep, last, config, job.world)
         schedule = functools.partial(factor, steps=last, cfg=cfg.schedule)
         train_step = TrainStep(state, cfg.train, schedule, job.released, job.data.tokenizer, job.world, job.learner)
         try:
@@ -184,10 +185,17 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
 def finish(job: Job, record: Record) -> Result:
     """The model for everybody else, and the last line of the log."""
     state, display = job.state, record.display
-    if job.cfg.checkpoint.export and job.world.leads:
-        checkpoint.write_model(job.model, job.data.tokenizer, job.run / "model", keep_code=job.trust_remote_code)
-    elif job.cfg.checkpoint.export:
+    exported = job.cfg.checkpoint.export
+    if exported and not job.world.leads:
         checkpoint.lend(checkpoint.named_weights(job.model))
+    elif exported:
+        try:
+            checkpoint.write_model(job.model, job.data.tokenizer, job.run / "model", keep_code=job.trust_remote_code)
+        except checkpoint.SaveFailed as error:  # all that was trained is saved: the run has not failed
+            if job.world.size > 1:  # the others wait in the middle of it
+                raise
+            exported = False
+            display.note(f"warning: {error}; once that is put right: apollo-optim export {job.run}")
     sizes = measure.memory(job.model, job.optimizer)
     # Gradients are set free after every step; what they take while they live is what counts.
     sizes["gradients"] = job.gradients.most()
@@ -218,7 +226,7 @@ def finish(job: Job, record: Record) -> Result:
             display.note(f"{count:,} {what}")
     display.note(
         f"done: {result.tokens:,} tokens in {duration(result.seconds)}, "
-        f"perplexity {result.perplexity:.2f}; {job.run / ('model' if job.cfg.checkpoint.export else 'checkpoints')}"
+        f"perplexity {result.perplexity:.2f}; {job.run / ('model' if exported else 'checkpoints')}"
     )
     display.note(f"next: apollo-optim sample {job.run} --prompt ..., or apollo-optim report {job.run}")
     return result

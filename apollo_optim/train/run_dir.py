@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apollo_optim.core.errors import InputError
-from apollo_optim.data.foreign import drop_code
-from apollo_optim.data.tokenizer import fingerprint, load_tokenizer
+from apollo_optim.core import disk
+from apollo_optim.core.errors import Damaged, InputError
+from apollo_optim.core.runlog import last_record
 from apollo_optim.parallel.world import ALONE, World
-from apollo_optim.train import checkpoint, disk
-from apollo_optim.train.config import RunConfig, differences, load_config, may_change, only_rounds, save_config, to_dict
-from apollo_optim.train.metrics import cut_back, last_event
+from apollo_optim.train import checkpoint
+from apollo_optim.train.config import RunConfig, differences, may_change, only_rounds, save_config, to_dict
+from apollo_optim.train.metrics import cut_back
 from apollo_optim.train.schedule import factor
-from apollo_optim.train.state import TrainState
+from apollo_optim.train.state import TrainState, check_saved
+
+log = logging.getLogger(__name__)
 
 
 def default_run(cfg: RunConfig) -> str:
@@ -94,7 +97,9 @@ def check_continuation(run: Path, cfg: RunConfig) -> Earlier:
     newest = checkpoint.newest(run)
     if newest is None:
         return Earlier()
-    old = load_config(run / "config.yaml")
+    state = checkpoint.load_state(newest)
+    check_saved(state, newest)
+    old = checkpoint.saved_run(run, newest)
     was, now = to_dict(old), to_dict(cfg)
 
     def told(keys: list[str]) -> list[str]:
@@ -105,7 +110,6 @@ def check_continuation(run: Path, cfg: RunConfig) -> Earlier:
         raise InputError(
             f"{run} was started with another config: {', '.join(refused)}; put it back, or choose another --out"
         )
-    state = checkpoint.load_state(newest)
     state["checkpoint"] = newest
     done = state["step"]
     if done > cfg.train.steps:
@@ -116,7 +120,7 @@ def check_continuation(run: Path, cfg: RunConfig) -> Earlier:
                 f"train.steps cannot go from {old.train.steps} to {cfg.train.steps}: with schedule {cfg.schedule.kind} "
                 "the steps already made would have had other learning rates (constant can, and wsd before its decay)"
             )
-    ended = last_event(run / "metrics.jsonl")
+    ended = last_record(run / "metrics.jsonl")
     memory = ended.get("memory") if ended.get("event") == "end" and done == cfg.train.steps else None
     return Earlier(state, told(different), memory)
 
@@ -130,13 +134,11 @@ def _at(plain: dict[str, Any], key: str) -> Any:
 
 def own_tokenizer(run: Path, state: dict[str, Any], trust_remote_code: bool) -> Any:
     """The run's copy of its tokenizer; None where it is not there or not the same any more: then the original."""
-    if not (run / "tokenizer").is_dir():
-        return None
     try:
-        tokenizer = load_tokenizer(str(run / "tokenizer"), trust_remote_code=trust_remote_code)
-    except InputError:
+        return checkpoint.run_tokenizer(run, state["identity"], trust_remote_code=trust_remote_code)
+    except InputError as error:
+        log.warning("%s; the original is taken instead", error)
         return None
-    return tokenizer if fingerprint(tokenizer) == state["identity"]["tokenizer"]["sha256"] else None
 
 
 def restore(state: TrainState, saved: dict[str, Any], run: Path) -> None:
@@ -148,7 +150,12 @@ def restore(state: TrainState, saved: dict[str, Any], run: Path) -> None:
         raise InputError(f"the text is not the one that {run} was trained on: {listed}")
     checkpoint.load_weights(saved["checkpoint"], state.model)
     checkpoint.restore_generation(saved["checkpoint"], state.model)
-    state.load_state_dict(saved)
+    try:
+        state.load_state_dict(saved)
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise Damaged(saved["checkpoint"] / "state.json", f"{type(error).__name__}: {error}") from error
 
 
 def prepare(run: Path, cfg: RunConfig, step: int, tokenizer: Any, *, resume: bool, keep_code: bool) -> None:
@@ -161,17 +168,13 @@ def prepare(run: Path, cfg: RunConfig, step: int, tokenizer: Any, *, resume: boo
     """
     try:
         checkpoint.sweep(run)
-        log = run / "metrics.jsonl"
+        metrics = run / "metrics.jsonl"
         if resume:
-            cut_back(log, step)
-        elif log.exists():  # of a start that saved nothing
-            disk.replace(log, run / "metrics-before.jsonl")
-        temporary = run / ".tmp-config.yaml"
-        save_config(dataclasses.replace(cfg, out=str(run)), temporary)
-        disk.replace(temporary, run / "config.yaml")
+            cut_back(metrics, step)
+        elif metrics.exists():  # of a start that saved nothing
+            disk.replace(metrics, run / "metrics-before.jsonl")
+        save_config(dataclasses.replace(cfg, out=str(run)), run / "config.yaml")
         if tokenizer is not None:
-            tokenizer.save_pretrained(run / "tokenizer")
-            if not keep_code:
-                drop_code(run / "tokenizer")
+            checkpoint.save_tokenizer(tokenizer, run / "tokenizer", keep_code=keep_code)
     except OSError as error:
         raise InputError(f"cannot write to the run directory {run}: {error.strerror}") from None

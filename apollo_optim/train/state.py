@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from apollo_optim.core.errors import Damaged
 from apollo_optim.train.checkpoint import restore_optimizer
 
 if TYPE_CHECKING:
@@ -69,3 +71,34 @@ class TrainState:
         torch.set_rng_state(saved["random"]["torch"])
         if saved["random"]["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["random"]["cuda"], self.device)
+
+
+SCHEMA: dict[str, Any] = {
+    "step": int,
+    "tokens": int,
+    "seconds": float,
+    "evaluation": dict,
+    "identity": dict,
+    "data": dict,
+    "optimizer": {"state": dict, "param_groups": list},
+    "random": {"python": tuple, "torch": torch.Tensor},
+}
+
+
+def check_saved(saved: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse a state of other types than `TrainState.state_dict` gives, or of numbers that cannot be.
+
+    Raises Damaged, naming the key.
+    """
+
+    def check(value: Any, wanted: Any, name: str) -> None:
+        kind = dict if isinstance(wanted, dict) else wanted
+        right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if not right or (isinstance(value, (int, float)) and not 0 <= value < 1 << 62):
+            raise Damaged(checkpoint / "state.json", f"its {name} is {value!r}, of type {type(value).__name__}")
+        for key, inner in wanted.items() if isinstance(wanted, dict) else ():
+            check(value.get(key), inner, f"{name}.{key}".lstrip("."))
+
+    check(saved, SCHEMA, "")
+    if saved["step"] != (named := int(checkpoint.name.removeprefix("step-"))):
+        raise Damaged(checkpoint / "state.json", f"its step is {saved['step']}, not {named}")

@@ -1,6 +1,6 @@
 """What a run saves, and the model that it leaves for everybody else."""
 
-from apollo_optim.train.checkpoint.export import export, write_model
+from apollo_optim.train.checkpoint.export import check_export, export, run_tokenizer, save_tokenizer, write_model
 from apollo_optim.train.checkpoint.shards import SaveFailed, lend, load_weights, named_weights, weights
 from apollo_optim.train.checkpoint.store import (
     checkpoints,
@@ -9,6 +9,8 @@ from apollo_optim.train.checkpoint.store import (
     restore_generation,
     save,
     saved_config,
+    saved_identity,
+    saved_run,
     sweep,
     verify,
 )
@@ -16,6 +18,7 @@ from apollo_optim.train.checkpoint.tree import pack, restore_optimizer, unpack
 
 __all__ = [
     "SaveFailed",
+    "check_export",
     "checkpoints",
     "export",
     "lend",
@@ -26,8 +29,12 @@ __all__ = [
     "pack",
     "restore_generation",
     "restore_optimizer",
+    "run_tokenizer",
     "save",
+    "save_tokenizer",
     "saved_config",
+    "saved_identity",
+    "saved_run",
     "sweep",
     "unpack",
     "verify",

@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from apollo_optim.core import disk
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.manifest import NAME as MANIFEST
+from apollo_optim.core.manifest import Format, check_files, read_manifest, strangers, write_manifest
 from apollo_optim.core.place import is_sharded
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.data.foreign import drop_code
-from apollo_optim.data.tokenizer import load_tokenizer
-from apollo_optim.train import disk
-from apollo_optim.train.checkpoint.shards import failing_cleanly, in_shards, load_weights, named_weights, own_memory
-from apollo_optim.train.checkpoint.store import checkpoints, restore_generation, saved_config, verify
-from apollo_optim.train.config import load_config
+from apollo_optim.data.tokenizer import TOKENIZER, fingerprint, own_tokenizer
+from apollo_optim.train.checkpoint.shards import (
+    SaveFailed,
+    failing_in_one_line,
+    in_shards,
+    load_weights,
+    named_weights,
+    own_memory,
+)
+from apollo_optim.train.checkpoint.store import (
+    checkpoints,
+    newest,
+    restore_generation,
+    saved_config,
+    saved_identity,
+    saved_run,
+    verify,
+)
 from apollo_optim.train.models import low_bit, with_new_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EXPORT = Format("apollo-optim export", 3, "a model that apollo-optim exported")
+LOADED = (".json", ".safetensors", ".bin", ".jinja")  # what `from_pretrained` looks for
 
 
 def export(
@@ -41,64 +60,121 @@ def export(
     >>> model = AutoModelForCausalLM.from_pretrained(export("out/first"))
     """
     run = Path(run_dir)
+    target = run / "model" if out is None else Path(out).absolute()
+    if out is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} is there already; choose another directory")
+    while True:
+        checkpoint = _chosen(run, step)
+        try:
+            model, tokenizer = _opened(run, checkpoint, trust_remote_code=trust_remote_code)
+            break
+        except InputError:
+            if step is not None or newest(run) in (checkpoint, None):
+                raise
+            # The run goes on, and has dropped this checkpoint for a newer one.
+    write_model(model, tokenizer, target, keep_code=trust_remote_code)
+    return target
+
+
+def _chosen(run: Path, step: int | None) -> Path:
     there = checkpoints(run)
     if not there:
         raise InputError(f"{run} holds no checkpoint")
     if step is not None and step not in there:
         raise InputError(f"{run} holds no checkpoint of step {step}, only of {', '.join(map(str, there))}")
-    checkpoint = there[max(there) if step is None else step]
-    target = run / "model" if out is None else Path(out)
-    if out is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is there already; choose another directory")
+    return there[max(there) if step is None else step]
+
+
+def _opened(run: Path, checkpoint: Path, *, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
+    """The model and the tokenizer of a checkpoint, as its own files say: RUN/config.yaml is not asked."""
     verify(checkpoint)
-    cfg = load_config(run / "config.yaml")
+    cfg = saved_run(run, checkpoint)
     config = saved_config(checkpoint, trust_remote_code=trust_remote_code)
     with torch.random.fork_rng(devices=[]):  # drawing weights that are overwritten next must not disturb anybody
         model = with_new_weights(cfg.model, config, low_bit(cfg), trust_remote_code=trust_remote_code)
     load_weights(checkpoint, model)
     restore_generation(checkpoint, model)
+    return model, run_tokenizer(run, saved_identity(checkpoint), trust_remote_code=trust_remote_code)
+
+
+def run_tokenizer(run: Path, identity: dict[str, Any], *, trust_remote_code: bool = False) -> Any:
+    """The run's copy of its tokenizer, None if it has none. `identity`: of the text that it was trained on.
+
+    Raises InputError if it is not the one that the run was trained with.
+    """
     words = run / "tokenizer"
-    tokenizer = load_tokenizer(str(words), trust_remote_code=trust_remote_code) if words.is_dir() else None
-    write_model(model, tokenizer, target, keep_code=trust_remote_code)
-    return target
+    if not words.is_dir():
+        return None
+    tokenizer = own_tokenizer(words, trust_remote_code=trust_remote_code)
+    expected = (identity.get("tokenizer") or {}).get("sha256")
+    if expected not in (None, fingerprint(tokenizer)):
+        raise InputError(f"{words} is not the tokenizer that {run} was trained with: put that back")
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, target: Path, *, keep_code: bool = False) -> None:
+    """The run's copy of its tokenizer, with a manifest."""
+    with disk.new_folder(target, keep=strangers(target, TOKENIZER) if target.is_dir() else ()) as folder:
+        tokenizer.save_pretrained(folder)
+        if not keep_code:
+            drop_code(folder)
+        write_manifest(folder, TOKENIZER)
 
 
 def write_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, target: Path, *, keep_code: bool = False
 ) -> None:
-    """`save_pretrained`, but the directory appears complete or not at all.
+    """`save_pretrained`, but the directory appears complete or not at all, and with a manifest.
+
+    What was exported there before is replaced; what else lies there (a README.md) stays. Raises SaveFailed where that
+    is in the way, and what it is.
 
     `keep_code`: a model that runs code of its own names it in its config (`auto_map`).
     """
     from transformers.utils import logging
 
-    temporary = target.with_name(f".tmp-{target.name}")
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with failing_cleanly(temporary, "the exported model"):
-            shutil.rmtree(temporary, ignore_errors=True)
-            if any(writes_itself(p) or is_sharded(p) for p in model.parameters()):
-                _save_float(model, temporary)
-            else:
-                model.save_pretrained(temporary)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
-            if not keep_code:
-                drop_code(temporary)
-            if target.exists():
-                shutil.rmtree(target)
-            disk.put_in_place(temporary, target)
+        with failing_in_one_line("the exported model", target.parent):
+            kept = strangers(target, EXPORT) if target.is_dir() and not target.is_symlink() else []
+            if in_the_way := [name for name in kept if name.endswith(LOADED)]:
+                raise SaveFailed(
+                    f"{target / in_the_way[0]} was not written by an export, or was changed since: move it away"
+                )
+            with disk.new_folder(target, keep=kept) as folder:
+                if any(writes_itself(p) or is_sharded(p) for p in model.parameters()):
+                    _save_float(model, folder)
+                else:
+                    model.save_pretrained(folder)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
+                if not keep_code:
+                    drop_code(folder)
+                write_manifest(folder, EXPORT)
     finally:
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def check_export(folder: Path) -> None:
+    """Compare an exported model with its manifest, where it has one. Raises InputError naming the file that differs."""
+    if not (folder / MANIFEST).exists():
+        return
+    try:
+        files = read_manifest(folder, EXPORT)["files"]
+        check_files(folder, files, alone=False)
+        for name in sorted(os.listdir(folder)):
+            if name.endswith(LOADED) and name not in files and name != MANIFEST:
+                raise InputError(f"{folder / name} is not listed in {MANIFEST}")
+    except InputError as error:
+        raise InputError(f"{error}; export it again, or delete {folder / MANIFEST} to use what is there") from error
 
 
 def _save_float(model: PreTrainedModel, target: Path) -> None:
     """`save_pretrained` for low-bit and for sharded weights: what they mean, one file of them in memory at a time."""
     from safetensors.torch import save_file
 
-    target.mkdir(parents=True)
     model.config.save_pretrained(target)
     if model.can_generate():
         model.generation_config.save_pretrained(target)
@@ -116,4 +192,4 @@ def _save_float(model: PreTrainedModel, target: Path) -> None:
         )
         index |= dict.fromkeys(names, file)
     content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
-    (target / "model.safetensors.index.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    disk.write(target / "model.safetensors.index.json", json.dumps(content, indent=1))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from apollo_optim.core.errors import InputError
+from apollo_optim.core.errors import Damaged, InputError
+from apollo_optim.core.manifest import Format, read_manifest
 from apollo_optim.core.place import whole
 from apollo_optim.core.storage import parts
+from apollo_optim.data.foreign import reason
 from apollo_optim.optim.loading import split_as
 from apollo_optim.train.checkpoint.tree import pack
 
+CHECKPOINT = Format("apollo-optim checkpoint", 3, "a checkpoint of apollo-optim")
+# 2: low-bit weights; 3: the manifest has a checksum of its own, and the run's config is in the checkpoint
 SHAPE = ".shape"  # of a low-bit weight: its codes are padded
 SHARD_BYTES = 256 * 10**6  # loaded one shard at a time: the pages of a mapped file count as resident
 
@@ -55,8 +58,13 @@ def write_shards(directory: Path, part: str, tensors: dict[str, torch.Tensor]) -
 
     shards = in_shards({name: tensor.nbytes for name, tensor in tensors.items()})
     for number, names in enumerate(shards, 1):
-        path = directory / f"{part}-{number:05d}-of-{len(shards):05d}.safetensors"
+        path = directory / shard_name(part, number, len(shards))
         save_file({name: own_memory(tensors[name]) for name in names}, path)
+
+
+def shard_name(part: str, number: int, of: int) -> str:
+    """weights-00001-of-00002.safetensors"""
+    return f"{part}-{number:05d}-of-{of:05d}.safetensors"
 
 
 def in_shards(sizes: dict[str, int]) -> list[list[str]]:
@@ -79,17 +87,15 @@ def own_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def failing_cleanly(temporary: Path, what: str) -> Iterator[None]:
-    """Whatever happens, the half-written directory goes; a failure to write becomes one line."""
+def failing_in_one_line(what: str, folder: Path) -> Iterator[None]:
+    """A failure to write `what` into a folder becomes SaveFailed."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise SaveFailed(f"could not write {what} in {temporary.parent}: {reason}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise SaveFailed(f"could not write {what} in {folder}: {reason}") from error
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
@@ -108,13 +114,29 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
 
 
 def read_shards(checkpoint: Path, part: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name after name; a tensor lies in the mapped file, which is closed when the next shard is asked for."""
-    from safetensors import safe_open
+    """Name after name; a tensor lies in the mapped file, which is closed when the next shard is asked for.
 
-    for path in sorted(checkpoint.glob(f"{part}-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                yield name, file.get_tensor(name)
+    `part`: `weights` or `state`. Shards that the manifest does not list are not read.
+
+    Raises InputError if a shard lacks or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    listed = sorted(name for name in read_manifest(checkpoint, CHECKPOINT)["files"] if name.startswith(part + "-"))
+    if not listed or listed != [shard_name(part, number, len(listed)) for number in range(1, len(listed) + 1)]:
+        raise InputError(f"{checkpoint} is incomplete: of its {part}, there is only {', '.join(listed) or 'nothing'}")
+    for name in listed:
+        path = checkpoint / name
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    yield key, file.get_tensor(key)
+        except FileNotFoundError:
+            raise InputError(f"{checkpoint} was changed while it was read: {name} is gone") from None
+        except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise Damaged(path, reason(error)) from error
 
 
 def _looks(tensor: torch.Tensor) -> str:

@@ -1,7 +1,8 @@
 """Checkpoints that a kill, a full disk or a truncated copy cannot turn into a wrong run.
 
     RUN/checkpoints/step-00000100/          one checkpoint
-        manifest.json                       format, version, and size and CRC-32 of every other file
+        manifest.json                       format, version, and size and CRC-32 of every other file and of itself
+        run.json                            the run's configuration, as it was made with
         config.json                         the transformers config (and generation_config.json)
         weights-00001-of-00001.safetensors  the weights in their native form; of a low-bit one its NAME.codes,
                                             NAME.scales (quant/format.py) and NAME.shape
@@ -10,30 +11,34 @@
     RUN/checkpoints/latest                  a link to the newest one, for people and tools
 
 It is written to a hidden directory, flushed to the disk, and renamed: a directory called step-* is complete, unless it
-holds a file .unfinished (disk.py: not every file system renames directories). The newest
-step-* is the one that `--resume` takes. Nothing in here is pickled: a checkpoint cannot run code.
+holds a file .unfinished (core/disk.py: not every file system renames directories). The newest
+step-* is the one that `--resume` takes. What the manifest lists is read, and nothing else. Nothing in here is pickled:
+a checkpoint cannot run code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-import shutil
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apollo_optim.core.errors import InputError
-from apollo_optim.data.foreign import reason
-from apollo_optim.train import disk
-from apollo_optim.train.checkpoint.shards import failing_cleanly, read_shards, weights, write_shards
+from apollo_optim.core import disk
+from apollo_optim.core.errors import Damaged, InputError
+from apollo_optim.core.manifest import check_files, read_manifest, write_manifest
+from apollo_optim.core.reading import read_json
+from apollo_optim.data.foreign import check_size, explained, reason
+from apollo_optim.train.checkpoint.shards import CHECKPOINT, failing_in_one_line, read_shards, weights, write_shards
 from apollo_optim.train.checkpoint.tree import pack, unpack
+from apollo_optim.train.config import RunConfig, from_dict, load_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-FORMAT = "apollo-optim checkpoint"
-VERSION = 2  # 2: low-bit weights
+LARGEST_STATE = 1 << 30  # bytes of state.json
+LEFTOVER = re.compile(rf"{disk.OURS.pattern}|\.tmp-(old-)?step-\d+")  # of a process that was killed
 
 
 # --- which checkpoints there are ---
@@ -43,7 +48,7 @@ def checkpoints(run: Path) -> dict[int, Path]:
     """Step -> directory, in order. Only complete ones have this name."""
     found = {}
     for path in (run / "checkpoints").glob("step-*"):
-        if (match := re.fullmatch(r"step-(\d+)", path.name)) and disk.is_finished(path):
+        if (match := re.fullmatch(r"step-(\d{1,18})", path.name)) and path.is_dir() and disk.is_finished(path):
             found[int(match[1])] = path
     return dict(sorted(found.items()))
 
@@ -56,31 +61,31 @@ def newest(run: Path) -> Path | None:
 # --- writing ---
 
 
-def save(run: Path, step: int, model: PreTrainedModel, state: dict[str, Any], keep: int) -> Path:
+def save(
+    run: Path, step: int, model: PreTrainedModel, state: dict[str, Any], keep: int, config: dict[str, Any] | None = None
+) -> Path:
     """Write one checkpoint, then drop all but the newest `keep`.
+
+    `config`: the run's, as plain data; without it, export and resume take RUN/config.yaml.
 
     On failure (SaveFailed) the old ones are intact and nothing is left lying around.
     """
     root = run / "checkpoints"
     final = root / f"step-{step:08d}"
-    temporary = root / f".tmp-{final.name}"
-    with failing_cleanly(temporary, f"the checkpoint of step {step}"):
+    with failing_in_one_line(f"the checkpoint of step {step}", root):
+        disk.check_lock(run)
         sweep(run)
-        temporary.mkdir(parents=True)
-        plain, tensors = pack(state)
-        write_shards(temporary, "weights", weights(model))
-        write_shards(temporary, "state", tensors)
-        (temporary / "state.json").write_text(json.dumps(plain), encoding="utf-8")
-        model.config.save_pretrained(temporary)
-        if model.can_generate():
-            model.generation_config.save_pretrained(temporary)
-        files = {path.name: {"bytes": path.stat().st_size, "crc32": _crc(path)} for path in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            disk.flush(path)
-        disk.put_in_place(temporary, final)
-        disk.flush(root)
+        with disk.new_folder(final) as folder:
+            plain, tensors = pack(state)
+            write_shards(folder, "weights", weights(model))
+            write_shards(folder, "state", tensors)
+            disk.write(folder / "state.json", json.dumps(plain))
+            if config is not None:
+                disk.write(folder / "run.json", json.dumps(config, indent=1))
+            model.config.save_pretrained(folder)
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+            write_manifest(folder, CHECKPOINT, step=step)
     disk.link(root / "latest", final.name)
     for old in list(checkpoints(run).values())[:-keep]:
         try:
@@ -93,38 +98,66 @@ def save(run: Path, step: int, model: PreTrainedModel, state: dict[str, Any], ke
 def sweep(run: Path) -> None:
     """Remove what a killed process left half-written or half-deleted."""
     for path in (run / "checkpoints").glob(".tmp-*"):
-        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+        if LEFTOVER.fullmatch(path.name):
+            disk.remove(path)
     for path in (run / "checkpoints").glob("step-*"):
-        if not disk.is_finished(path):
-            shutil.rmtree(path)
+        if path.is_dir() and not disk.is_finished(path):
+            disk.remove(path)
 
 
-def _crc(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return crc
+# --- reading ---
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """Check the whole checkpoint, then read the training state that was given to `save`."""
     verify(checkpoint)
-    plain = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    # out of the mapped files, into memory of its own
-    state = unpack(plain, {name: tensor.clone() for name, tensor in read_shards(checkpoint, "state")})
-    return dict(state)
+    path = checkpoint / "state.json"
+    with _or_an_older(checkpoint):
+        # out of the mapped files, into memory of its own
+        tensors = {name: tensor.clone() for name, tensor in read_shards(checkpoint, "state")}
+        try:
+            state = unpack(read_json(path, LARGEST_STATE), tensors)
+        except Damaged:
+            raise
+        except (InputError, TypeError, ValueError, RecursionError) as error:
+            raise Damaged(path, reason(error)) from error
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
+        if not isinstance(state, dict):
+            raise Damaged(path, "it holds no state")
+        return state
+
+
+def saved_identity(checkpoint: Path) -> dict[str, Any]:
+    """Which text and tokenizer the run is trained on; {} where the checkpoint does not say."""
+    content = read_json(checkpoint / "state.json", LARGEST_STATE)
+    found = content.get("identity") if isinstance(content, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def saved_config(checkpoint: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The transformers config of a checkpoint."""
     from transformers import AutoConfig
 
-    try:
+    with explained(f"{checkpoint}: its model can't be opened"):
         config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{checkpoint}: its model can't be opened: {reason(error)}") from error
+        check_size(config, str(checkpoint))
     return config
+
+
+def saved_run(run: Path, checkpoint: Path) -> RunConfig:
+    """The configuration that a checkpoint was made with. (Older ones do not say: RUN/config.yaml.)"""
+    path = checkpoint / "run.json"
+    if "run.json" not in read_manifest(checkpoint, CHECKPOINT)["files"]:
+        return load_config(run / "config.yaml")
+    with _or_an_older(checkpoint):
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise Damaged(path, "it holds no run")
+    try:
+        return from_dict(content)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def restore_generation(checkpoint: Path, model: PreTrainedModel) -> None:
@@ -132,36 +165,32 @@ def restore_generation(checkpoint: Path, model: PreTrainedModel) -> None:
     from transformers import GenerationConfig
 
     path = checkpoint / "generation_config.json"
-    if path.exists():
-        model.generation_config = GenerationConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    if path.name not in read_manifest(checkpoint, CHECKPOINT)["files"]:
+        return
+    content = read_json(path)
+    try:
+        model.generation_config = GenerationConfig.from_dict(content)
+    except Exception as error:  # whatever transformers stumbles over
+        raise Damaged(path, reason(error)) from error
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """The manifest, if every file is as it was written; else one line that says which is not."""
-    path = checkpoint / "manifest.json"
+    """The manifest, if every file is as it was written and no other is there; else one line that says which is not."""
+    with _or_an_older(checkpoint):
+        manifest = read_manifest(checkpoint, CHECKPOINT)
+        check_files(checkpoint, manifest["files"])
+        if manifest.get("step") != (named := int(checkpoint.name.removeprefix("step-"))):
+            raise InputError(f"{checkpoint} holds step {manifest.get('step')}, not {named}: it was renamed")
+        return manifest
+
+
+@contextlib.contextmanager
+def _or_an_older(checkpoint: Path) -> Iterator[None]:
+    """What is wrong with a checkpoint, with what to go on from."""
     try:
-        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{checkpoint} is not a checkpoint of apollo-optim: it has no manifest.json{_way_out(checkpoint)}"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise InputError(f"{path} is damaged{_way_out(checkpoint)}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{checkpoint} is not a checkpoint of apollo-optim{_way_out(checkpoint)}")
-    if manifest["version"] > VERSION:
-        raise InputError(
-            f"{checkpoint} was written by a newer apollo-optim (format {manifest['version']}, this one reads {VERSION})"
-        )
-    for name, written in manifest["files"].items():
-        file = checkpoint / name
-        if not file.is_file():
-            raise InputError(f"{checkpoint} is incomplete: {name} is missing{_way_out(checkpoint)}")
-        if (size := file.stat().st_size) != written["bytes"]:
-            raise InputError(f"{file} has {size} bytes instead of {written['bytes']}{_way_out(checkpoint)}")
-        if _crc(file) != written["crc32"]:
-            raise InputError(f"{file} is damaged: its checksum is wrong{_way_out(checkpoint)}")
-    return manifest
+        yield
+    except InputError as error:
+        raise InputError(f"{error}{_way_out(checkpoint)}") from error
 
 
 def _way_out(checkpoint: Path) -> str:

@@ -8,6 +8,8 @@ import torch
 
 from apollo_optim.core.errors import InputError
 
+DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
+
 
 def pack(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """Split a tree of dicts, lists, tuples, numbers, strings, dtypes and tensors into JSON and tensors."""
@@ -37,20 +39,27 @@ def pack(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def unpack(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:  # noqa: PLR0911 (one for each kind)
-    """The inverse of `pack`."""
+    """The inverse of `pack`. Raises InputError if something is referred to that is not there."""
     if isinstance(plain, list):
         return [unpack(item, tensors) for item in plain]
     if not isinstance(plain, dict):
         return plain
     if "$tensor" in plain:
-        return tensors[plain["$tensor"].lstrip(".")]
+        return _named(plain["$tensor"], tensors, "tensor")
     if "$dtype" in plain:
-        return getattr(torch, plain["$dtype"])
+        return _named(plain["$dtype"], DTYPES, "dtype")
     if "$tuple" in plain:
         return tuple(unpack(item, tensors) for item in plain["$tuple"])
     if "$items" in plain:
         return {unpack(key, tensors): unpack(item, tensors) for key, item in plain["$items"]}
     return {key: unpack(item, tensors) for key, item in plain.items()}
+
+
+def _named(name: Any, table: dict[str, Any], what: str) -> Any:
+    try:
+        return table[name.lstrip(".")]
+    except (KeyError, AttributeError):
+        raise InputError(f"there is no {what} {name!r}") from None
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -72,7 +72,9 @@ def check(cfg: RunConfig) -> None:
 
     The data check their own keys. A config that was made in Python has its types checked as a file's.
     """
-    from_dict(to_dict(cfg))
+    plain = to_dict(cfg)
+    check_texts(plain)
+    from_dict(plain)
     check_optimizer(cfg.optim)
     positive: dict[str, int | float | None] = {
         "train.steps": cfg.train.steps,
@@ -131,6 +133,18 @@ def check_processes(cfg: RunConfig, world: World) -> None:
         )
     if cfg.parallel.mode == "fsdp2" and (cfg.quant.bits or find_optimizer(cfg.optim.name).bits):
         raise InputError("low-bit weights cannot be sharded: choose --parallel.mode ddp, or float weights")
+
+
+def check_texts(plain: Any, key: str = "") -> None:
+    """Refuse names that no file can have and that cannot be written: they must read back as they are."""
+    if isinstance(plain, dict):
+        for name, value in plain.items():
+            check_texts(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(plain, (list, tuple)):
+        for value in plain:
+            check_texts(value, key)
+    elif isinstance(plain, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in plain):
+        raise InputError(f"{key}={plain!r}: not a name that can be written; give it another")
 
 
 def check_optimizer(cfg: OptimConfig) -> None:

@@ -7,10 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from apollo_optim.core.errors import InputError
+from apollo_optim.core import disk
+from apollo_optim.core.errors import Damaged, InputError
+from apollo_optim.core.reading import read_text
 from apollo_optim.train.config.parser import parse
 from apollo_optim.train.config.sections import RunConfig
 
+LARGEST = 1 << 20  # bytes of a run file
 CONSENT, CONSENT_FLAG = "trust_remote_code", "--trust-remote-code"  # a word of the call, never a key of a file
 
 
@@ -48,7 +51,7 @@ def save_config(cfg: RunConfig, path: Path) -> None:
     """Write the resolved config as YAML."""
     import yaml
 
-    path.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    disk.write(path, yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True))
 
 
 def load_config(path: Path | str) -> RunConfig:
@@ -61,14 +64,20 @@ def read_run_file(path: Path | str) -> dict[str, Any]:
     import yaml
 
     try:
-        data = yaml.safe_load(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
+        data = yaml.safe_load(read_text(Path(os.path.expanduser(path)), LARGEST))
     except OSError as error:
         raise InputError(f"cannot read the run file {path}: {error.strerror}") from None
+    except Damaged as error:
+        raise InputError(f"{path} is not a YAML run file: {error.what}") from None
+    except InputError as error:  # a FIFO, a device
+        raise InputError(f"cannot read the run file {error}") from None
+    except RecursionError:
+        raise InputError(f"{path} is not a YAML run file: it is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         at = error.problem_mark or error.context_mark
         line = f", line {at.line + 1}," if at else ""
         raise InputError(f"{path}{line} is not a YAML run file: {error.problem or error.context}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, OverflowError, yaml.YAMLError) as error:  # a date of month 13, a number of thousands of digits
         raise InputError(f"{path} is not a YAML run file: {' '.join(str(error).split())}") from None
     if data is not None and not isinstance(data, dict):
         raise InputError(f"{path} is not a run file: expected sections such as `model:` and `train:`")
