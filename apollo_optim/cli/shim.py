@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..core.printing import say
 from .words import Parser
 
 FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "drop_in"
@@ -15,5 +16,5 @@ def run(argv: Sequence[str]) -> int:
         "  PYTHONPATH=$(apollo-optim shim) llamafactory-cli train run.yaml",
     )
     parser.parse(argv)
-    print(FOLDER)
+    say(FOLDER)
     return 0
