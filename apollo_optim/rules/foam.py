@@ -39,7 +39,7 @@ class Foam(Rule):
         return shape[-1] % (1 << self.level) == 0
 
     def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
-        low = (*shape[:-1], shape[-1] // (1 << self.level))
+        low = (*shape[:-1], shape[-1] >> self.level)
         return {"exp_avg": Slot(low, "mean"), "exp_avg_sq": Slot(low, "square")}
 
     def scalars(self, step: int, shape: tuple[int, ...]) -> dict[str, float]:
@@ -64,4 +64,4 @@ class Foam(Rule):
 
     def blocks(self, rows: Tensor) -> Tensor:
         """(.., m, n) -> (.., m, blocks, 2^l), fp32."""
-        return rows.float().reshape(*rows.shape[:-1], -1, 1 << self.level)
+        return rows.float().reshape(*rows.shape[:-1], rows.shape[-1] >> self.level, 1 << self.level)
