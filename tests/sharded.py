@@ -57,6 +57,8 @@ RESTS: dict[str, dict[str, Any]] = {  # what every matrix is told to follow inst
     "galore": {"rule": "galore", "rank": 3, "update_proj_gap": GAP},
     "fira": {"rule": "fira", "rank": 3, "update_proj_gap": GAP},
     "adam-mini": {"rule": "adam-mini", "block_rows": 4},
+    "flora": {"rule": "flora", "rank": 3, "update_proj_gap": GAP},
+    "foam": {"rule": "foam"},
     "racs": {"rule": "racs"},
     "sinkgd": {"rule": "sinkgd"},
 }

@@ -334,3 +334,74 @@ def test_adam_mini_takes_whole_blocks_only():
     even.grad = torch.ones(12, 8)
     optimizer.step()
     assert optimizer.state[even]["exp_avg_sq_row"].shape == (12, 1)
+
+
+@BLOCKS
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (16, 16), (3, 12, 8)], ids=str)
+def test_flora_is_the_papers(monkeypatch, shape, keep, size):
+    """The momentum moves from P to P, and Adafactor of its back-projection: dense, in fp64, with the bases it drew."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    drawn = {}
+    draw_of = RULES["flora"].draw
+
+    def draw(self, key, *args):
+        return drawn.setdefault(key, draw_of(self, key, *args))
+
+    monkeypatch.setattr(RULES["flora"], "draw", draw)
+    grads = gradients(shape, 8)
+    ours = steps("flora", grads, rank=5, update_proj_gap=3, keep_proj=keep)
+    bases = [p.double() for p in drawn.values()]
+    bases = bases if keep else [p for p in bases if p is not bases[1]]  # at the start, that of before it, too
+    assert len(bases) == 3
+    c, k = sorted(shape[-2:], reverse=True)
+    m, row, col = (torch.zeros(*shape[:-2], *size, dtype=torch.float64) for size in ((c, 5), (c, 1), (1, k)))
+    for t, (grad, our) in enumerate(zip(grads, ours, strict=True), 1):
+        p = bases[(t - 1) // 3]
+        if t in (4, 7):
+            m = m @ bases[(t - 1) // 3 - 1].mT @ p
+        m = 0.9 * m + 0.1 * lying_tall(grad.double()) @ p
+        u = m @ p.mT
+        row, col = (old + (u.square().mean(dim, keepdim=True) - old) * t**-0.8 for old, dim in ((row, -1), (col, -2)))
+        u = u / (row * col / row.mean(-2, keepdim=True)).sqrt()
+        u = u / (norm(u, -2, -1) / (c * k) ** 0.5).clamp(min=1.0)
+        torch.testing.assert_close(lying_tall(our), u, rtol=1e-3, atol=1e-4)
+
+
+def test_flora_in_a_basis_that_holds_everything_is_adafactor_on_a_momentum(monkeypatch):
+    monkeypatch.setattr(RULES["flora"], "basis", lambda self, grad, *_: torch.eye(grad.shape[-1])[:, : self.rank])
+    monkeypatch.setattr(RULES["flora"], "phase", lambda *_: False)
+    grads, averages = gradients((30, 20)), []
+    for grad in grads:
+        grad[:, 7:] = 0
+        averages.append(grad * 0.1 + (averages[-1] * 0.9 if averages else 0.0))
+    for flora, adafactor in zip(steps("flora", grads, rank=7), steps("adafactor", averages), strict=True):
+        torch.testing.assert_close(flora, adafactor, rtol=1e-3, atol=1e-4)
+
+
+@BLOCKS
+@pytest.mark.parametrize("shape", [(30, 20), (20, 32), (16, 16), (3, 12, 8)], ids=str)
+@pytest.mark.parametrize("level", [0, 2])
+def test_foam_is_the_papers(monkeypatch, shape, size, level):
+    """Means of neighbours by the paper's matrices A and E, in fp64; at level 0 it is Adam without a correction."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    grads = gradients(shape)
+    unfold = torch.eye(shape[-1] >> level, dtype=torch.float64).repeat_interleave(1 << level, -1)
+    fold = unfold.mT / (1 << level)
+    m = v = torch.zeros(*shape[:-1], shape[-1] >> level, dtype=torch.float64)
+    for grad, our in zip(grads, steps("foam", grads, level=level), strict=True):
+        g = grad.double()
+        m, v = 0.9 * m + 0.1 * g @ fold, 0.999 * v + 1e-3 * (g @ fold) ** 2
+        rest = g - g @ fold @ unfold
+        assert level or not rest.any()
+        papers = 0.25 * (m @ unfold + rest) / ((v @ unfold + rest**2).sqrt() + 1e-6)
+        torch.testing.assert_close(our, papers, rtol=1e-3, atol=1e-5)
+
+
+def test_foam_folds_rows_that_blocks_divide():
+    even, odd = nn.Parameter(torch.zeros(6, 8)), nn.Parameter(torch.zeros(4, 10))
+    optimizer = RuleOptimizer([even, odd], "foam")
+    assert [rule_of(p, optimizer.param_groups[0]) for p in (even, odd)] == ["foam", "adamw"]
+    even.grad = torch.ones(6, 8)
+    optimizer.step()
+    assert optimizer.state[even]["exp_avg"].shape == (6, 2)

@@ -230,9 +230,7 @@ def project(grad_ck: Tensor, basis: Tensor, rank: int, place: Place) -> Tensor:
     return place.to_channels(low_cr)
 
 
-def project_with_norms(
-    grad_ck: Tensor, basis: Tensor, rank: int, place: Place
-) -> tuple[Tensor, Tensor, Tensor]:
+def project_with_norms(grad_ck: Tensor, basis: Tensor, rank: int, place: Place) -> tuple[Tensor, Tensor, Tensor]:
     """R = G P, the norms of its channels and those of G's: compiled one pass over G where that is possible."""
     sketched = basis.ndim < grad_ck.ndim
     if place.mesh is not None or not torch.compiler.is_compiling() or not (sketched or rank == 1):
@@ -248,11 +246,15 @@ def project_with_norms(
     return low_cr, _channel_sums(low_cr.square(), across).sqrt(), _channel_sums(square, across).sqrt()
 
 
+def own_matrices(basis: Tensor, place: Place) -> Tensor:
+    """A whole basis, of those matrices of a stack that this rank has a part of."""
+    return basis[tuple(slice(s, s + n) for s, n in zip(place.offsets[:-2], place.own[:-2], strict=True))]
+
+
 def _own_rows(basis: Tensor, grad_ck: Tensor, place: Place) -> Tensor:
     """What this rank's part of a gradient meets of a whole basis."""
-    *starts, _, first = place.offsets
-    stack = tuple(slice(s, s + n) for s, n in zip(starts, grad_ck.shape[:-2], strict=True))
-    return basis[(*stack, slice(first, first + grad_ck.shape[-1]))]
+    first, dim = place.offsets[-1], grad_ck.ndim - 2
+    return own_matrices(basis, place).narrow(dim, first, grad_ck.shape[-1])
 
 
 def factors(low_cr: Tensor, basis: Tensor, grad_ck: Tensor, place: Place) -> tuple[Tensor, Tensor]:

@@ -185,7 +185,7 @@ class Known:
         keys: dict[str, Key] = {}
         seed = self.state["seed"]
         for name, counter in self.shared.rule.draws(step).items():
-            keys[name] = key_at(seed, name, counter)
+            keys[name] = key_at(seed, name.partition(".")[0], counter)
         for name in self.shared.rounded:
             keys[name] = key_at(seed, name, step)
         return Given(self.shared.at(step), weight, grad, self.tensors, Inputs(self.shared.numbers(step), keys))

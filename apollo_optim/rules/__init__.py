@@ -7,6 +7,8 @@ from apollo_optim.rules.adamw import AdamW
 from apollo_optim.rules.apollo import Apollo, ApolloMini, ApolloSvd
 from apollo_optim.rules.base import Rule
 from apollo_optim.rules.fira import Fira
+from apollo_optim.rules.flora import Flora
+from apollo_optim.rules.foam import Foam
 from apollo_optim.rules.galore import Galore
 from apollo_optim.rules.lion import Lion
 from apollo_optim.rules.muon import Muon
@@ -36,6 +38,8 @@ RULES: dict[str, type[Rule]] = {
         Galore,
         Fira,
         AdamMini,
+        Flora,
+        Foam,
     )
 }
 

@@ -42,8 +42,9 @@ class AdamMini(AdamW):
         mean_m1 = weighted_squares(grad, None, place, -1) / place.shape[-1]
         if self.block_rows > 1:
             rows = place.along(-1)
-            blocks = rows.whole(mean_m1).unflatten(-2, (-1, self.block_rows)).mean(-2, keepdim=True)
-            mean_m1 = rows.part_of(blocks.expand(*blocks.shape[:-2], self.block_rows, 1).flatten(-3, -2), mean_m1)
+            every_m1 = rows.whole(mean_m1)
+            blocks = every_m1.reshape(*every_m1.shape[:-2], -1, self.block_rows).mean(-1, keepdim=True)
+            mean_m1 = rows.part_of(blocks.expand(*blocks.shape[:-1], self.block_rows).reshape(every_m1.shape), mean_m1)
         return {"exp_avg_sq_row": lerp(state["exp_avg_sq_row"], mean_m1, s["new2"])}
 
     def update(self, grad: Tensor, state: State, s: Scalars) -> Update:

@@ -149,7 +149,10 @@ class Rule:
         return {}
 
     def draws(self, step: int) -> dict[str, int]:
-        """Random numbers that this step needs: a name -> the counter of the draw. `s[name]` is what `draw` gives."""
+        """Random numbers that this step needs: a name -> the counter of the draw. `s[name]` is what `draw` gives.
+
+        "name.other" draws what "name" does by this counter: a step may need more than one of a kind.
+        """
         return {}
 
     def draw_size(self, shape: tuple[int, ...]) -> int:

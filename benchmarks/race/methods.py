@@ -70,9 +70,12 @@ METHODS: dict[str, Method] = {
     ),
     "muon": Method({"optim.name": "muon+adamw"}, start="muon-8bit", knob=MOMENTUM),
     "apollo-mini-rest-adafactor": Method({"optim.name": "apollo-mini", "optim.rest": "adafactor"}, start="apollo-mini"),
-    # At rank d/4 as APOLLO, and from the rate that their papers and APOLLO's have in common at every size.
+    # At rank d/4 as APOLLO, or at its state, and from the rate that is published for all of them at every size.
     "galore": Method({"optim.name": "galore"}, {"lr": 0.01}, start="adamw"),
     "fira": Method({"optim.name": "fira"}, {"lr": 0.01}, start="adamw"),
+    "foam": Method({"optim.name": "foam"}, {"lr": 0.01}, start="adamw"),
+    # A step is Adafactor's of an average, as long as AdamW's at one rate; its momentum is what it has of its own.
+    "flora": Method({"optim.name": "flora"}, start="adamw", knob=MOMENTUM),
     # Of everything, at AdamW's rates, as its authors recommend. (One v a row for queries and keys, too.)
     "adam-mini": Method({"optim.name": "adam-mini+adam-mini"}, start="adamw"),
     # Other rules of the matrices; embedding, head and norms follow AdamW. RACS and SinkGD start at their papers' rates,
