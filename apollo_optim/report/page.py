@@ -33,6 +33,7 @@ pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem }
 </style></head><body>
 <h1>{title}</h1>
 <div class="wide"><img alt="Loss against tokens and time; memory by part and at its peak. The figures are in the table below." src="data:image/png;base64,{image}"></div>
+{words}
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>
 {body}
 </tbody></table></div>
@@ -43,8 +44,8 @@ pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem }
 """  # noqa: E501
 
 
-def html_page(runs: Sequence[Run], image: bytes) -> str:
-    """One page that needs nothing beside it: the picture is inside."""
+def html_page(runs: Sequence[Run], image: bytes, words: Sequence[str] = ()) -> str:
+    """One page that needs nothing beside it: the picture is inside. `words`: what it shows, a paragraph each."""
     titles, rows = table_rows(runs)
     provenance = []
     for name, run in zip(labels(runs), runs, strict=True):
@@ -56,6 +57,7 @@ def html_page(runs: Sequence[Run], image: bytes) -> str:
     return PAGE.format(
         title=html.escape(headline(runs)),
         image=base64.b64encode(image).decode(),
+        words="\n".join(f"<p>{html.escape(printable(text))}</p>" for text in words),
         # Upright: a run is a column, so that no figure is cut off where there is room for a few runs.
         head=cells("th", ["", *(row[0] for row in rows)]),
         body="\n".join(
@@ -79,8 +81,11 @@ class Report:
     table: Path
 
 
-def write_report(runs: Sequence[Run], out: str | Path) -> Report:
-    """Write `report.png`, `report.html` and `report.md` of comparable runs into the directory `out`."""
+def write_report(runs: Sequence[Run], out: str | Path, words: Sequence[str] = ()) -> Report:
+    """Write `report.png`, `report.html` and `report.md` of comparable runs into the directory `out`.
+
+    `words`: what is to be said of them (`in_words`).
+    """
     if not runs:
         raise InputError("no runs to report: name one run directory or several")
     check_comparable(runs)
@@ -92,6 +97,7 @@ def write_report(runs: Sequence[Run], out: str | Path) -> Report:
     out.mkdir(parents=True, exist_ok=True)
     report = Report(out / "report.png", out / "report.html", out / "report.md")
     report.picture.write_bytes(buffer.getvalue())
-    report.page.write_text(html_page(runs, buffer.getvalue()), encoding="utf-8")
-    report.table.write_text(f"# {plain_markdown(headline(runs))}\n\n{markdown_table(runs)}", encoding="utf-8")
+    report.page.write_text(html_page(runs, buffer.getvalue(), words), encoding="utf-8")
+    told = "".join(f"{plain_markdown(text)}\n\n" for text in words)
+    report.table.write_text(f"# {plain_markdown(headline(runs))}\n\n{told}{markdown_table(runs)}", encoding="utf-8")
     return report
