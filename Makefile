@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself, once, and again when pyproject.toml or constraints.txt change.
-#   make demo     train a small LLaMA on real text with APOLLO-Mini: text, table, picture (about 6 minutes on 2 cores)
+#   make demo     train a small LLaMA with AdamW and with APOLLO: text, table, one picture (about 6 minutes on 2 cores)
 #   make test     the test suite (minutes)      make lint   ruff and mypy --strict
 #   make test-all the suite and what is marked slow (a quarter of an hour)
 #   make test-clients  other people's tools, each in an environment of its own (a quarter of an hour; results/clients.md)
@@ -11,6 +11,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 DEMO_ARGS ?=
+DEMO_ADAMW := --optim.name adamw --optim.rest adamw --optim.lr 0.002 --optim.rest_lr 0.08
 PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
 BENCH_ARGS ?=
@@ -45,14 +46,17 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/pip
 	@$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
+# Both runs are runs/demo.yaml: same weights to begin with, same text, same steps.
 demo: $(VENV)/.train
-	@$(SAY) "training a small LLaMA on the Python standard library's own source with APOLLO-Mini"
 	@rm -rf out/demo
-	$(BIN)/apollo-optim pretrain --config runs/demo.yaml $(DEMO_ARGS)
+	@$(SAY) "training a small LLaMA on the Python standard library's own source with AdamW"
+	$(BIN)/apollo-optim pretrain --config runs/demo.yaml --out out/demo/adamw $(DEMO_ADAMW) $(DEMO_ARGS)
+	@$(SAY) "and the same with APOLLO"
+	$(BIN)/apollo-optim pretrain --config runs/demo.yaml --out out/demo/apollo $(DEMO_ARGS)
 	@$(SAY) "what it writes now"
-	$(BIN)/apollo-optim sample out/demo --prompt 'def read(self, path):' --max-tokens 120 --seed 1
-	@$(SAY) "the table and the picture"
-	$(BIN)/apollo-optim report out/demo
+	$(BIN)/apollo-optim sample out/demo/apollo --prompt 'def read(self, path):' --max-tokens 120 --seed 1
+	@$(SAY) "side by side"
+	$(BIN)/apollo-optim report out/demo/adamw out/demo/apollo --at llama-7b --out out/demo/report
 	@$(SAY) "done: open out/demo/report/report.html, or the picture alone, out/demo/report/report.png"
 
 test: $(VENV)/.dev

@@ -20,12 +20,19 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp
 
 @LINUX
 @pytest.mark.parametrize(
-    ("said", "spins"),
-    [({}, SPINS), ({"OMP_WAIT_POLICY": "active"}, 30_000_000_000), ({"GOMP_SPINCOUNT": "77"}, 77)],
+    ("words", "said", "spins"),
+    [
+        ("--version", {}, SPINS),
+        ("--version", {"OMP_WAIT_POLICY": "active"}, 30_000_000_000),
+        ("--version", {"GOMP_SPINCOUNT": "77"}, 77),
+        ("bench --help", {}, 300_000),  # which is the same by python -m benchmarks.NAME
+    ],
 )
-def test_the_command_has_threads_sleep_soon_unless_a_user_says_how_they_wait(said: dict[str, str], spins: int) -> None:
+def test_the_command_has_threads_sleep_soon_unless_a_user_says_how_they_wait(
+    words: str, said: dict[str, str], spins: int
+) -> None:
     """libgomp tells what it read when it was loaded, with torch."""
-    code = "from apollo_optim.cli.main import main; main(['--version']); import torch; torch.ones(3)"
+    code = f"from apollo_optim.cli.main import main; main({words.split()}); import torch; torch.ones(3)"
     env = {key: value for key, value in os.environ.items() if key not in WORDS}
     call = [sys.executable, "-c", code]
     env |= {"OMP_DISPLAY_ENV": "verbose", **said}

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from apollo_optim import build_optimizer, describe
 from apollo_optim.core.errors import InputError
-from apollo_optim.report import markdown_table, read_run, rich_table, table_rows, write_report
+from apollo_optim.report import in_words, markdown_table, read_run, rich_table, table_rows, write_report
 from apollo_optim.report.picture import draw, running_mean
 from apollo_optim.report.read import labels
+from apollo_optim.train.config import ModelConfig
+from apollo_optim.train.models import skeleton
 
 Event = dict[str, Any]
 
@@ -182,6 +185,43 @@ def test_labels_of_bars_do_not_overlap(tmp_path: Path) -> None:
     boxes = [text.get_window_extent() for text in figure.axes[2].texts]
     assert len(boxes) == 8
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_runs_are_told_in_words_beside_the_first(tmp_path: Path) -> None:
+    runs = []
+    for name, state, loss in (("adamw", 28_000_000, 3.0), ("apollo", 7_000_000, 3.01)):
+        events = log_of(name)
+        events[-1]["memory"]["optimizer"] = state
+        events[-1] |= {"tokens": 40_960, "perplexity": math.exp(loss)}
+        runs.append(read_run(write_log(tmp_path / name, events)))
+    (told,) = words = in_words(runs, "llama-7b", [54_000_000_000, 13_500_000_000])
+    assert told == (
+        "apollo keeps 7 MB of optimizer state where adamw keeps 28 MB (4.0 times as much). It ends at perplexity "
+        "20.29, adamw at 20.09 (+1.0%). With llama-7b apollo would keep 13.5 GB where adamw would keep 54 GB (4.0 "
+        "times as much)."
+    )
+    written = write_report(runs, tmp_path / "report", words)
+    assert f"<p>{told}</p>" in written.page.read_text()
+    assert "apollo keeps 7 MB" in written.table.read_text()
+    assert in_words(runs[:1]) == []
+    assert in_words(runs[:1], "llama-7b", [54_000_000_000]) == [
+        "With llama-7b adamw would keep 54 GB of optimizer state."
+    ]
+    unfinished = read_run(write_log(tmp_path / "muon", log_of("muon")[:-1]))
+    (told,) = in_words([runs[0], unfinished])  # what is not known is not told
+    assert told == "muon keeps 7 MB of optimizer state where adamw keeps 28 MB (4.0 times as much)."
+
+
+def test_the_state_with_a_larger_model_is_that_of_its_plan(tmp_path: Path) -> None:
+    """The run's own settings, with another model."""
+    from apollo_optim.cli.report import planned_state
+
+    events = log_of("apollo-mini")
+    events[0]["config"]["optim"] |= {"rest": "adamw8bit", "rank": 1}
+    planned = planned_state(read_run(write_log(tmp_path / "mini", events)), "llama-1m")
+    model = skeleton(ModelConfig("llama-1m"))
+    told = describe(build_optimizer("apollo-mini", model, rest="adamw8bit"))
+    assert f"{planned:,}" == told.splitlines()[-1].split()[-1]
 
 
 def test_one_legend_and_no_pair_by_colour_alone(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from apollo_optim.report.page import Report, write_report
 from apollo_optim.report.picture import draw
 from apollo_optim.report.read import Run, check_comparable, read_events, read_run
 from apollo_optim.report.table import NOTE, markdown_table, rich_table, table_rows
+from apollo_optim.report.words import in_words
 
 __all__ = [
     "NOTE",
@@ -16,6 +17,7 @@ __all__ = [
     "Run",
     "check_comparable",
     "draw",
+    "in_words",
     "markdown_table",
     "read_events",
     "read_run",

@@ -34,6 +34,7 @@ pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem }
 </style></head><body>
 <h1>{title}</h1>
 <div class="wide"><img alt="Loss against tokens and time; memory by part and at its peak. The figures are in the table below." src="data:image/png;base64,{image}"></div>
+{words}
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>
 {body}
 </tbody></table></div>
@@ -44,8 +45,8 @@ pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .8rem }
 """  # noqa: E501
 
 
-def html_page(runs: Sequence[Run], image: bytes) -> str:
-    """One page that needs nothing beside it: the picture is inside."""
+def html_page(runs: Sequence[Run], image: bytes, words: Sequence[str] = ()) -> str:
+    """One page that needs nothing beside it: the picture is inside. `words`: what it shows, a paragraph each."""
     titles, rows = table_rows(runs)
     provenance = []
     for name, run in zip(labels(runs), runs, strict=True):
@@ -57,6 +58,7 @@ def html_page(runs: Sequence[Run], image: bytes) -> str:
     return PAGE.format(
         title=html.escape(headline(runs)),
         image=base64.b64encode(image).decode(),
+        words="\n".join(f"<p>{html.escape(printable(text))}</p>" for text in words),
         # Upright: a run is a column, so that no figure is cut off where there is room for a few runs.
         head=cells("th", ["", *(row[0] for row in rows)]),
         body="\n".join(
@@ -80,8 +82,11 @@ class Report:
     table: Path
 
 
-def write_report(runs: Sequence[Run], out: str | Path) -> Report:
-    """Write `report.png`, `report.html` and `report.md` of comparable runs into the directory `out`."""
+def write_report(runs: Sequence[Run], out: str | Path, words: Sequence[str] = ()) -> Report:
+    """Write `report.png`, `report.html` and `report.md` of comparable runs into the directory `out`.
+
+    `words`: what is to be said of them (`in_words`).
+    """
     if not runs:
         raise InputError("no runs to report: name one run directory or several")
     check_comparable(runs)
@@ -92,7 +97,8 @@ def write_report(runs: Sequence[Run], out: str | Path) -> Report:
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     report = Report(out / "report.png", out / "report.html", out / "report.md")
+    told = "".join(f"{plain_markdown(text)}\n\n" for text in words)
     disk.write(report.picture, buffer.getvalue())
-    disk.write(report.page, html_page(runs, buffer.getvalue()))
-    disk.write(report.table, f"# {plain_markdown(headline(runs))}\n\n{markdown_table(runs)}")
+    disk.write(report.page, html_page(runs, buffer.getvalue(), words))
+    disk.write(report.table, f"# {plain_markdown(headline(runs))}\n\n{told}{markdown_table(runs)}")
     return report

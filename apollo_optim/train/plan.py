@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+from apollo_optim.optim.describe import state_bytes
 from apollo_optim.plan import Budget, Parallel, Plan, Trace, trace_step
 from apollo_optim.quant import quantize_weights
 from apollo_optim.train.config import RunConfig
@@ -45,6 +46,12 @@ def budget_of(
         accumulate=(batch or micro_batch(cfg)) < cfg.train.batch_size,
         parallel=parallel,
     )
+
+
+def state_of(cfg: RunConfig) -> int:
+    """Bytes of the optimizer's state alone, which needs no trace."""
+    groups = make_optimizer(cfg.optim, model_of(cfg)).param_groups
+    return sum(state_bytes(p, group) for group in groups for p in group["params"])
 
 
 def micro_batch(cfg: RunConfig) -> int:

@@ -80,8 +80,7 @@ def pretrain(cfg: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
 def _pretrain(cfg: RunConfig, run: Path, world: World, resume: bool, trust_remote_code: bool) -> Result:
     with claim(run, resume, world):
         check_processes(cfg, world)
-        if not (resume and load_config(run / "config.yaml").optim.lr is None):  # those of old went by other defaults
-            cfg = with_known_rates(cfg)
+        cfg = cfg if resume and began_without_rates(run) else with_known_rates(cfg)
         earlier = check_continuation(run, cfg) if resume else Earlier()
         job = build(cfg, run, earlier, trust_remote_code=trust_remote_code, world=world)
         if earlier.state is not None:
@@ -91,6 +90,11 @@ def _pretrain(cfg: RunConfig, run: Path, world: World, resume: bool, trust_remot
             tokenizer = None if job.own_tokenizer else job.data.tokenizer
             prepare(run, cfg, job.state.step, tokenizer, resume=resume, keep_code=trust_remote_code)
         return run_job(job, resumed_from=job.state.step if resume else None)
+
+
+def began_without_rates(run: Path) -> bool:
+    """Whether it is a run of old, whose config says no rate: it goes on with its optimizer's own default."""
+    return checkpoint.newest(run) is not None and load_config(run / "config.yaml").optim.lr is None
 
 
 def run_job(job: Job, *, resumed_from: int | None = None, more: Sequence[Event] = ()) -> Result:
