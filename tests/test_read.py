@@ -45,6 +45,11 @@ def edited(path: Path, change) -> None:
     write_manifest(path.parent, CHECKPOINT, step=int(path.parent.name.removeprefix("step-")))
 
 
+def norm_of(state: dict) -> dict:
+    """The optimizer's state of a matrix."""
+    return next(entry for _, entry in state["optimizer"]["state"]["$items"] if "prev_norm" in entry)
+
+
 # --- files ---
 
 
@@ -128,6 +133,7 @@ def test_a_checkpoint_under_another_name_is_refused(folder):
         (lambda s: s["optimizer"]["param_groups"][0].update(dtype={"$dtype": "nn"}), "there is no dtype 'nn'"),
         (lambda s: s["random"].update(torch={"$tensor": "x"}), "there is no tensor 'x'"),
         (lambda s: s["random"].update(python={"$tuple": [3, {"$tuple": [1]}, None]}), "state.json is damaged"),
+        (lambda s: norm_of(s).update(prev_norm=3), "prev_norm is int, not a tensor"),
         (lambda s: s["data"].update(row=-1), "row"),
         (lambda s: s["data"].update(block="x"), "block"),
         (lambda s: s["data"]["documents"].update(position=10**9), "position"),
