@@ -1,4 +1,4 @@
-"""Damaged, odd and hostile inputs through every command: a little of `python -m tools.fuzz`, which would see a fault."""
+"""Damaged, odd and hostile inputs through every command: a little of `python -m tools.fuzz`, and it sees a fault."""
 
 from __future__ import annotations
 

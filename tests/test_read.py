@@ -19,6 +19,7 @@ from apollo_optim.core.runlog import Gaps
 from apollo_optim.data.tokenizer import trained_bpe
 from apollo_optim.train.checkpoint import checkpoints, export, load_state, newest, unpack
 from apollo_optim.train.checkpoint.shards import CHECKPOINT
+from apollo_optim.train.config import load_config
 from apollo_optim.train.pretrain import pretrain
 
 CONSTANT = {"kind": "constant", "warmup": 0}
@@ -288,3 +289,14 @@ def test_a_log_without_its_end_goes_on_as_before(folder):
     before = figures(folder / "run")
     pretrain(tiny(folder, checkpoint={"every": 2}, train={"steps": 4}, schedule=CONSTANT), resume=True)
     assert figures(folder / "run") == before
+
+
+NINES = "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True))
+
+
+@pytest.mark.parametrize("text", ["a: &a [x]\n" + NINES, "a: &a [*a]", "[" * 5000])
+def test_a_run_file_whose_aliases_multiply_is_refused(text, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"run.yaml is not a") as refusal:
+        load_config(tmp_path / "run.yaml")
+    assert "\n" not in str(refusal.value)
