@@ -19,6 +19,7 @@ from apollo_optim.core.runlog import Gaps
 from apollo_optim.data.tokenizer import trained_bpe
 from apollo_optim.train.checkpoint import checkpoints, export, load_state, newest, unpack
 from apollo_optim.train.checkpoint.shards import CHECKPOINT
+from apollo_optim.train.config import load_config
 from apollo_optim.train.pretrain import pretrain
 
 CONSTANT = {"kind": "constant", "warmup": 0}
@@ -43,6 +44,11 @@ def edited(path: Path, change) -> None:
     change(content)
     path.write_text(json.dumps(content))
     write_manifest(path.parent, CHECKPOINT, step=int(path.parent.name.removeprefix("step-")))
+
+
+def norm_of(state: dict) -> dict:
+    """The optimizer's state of a matrix."""
+    return next(entry for _, entry in state["optimizer"]["state"]["$items"] if "prev_norm" in entry)
 
 
 # --- files ---
@@ -128,6 +134,7 @@ def test_a_checkpoint_under_another_name_is_refused(folder):
         (lambda s: s["optimizer"]["param_groups"][0].update(dtype={"$dtype": "nn"}), "there is no dtype 'nn'"),
         (lambda s: s["random"].update(torch={"$tensor": "x"}), "there is no tensor 'x'"),
         (lambda s: s["random"].update(python={"$tuple": [3, {"$tuple": [1]}, None]}), "state.json is damaged"),
+        (lambda s: norm_of(s).update(prev_norm=3), "prev_norm is int, not a tensor"),
         (lambda s: s["data"].update(row=-1), "row"),
         (lambda s: s["data"].update(block="x"), "block"),
         (lambda s: s["data"]["documents"].update(position=10**9), "position"),
@@ -282,3 +289,14 @@ def test_a_log_without_its_end_goes_on_as_before(folder):
     before = figures(folder / "run")
     pretrain(tiny(folder, checkpoint={"every": 2}, train={"steps": 4}, schedule=CONSTANT), resume=True)
     assert figures(folder / "run") == before
+
+
+NINES = "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True))
+
+
+@pytest.mark.parametrize("text", ["a: &a [x]\n" + NINES, "a: &a [*a]", "[" * 5000])
+def test_a_run_file_whose_aliases_multiply_is_refused(text, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"run.yaml is not a") as refusal:
+        load_config(tmp_path / "run.yaml")
+    assert "\n" not in str(refusal.value)

@@ -63,6 +63,11 @@ def fit_state(p: Tensor, group: Group, saved: State, label: Any, owner: str) -> 
             if set(ours) & set(theirs)
             else f"the saved state of parameter {label} is not {owner}'s, and does not fit: it has {', '.join(theirs)}"
         )
+    for name, value in saved.items():
+        if _kind(value) != _kind(expected[name]):
+            raise InputError(
+                f"the saved state of parameter {label}: its {name} is {_kind(value)}, not {_kind(expected[name])}"
+            )
     return {name: _fit(name, value, expected[name], p.device) for name, value in saved.items()}
 
 
@@ -73,6 +78,12 @@ def split_as(t: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return "a tensor of fractions" if value.is_floating_point() else "a tensor of whole numbers"
 
 
 def _like(p: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from apollo_optim.core.reading import read_text
 from apollo_optim.train.config.parser import parse
 from apollo_optim.train.config.sections import RunConfig
 
-LARGEST = 1 << 20  # bytes of a run file
+LARGEST, MOST_NODES = 1 << 20, 100_000  # bytes of a run file; values in it, aliases written out
 CONSENT, CONSENT_FLAG = "trust_remote_code", "--trust-remote-code"  # a word of the call, never a key of a file
 
 
@@ -59,6 +59,19 @@ def load_config(path: Path | str) -> RunConfig:
     return parse(read_run_file(path), where=str(path))
 
 
+def _nodes(data: Any, most: int) -> int:
+    """How many values there are, counted until there are too many."""
+    count, waiting = 0, [data]
+    while waiting and count <= most:
+        value = waiting.pop()
+        count += 1
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+    return count
+
+
 def read_run_file(path: Path | str) -> dict[str, Any]:
     """A run file as plain data, its keys not yet judged but for `without_consent`."""
     import yaml
@@ -79,6 +92,8 @@ def read_run_file(path: Path | str) -> dict[str, Any]:
         raise InputError(f"{path}{line} is not a YAML run file: {error.problem or error.context}") from None
     except (ValueError, OverflowError, yaml.YAMLError) as error:  # a date of month 13, a number of thousands of digits
         raise InputError(f"{path} is not a YAML run file: {' '.join(str(error).split())}") from None
+    if _nodes(data, MOST_NODES) > MOST_NODES:
+        raise InputError(f"{path} is not a run file: it holds more than {MOST_NODES:,} values (aliases that multiply?)")
     if data is not None and not isinstance(data, dict):
         raise InputError(f"{path} is not a run file: expected sections such as `model:` and `train:`")
     try:
