@@ -70,7 +70,7 @@ METHODS: dict[str, Method] = {
     ),
     "muon": Method({"optim.name": "muon+adamw"}, start="muon-8bit", knob=MOMENTUM),
     "apollo-mini-rest-adafactor": Method({"optim.name": "apollo-mini", "optim.rest": "adafactor"}, start="apollo-mini"),
-    # At rank d/4 as APOLLO, or at its state, and from the rate that is published for all of them at every size.
+    # At rank d/4 as APOLLO, or at its state. They start at the rate of GaLore's paper, whose scale of 0.25 all have.
     "galore": Method({"optim.name": "galore"}, {"lr": 0.01}, start="adamw"),
     "fira": Method({"optim.name": "fira"}, {"lr": 0.01}, start="adamw"),
     "foam": Method({"optim.name": "foam"}, {"lr": 0.01}, start="adamw"),
