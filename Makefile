@@ -2,7 +2,7 @@
 #   make demo     train a small LLaMA with AdamW and with APOLLO: text, table, one picture (about 6 minutes on 2 cores)
 #   make test     the test suite (minutes)      make lint   ruff and mypy --strict
 #   make test-all the suite and what is marked slow (a quarter of an hour)
-#   make test-clients  other people's tools, each in an environment of its own (a quarter of an hour; results/clients.md)
+#   make test-clients  other people's tools, each in an environment of its own (half an hour; results/clients.md)
 #   make bench    the race of the optimizers on a small LLaMA (a queue of days; goes on where it was)
 #   make gpu      what a GPU is measured with, in eight minutes (docs/gpu.md)
 #   make docs     the documentation as a web site
@@ -13,6 +13,7 @@ PIP_ARGS ?=
 DEMO_ARGS ?=
 DEMO_ADAMW := --optim.name adamw --optim.rest adamw --optim.lr 0.002 --optim.rest_lr 0.08
 PYTEST_ARGS ?=
+TABLE_ARGS ?=
 TEST_WORKERS ?= 2
 BENCH_ARGS ?=
 GPU_ARGS ?=
@@ -71,15 +72,20 @@ $(VENV)/clients/%/.done: tests/clients/%.txt | $(BIN)/pip
 	@$(SAY) "installing the versions of $< into $(@D)"
 	@rm -rf $(@D) && $(BIN)/python -m venv $(@D)
 	@$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --requirement $<
+	@# Python's packages of these are built for CUDA: beside a torch without it they cannot be imported, and text needs neither.
+	@for name in torchvision torchaudio; do \
+	  $(@D)/bin/python -c "import $$name" 2>/dev/null || $(@D)/bin/pip uninstall --quiet --yes $$name 2>/dev/null; \
+	done
 	@touch $@
 
 test-clients: $(CLIENTS:=/.done)
 	@for client in $(CLIENTS); do \
 	  $(SAY) "the quick tests in $$client"; \
-	  PYTHONPATH=. $$client/bin/python -m pytest -q -m '' tests/clients || exit; \
+	  own=tests/clients/test_$${client##*/}.py; [ -f $$own ] || own=tests/clients; \
+	  PYTHONPATH=. $$client/bin/python -m pytest -q -m '' $$own || exit; \
 	done
 	@$(SAY) "the long ones"
-	$(BIN)/python tests/clients/table.py results/clients.md $(CLIENTS)
+	$(BIN)/python tests/clients/table.py results/clients.md $(CLIENTS) $(TABLE_ARGS)
 
 lint: $(VENV)/.dev
 	@$(SAY) "ruff"

@@ -387,6 +387,29 @@ def test_closures_and_copies():
     release(model, optimizer).remove()
 
 
+def test_a_step_with_a_closure_adds_it_to_the_micro_batches_before():
+    """As Lightning accumulates: the rest is what the closure's backward pass has left, not what lay there before."""
+    models, optimizers = both("apollo")
+    last = [False]
+    with release(models[1], optimizers[1], ready=lambda: last[0]):
+        for model, optimizer in zip(models, optimizers, strict=True):
+
+            def closure(model=model):
+                last[0] = True
+                loss_of(model, 1).backward()
+
+            for _ in range(2):
+                last[0] = False
+                model.mlp[0].wide.requires_grad_(True)
+                loss_of(model, 0).backward()
+                model.mlp[0].wide.requires_grad_(False)  # no gradient in the last micro-batch
+                optimizer.step(closure)
+                left = [p for p in model.parameters() if p.grad is not None]
+                assert bool(left) == (model is models[0])
+                optimizer.zero_grad()
+        assert_equal(models, optimizers)
+
+
 def test_model_and_optimizer_can_be_forgotten():
     model = make_model()
     optimizer = make("apollo", model)

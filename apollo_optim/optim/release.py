@@ -97,7 +97,7 @@ class Released:
         self._keep = False
         self._norms: dict[Tensor, Tensor] = {}
         self._hooks: dict[Tensor, Any] = {}
-        self._rest = optimizer.register_step_pre_hook(lambda *_: self._step_rest())
+        self._rest = optimizer.register_step_pre_hook(self._before_step)
         _released.add(optimizer)
         vars(optimizer)["add_param_group"] = self._add_param_group  # torch has no hook for this
         self._attach()
@@ -163,6 +163,23 @@ class Released:
     def _on_gradient(self, p: Tensor) -> None:
         if not self._keep and (self.ready is None or self.ready()):
             self._step(p)
+
+    def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """The rest is stepped before a step without a closure, and after the closure of one that has one.
+
+        Until that has run backward, gradients of earlier micro-batches are not the rest: they are added to.
+        """
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._step_rest()
+            return None
+
+        def with_rest() -> Any:
+            loss = closure()
+            self._step_rest()
+            return loss
+
+        return args[:1], {**kwargs, "closure": with_rest}
 
     def _step_rest(self) -> None:
         for p in self._parameters():

@@ -1,6 +1,6 @@
 """The long half: what one environment's clients do, a JSON object a line. `make test-clients` makes the table of it.
 
-    python tests/clients/long.py [--keep DIR] [--from DIR ...]
+    python tests/clients/long.py [--keep DIR] [--from DIR ...] [--only trainer trl lightning accelerate]
 
 Every figure is the largest difference between two runs' weights and states: 0.0 is bitwise. `--keep` leaves checkpoints
 of this version for `--from` of another.
@@ -14,13 +14,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
-from trainer_runs import KINDS, RELEASED, TORCH_ADAMW, Run, far, train
+from command_runs import far
+from trainer_runs import KINDS, RELEASED, TORCH_ADAMW, Run, train
 from trl_runs import train_trl
 
 from apollo_optim import RuleOptimizer, rule_of
@@ -149,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--from", type=Path, nargs="*", default=[], dest="theirs")
+    parser.add_argument("--only", nargs="*", default=[])
     asked = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -158,11 +161,19 @@ def main() -> None:
     printed, sys.stdout = sys.stdout, sys.stderr  # Trainer prints its logs
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        foreign = [foreign_rows(theirs, out / "foreign") for theirs in asked.theirs]
-        for rows in (trainer_rows(out / "trainer"), *foreign, trl_rows(out / "trl")):
-            for row in rows:
+        makers: dict[str, Callable[[], Iterator[Row]]] = {"trainer": lambda: trainer_rows(out / "trainer")}
+        for i, theirs in enumerate(asked.theirs):
+            makers[f"foreign{i}"] = partial(foreign_rows, theirs, out / "foreign")
+        makers["trl"] = lambda: trl_rows(out / "trl")
+        if find_spec("lightning"):  # in the environment of the newest versions
+            from accelerate_runs import rows as accelerate_rows
+            from lightning_runs import rows as lightning_rows
+
+            makers |= {"lightning": lambda: lightning_rows(out / "l"), "accelerate": lambda: accelerate_rows(out / "a")}
+        for name in asked.only or makers:
+            for row in makers[name]():
                 print(json.dumps(row), file=printed, flush=True)
-    if asked.keep is not None:
+    if asked.keep is not None and not asked.only:
         keep(asked.keep)
 
 

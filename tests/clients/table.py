@@ -1,11 +1,15 @@
-"""Runs `long.py` in every environment that is named, and writes the table: `make test-clients` does it.
+"""Runs the long half in every environment that is named, and writes the table: `make test-clients` does it.
 
-    python tests/clients/table.py results/clients.md ENVIRONMENT...
+    python tests/clients/table.py results/clients.md ENVIRONMENT... [--keep-others] [--only NAME...]
+
+The long half is `NAME_runs.py` in an environment that has one of its name, else `long.py`. `--keep-others` keeps the
+rows that this run does not make, `--only` asks `long.py` for some of its rows.
 
 Exit 1 where a figure is not what it has to be: release and resumed runs are bitwise those without, wherever the same
 client resumes bitwise with torch.optim.AdamW.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -29,7 +33,8 @@ COLUMNS = {
 TOP = """# Clients
 
 Made by `make test-clients`, with the versions of `tests/clients/*.txt`, on a CPU with one thread. Tiny random models,
-two epochs of 8 steps of 4 micro-batches (the last of an epoch of 2); resumed from step 8 and from step 12. A figure is
+two epochs of 8 steps of 4 micro-batches (the last of an epoch of 2); resumed from step 8 and from step 12. Of clients
+with a command of their own 8 steps, resumed from step 4; of Lightning and accelerate 6, from steps 4 and 3. A figure is
 the largest difference between two runs in any weight or state (from another version's checkpoint: in any weight), 0
 where they are bitwise equal. "4 micro-batches against 1 batch" is relative to how far the weights went: its sums have
 another order. Counted as on the rule is a matrix that has the rule's state, in an optimizer of this library.
@@ -37,9 +42,12 @@ another order. Counted as on the rule is a matrix that has the rule's state, in 
 """
 
 
-def run(environment: Path, kept: Path, others: list[Path]) -> list[Row]:
+def run(environment: Path, kept: Path, others: list[Path], only: list[str]) -> list[Row]:
     """The rows of one environment, as they come."""
-    words = [environment / "bin" / "python", HERE / "long.py", "--keep", kept, "--from", *others]
+    own = HERE / f"{environment.name}_runs.py"
+    asked = ["--only", *only] if only else []
+    words: list[Any] = [own] if own.exists() else [HERE / "long.py", "--keep", kept, *asked, "--from", *others]
+    words = [environment / "bin" / "python", *words]
     found = []
     how = {"PYTHONPATH": str(HERE.parent.parent), "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, **how}) as process:
@@ -47,7 +55,7 @@ def run(environment: Path, kept: Path, others: list[Path]) -> list[Row]:
             print(line, end="", flush=True)
             found.append(json.loads(line))
     if process.returncode:
-        raise SystemExit(f"error: {environment}: long.py ended with {process.returncode}")
+        raise SystemExit(f"error: {environment}: its long half ended with {process.returncode}")
     return found
 
 
@@ -67,17 +75,36 @@ def table(rows: list[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def read(target: Path) -> list[Row]:
+    """The rows of a table that was written before, as words."""
+    lines = target.read_text().splitlines() if target.exists() else []
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [dict(zip(COLUMNS, row, strict=True)) for row in cells[2:]]
+
+
+def merged(old: list[Row], new: list[Row]) -> list[Row]:
+    """The old rows, each in its newest form, then those that are new."""
+    rows = {(row["client"], row["case"]): row for row in old}
+    return list((rows | {(row["client"], row["case"]): row for row in new}).values())
+
+
 def main() -> int:
-    target, *environments = map(Path, sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("target", type=Path)
+    parser.add_argument("environments", type=Path, nargs="+")
+    parser.add_argument("--keep-others", action="store_true")
+    parser.add_argument("--only", nargs="*", default=[])
+    asked = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         kept: list[Path] = []
-        for number, environment in enumerate(environments):
-            rows += run(environment, Path(folder) / str(number), kept)
+        for number, environment in enumerate(asked.environments):
+            rows += run(environment, Path(folder) / str(number), kept, asked.only)
             kept.append(Path(folder) / str(number))
-    target.write_text(TOP + table(rows))
+    everything = merged(read(asked.target) if asked.keep_others else [], rows)
+    asked.target.write_text(TOP + table(everything))
     bad = [row for row in rows if fails(row)]
-    print(f"{target}: {len(rows)} rows, {len(bad)} not as they have to be", *map(json.dumps, bad), sep="\n")
+    print(f"{asked.target}: {len(rows)} rows made, {len(bad)} not as they have to be", *map(json.dumps, bad), sep="\n")
     return bool(bad)
 
 

@@ -10,7 +10,8 @@ import pytest
 import transformers
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate, which the dev extra brings")
-from trainer_runs import far, train
+from command_runs import far
+from trainer_runs import train
 
 from apollo_optim import rule_of
 from apollo_optim.cli import shim

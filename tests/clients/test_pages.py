@@ -15,7 +15,7 @@ CODE = [
     (page.name, code)
     for page in PAGES
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    if "apollo_optim.integrations" in code
+    if "apollo_optim.integrations" in code or page.parent.name == "integrations"
 ]
 
 

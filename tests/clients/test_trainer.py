@@ -11,7 +11,8 @@ import pytest
 import torch
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate, which the dev extra brings")
-from trainer_runs import RELEASED, ROWS, TORCH_ADAMW, Run, arguments, far, make_model, train
+from command_runs import far
+from trainer_runs import RELEASED, ROWS, TORCH_ADAMW, Run, arguments, make_model, train
 from transformers import Trainer, TrainingArguments
 
 from apollo_optim import InputError, RuleOptimizer

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("peft", reason="make test-clients has environments with it")
 pytest.importorskip("trl", reason="make test-clients has environments with it")
-from trainer_runs import RELEASED, far
+from command_runs import far
+from trainer_runs import RELEASED
 from trl_runs import train_trl
 
 from apollo_optim import RuleOptimizer, rule_of

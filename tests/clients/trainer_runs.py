@@ -99,11 +99,4 @@ def torch_adamw(args: TrainingArguments) -> tuple[type, dict[str, Any]]:
     return torch.optim.AdamW, {"lr": args.learning_rate, "weight_decay": args.weight_decay}
 
 
-def far(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest difference between two sets of tensors of the same names; 0.0 where they are equal."""
-    assert one.keys() == other.keys()
-    pairs = ((torch.as_tensor(a).double(), torch.as_tensor(other[key]).double()) for key, a in one.items())
-    return max((a - b).abs().max().item() for a, b in pairs)
-
-
 RELEASED = (ReleaseCallback,)
