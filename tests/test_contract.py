@@ -147,7 +147,8 @@ def test_lowers_a_loss(name):
     for sign in (1, -1):
         model = nn.Sequential()
         model.mlp = nn.Linear(12, 24)
-        gap = {"update_proj_gap": 20} if has(name, "rank") else {}
+        # A momentum that moves into another random subspace gets noise each time: that has to be rare.
+        gap = {"update_proj_gap": 20} if has(name, "rank") and has(name, "momentum") else {}
         optimizer = make(name, model, lr=5e-3 if "mini" in name else 2e-2, **gap)
         for group in optimizer.param_groups:
             group["maximize"] = sign < 0
