@@ -103,15 +103,15 @@ def zoom(axes: Axes, runs: Sequence[Run]) -> None:
 def drawn(run: Run) -> list[float]:
     """What is to be inside: every evaluation, and the smoothed training loss from the first of them on."""
     if not run.evals:
-        return [event["loss"] for event in run.steps]
-    smooth = smoothed(run)
-    late = [loss for event, loss in zip(run.steps, smooth, strict=True) if event["tokens"] >= run.evals[0]["tokens"]]
-    return [event["loss"] for event in run.evals] + late
+        return list(run.steps.column("loss"))
+    first, smooth = run.evals[0]["tokens"], smoothed(run)
+    late = [loss for tokens, loss in zip(run.steps.column("tokens"), smooth, strict=True) if tokens >= first]
+    return [*run.evals.column("loss"), *late]
 
 
 def smoothed(run: Run) -> list[float]:
     """The training loss as it is drawn."""
-    return running_mean([event["loss"] for event in run.steps], max(1, len(run.steps) // SMOOTHING))
+    return running_mean(run.steps.column("loss"), max(1, len(run.steps) // SMOOTHING))
 
 
 def plot_resident(axes: Axes, runs: Sequence[Run], names: list[str], looks: list[tuple[str, str]]) -> None:

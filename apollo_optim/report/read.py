@@ -30,8 +30,8 @@ class Run:
     """Its directory, or its log where that was kept alone."""
     start: Event
     """The last start: a resumed run has several, of the same configuration."""
-    steps: Sequence[Event]
-    evals: Sequence[Event]
+    steps: Series
+    evals: Series
     sizes: dict[str, int]
     """Bytes of weights, gradients and optimizer state after the first step."""
     end: Event | None
@@ -46,7 +46,7 @@ class Run:
         configured = self.start.get("peak_lr") or {}
         if rate in configured:
             return float(configured[rate])
-        return max((event[rate] for event in self.steps if event.get(rate) is not None), default=None)
+        return max((x for x in self.steps.column(rate) if not math.isnan(x)), default=None)
 
     @property
     def optimizer(self) -> str:
@@ -55,11 +55,12 @@ class Run:
     @property
     def final(self) -> Event:
         """The last evaluation; of a run without one, the last step."""
-        return (self.evals or self.steps or [{}])[-1]
+        return next((events[-1] for events in (self.evals, self.steps) if events), {})
 
     @property
     def seconds(self) -> float | None:
-        return max((event["seconds"] for event in chain(self.steps, self.evals) if "seconds" in event), default=None)
+        known = (x for x in chain(self.steps.column("seconds"), self.evals.column("seconds")) if not math.isnan(x))
+        return max(known, default=None)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -124,6 +125,10 @@ class Series(Sequence[Event]):
         for key, column in self._columns.items():
             value = record.get(key)
             column.append(math.nan if value is None else value)
+
+    def column(self, key: str) -> array[float]:
+        """One figure of all of them; NaN where a record does not have it."""
+        return self._columns[key]
 
     def __len__(self) -> int:
         return self._count
