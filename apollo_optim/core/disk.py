@@ -1,4 +1,4 @@
-"""Writing: the only file of the package that makes, replaces and removes files (tests/test_written.py).
+"""Writing: the only file of the package that makes, replaces and removes files (tests/house/test_written.py).
 
 A file gets its content at once or not at all: it is written under a random name beside its own, where nothing may lie
 yet, and renamed. No link is followed in the last part of a path: a link is replaced, what it points to is left alone.

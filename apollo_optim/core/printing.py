@@ -1,5 +1,5 @@
 """Printing: names are data. The only file of the package that prints, but for rich, which is told to take names
-for names where it is used (tests/test_printed.py walks the sources).
+for names where it is used (tests/house/test_printed.py walks the sources).
 
 A name comes from a command line, a file, a log or a model, and is shown as it is: to a terminal without what that would
 obey, to rich without markup, to matplotlib without mathematics, to Markdown without markup and HTML.

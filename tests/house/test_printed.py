@@ -19,7 +19,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.train.config import OptimConfig, RunConfig, check
 from apollo_optim.train.display import Live, Plain
 
-PACKAGE = Path(__file__).resolve().parent.parent / "apollo_optim"
+PACKAGE = Path(__file__).resolve().parents[2] / "apollo_optim"
 NAME = "[/b]$x$\x1b]0;title\x07\u202e"  # markup, mathematics, a terminal's title, text that runs backwards
 
 

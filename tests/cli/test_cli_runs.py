@@ -12,7 +12,7 @@ from apollo_optim.train.models import SIZES, skeleton
 from apollo_optim.train.optimizer import make_optimizer
 from apollo_optim.train.rates import known
 
-RUNS = Path(__file__).resolve().parent.parent / "runs"
+RUNS = Path(__file__).resolve().parents[2] / "runs"
 FILES = sorted(RUNS.glob("*.yaml"))
 
 # Published: steps, APOLLO's rank, Mini's scale; AdamW's lr, which below sequence 1024 is ours.

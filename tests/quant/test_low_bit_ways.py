@@ -390,7 +390,7 @@ def check_weight(w: Any, twin: Tensor, exact: bool) -> None:
 
 
 def test_the_docs_have_this_table():
-    page = (Path(__file__).parent.parent / "docs/low-bit.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/low-bit.md").read_text()
     words = {"works": "works", "rounds": "works, rounded to nearest", "refused": "refused"}
     for way in WAYS:
         assert f"| {way.name} | {words[way.verdict]} |" in page

@@ -25,7 +25,7 @@ from apollo_optim.train.models import build_model, skeleton
 from apollo_optim.train.plan import planned
 from apollo_optim.train.pretrain import pretrain
 
-PACKAGE = Path(__file__).resolve().parent.parent / "apollo_optim"
+PACKAGE = Path(__file__).resolve().parents[2] / "apollo_optim"
 CODE = """
 open({proof!r}, "a").write("x")
 from transformers import LlamaConfig, LlamaForCausalLM

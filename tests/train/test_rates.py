@@ -13,7 +13,7 @@ from apollo_optim.train.pretrain import pretrain
 from apollo_optim.train.rates import PAPER, RATES, Rate, advice, table, tokens_a_step, with_known_rates
 
 SAYS_NO_RATE = {"name": "adamw", "lr": None, "rank": None, "update_proj_gap": None}
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def asked(*words: str) -> RunConfig:

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from low_bit import prepare
-from test_contract import assert_same, flat_state, set_gradients, snapshot
+from registered import assert_same, flat_state, set_gradients, snapshot
 from torch import Tensor, nn
 
 from apollo_optim import (

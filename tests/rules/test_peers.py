@@ -1,7 +1,7 @@
 """The rivals against their authors' packages, where these are installed: galore-torch, fira and adam-mini.
 
     pip install --no-deps galore-torch fira adam-mini
-    python tests/test_peers.py > results/parity/rivals.md
+    python tests/rules/test_peers.py > results/parity/rivals.md
 
 The measure is that of `test_parity.py`, ||ours - ref|| / ||ref - start||. Peers are called, never read: bases are taken
 from their state at run time. (flora-opt 0.0.3 has no row here: its steps are of full rank, at any rank that it is

@@ -234,7 +234,7 @@ def test_the_float_model_never_exists(tmp_path: Path) -> None:
     saved(tmp_path / "large", shard="30MB", **sizes, num_key_value_heads=12)
     assert len(list((tmp_path / "large").glob("*.safetensors"))) > 3
     words = [sys.executable, "-c", CHILD, str(tmp_path / "small"), str(tmp_path / "large")]
-    child = subprocess.run(words, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    child = subprocess.run(words, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     (peak, weights), (other, _) = json.loads(child.stdout.splitlines()[-1])
     one, a_block = 768 * 2304 * 4, 4 << 20  # some four temporaries of a block are made to quantise it
     assert peak < weights + one + 7 * a_block, (peak, weights)

@@ -1,7 +1,7 @@
 """Shards and one process take the same steps: FSDP2, HSDP, tensor parallelism, and checkpoints of them.
 
-`python tests/test_sharded.py` prints what was measured. What the processes do is in `sharded.py`; they are started
-once for two and once for four, and every test below looks at one kind of what they found.
+`python tests/parallel/test_sharded.py` prints what was measured. What the processes do is in `sharded.py`; they are
+started once for two and once for four, and every test below looks at one kind of what they found.
 """
 
 import itertools

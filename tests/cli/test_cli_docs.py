@@ -13,7 +13,7 @@ from apollo_optim.rules import RULES
 from apollo_optim.train.config import ModelConfig
 from apollo_optim.train.models import skeleton
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = [
     (page.name, code)

@@ -13,7 +13,7 @@ import pytest
 from tools.fuzz.changes import harm, odd_yaml, replaced
 from tools.fuzz.stage import Case, outcome
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fuzz(*words: str) -> subprocess.CompletedProcess[str]:

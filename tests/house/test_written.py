@@ -18,7 +18,7 @@ from apollo_optim.train.checkpoint import SaveFailed, checkpoints, export
 from apollo_optim.train.failures import TrainingFailed
 from apollo_optim.train.pretrain import pretrain
 
-PACKAGE = Path(__file__).resolve().parent.parent / "apollo_optim"
+PACKAGE = Path(__file__).resolve().parents[2] / "apollo_optim"
 WRITERS = {"write_text", "write_bytes", "touch", "symlink_to", "hardlink_to", "unlink", "rmdir"}
 CALLS = {"os": {"rename", "replace", "remove", "unlink", "rmdir", "link", "symlink", "truncate", "chmod"}}
 CALLS |= {"shutil": {"rmtree", "move", "copy", "copy2", "copyfile", "copytree"}, "tempfile": {"mkdtemp", "mkstemp"}}

@@ -40,7 +40,7 @@ from apollo_optim.core import place
 from apollo_optim.core import random as hashing
 
 SALT = 1
-LONG = "SHARDED_LONG" in os.environ  # as `python tests/test_sharded.py` wants it
+LONG = "SHARDED_LONG" in os.environ  # as `python tests/parallel/test_sharded.py` wants it
 STEPS, GAP = (10, 4) if LONG else (5, 3)  # refreshes at the steps 1 and 5 and 9, or 1 and 4
 GAMES: dict[str, tuple[str, dict[str, Any]]] = {  # name in the table -> optimizer, knobs
     **{f"apollo {proj}": ("apollo", {"rank": 3, "proj": proj}) for proj in ("gaussian", "sketch", "rademacher", "svd")},

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from low_bit import prepare
-from test_contract import assert_same, both_dtypes, every_optimizer, flat_state, snapshot
+from registered import assert_same, both_dtypes, every_optimizer, flat_state, snapshot
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint

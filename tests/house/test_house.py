@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, BENCHMARKS = ROOT / "apollo_optim", ROOT / "benchmarks"
 FLOORS = {"core": 0, "rules": 1, "quant": 1, "optim": 2, "data": 3, "plan": 3, "parallel": 3, "train": 4, "report": 4}
 FLOORS |= {"integrations": 5, "cli": 6}
