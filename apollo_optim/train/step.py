@@ -100,7 +100,8 @@ class TrainStep:
         state, cfg, device = self.state, self.cfg, self.state.device
         check_vocabulary(batch, state.model.config.get_text_config().vocab_size, self.tokenizer)
         predictions = max(targets(batch.labels), 1)
-        batch = type(batch)(*map(self.world.mine, batch))
+        if self.world.size > 1:
+            batch = type(batch)(*map(self.world.mine, batch))
         if device.type == "cuda":  # a copy from other memory waits for the device
             batch = batch.pinned()
         size = cfg.micro_batch or cfg.batch_size

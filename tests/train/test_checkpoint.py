@@ -257,7 +257,7 @@ pretrain(tiny(Path(sys.argv[1])))
 
 
 def test_a_disk_that_fills_up_during_a_save_costs_nothing(tmp_path):
-    arguments = [sys.executable, "-c", FULL, str(tmp_path), str(Path(__file__).parent), "50000"]
+    arguments = [sys.executable, "-c", FULL, str(tmp_path), str(Path(__file__).parents[1]), "50000"]
     child = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert "TrainingFailed: step 8: could not write the checkpoint of step 8" in child.stderr
     assert "the last good checkpoint is" in child.stderr
