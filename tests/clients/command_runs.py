@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from apollo_optim.cli import shim
 
+Row = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 STEPS, SAVED = 8, 4
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -33,9 +35,9 @@ def make_tokens() -> Any:
 
 
 def make_rows() -> list[dict[str, str]]:
-    """64 sums, as instructions."""
+    """64 sums, as instructions of one length: a mean over micro-batches is that over the batch."""
     sums = [(a, b) for a in range(8) for b in range(8)]
-    return [{"instruction": f"Add {a} and {b}.", "input": "", "output": f"{a} + {b} = {a + b}"} for a, b in sums]
+    return [{"instruction": f"Add {a} and {b}.", "input": "", "output": f"{a} + {b} = {a + b:02}"} for a, b in sums]
 
 
 def make_folder(folder: Path) -> Path:
@@ -47,7 +49,7 @@ def make_folder(folder: Path) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = LlamaConfig(vocab_size=tokens.get_vocab_size(), max_position_embeddings=256, **sizes, **ids)
+    config = LlamaConfig(vocab_size=tokens.get_vocab_size(), max_position_embeddings=512, **sizes, **ids)
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     (folder / "rows.json").write_text(json.dumps(make_rows()))
     return folder
@@ -65,7 +67,9 @@ def call(words: list[Any], folder: Path, path: tuple[Path, ...] = (shim.FOLDER,)
     program = Path(sys.executable).parent / str(words[0])
     env = {
         **os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*path, HERE.parents[1]])), "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+        "AXOLOTL_DO_NOT_TRACK": "1",  # it waits for its statistics server at the end
+        "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     line = [program, *map(str, words[1:])]
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -97,10 +101,35 @@ class Result:
     def state(self) -> dict[str, Any]:
         return {f"{i}.{key}": v for i, state in self.optimizer["state"].items() for key, v in state.items()}
 
-    def followed(self, rank: int) -> str:
+    def followed(self, rank: int, matrices: int = MATRICES) -> str:
         """How many matrices follow APOLLO: in a group that names this library's rule, with a state of that rank."""
         saved = self.optimizer
         ruled = [i for group in saved["param_groups"] if group["rule"] == "apollo" for i in group["params"]]
         assert all(saved["state"][i]["exp_avg"].shape[1] == rank for i in ruled)
         assert {int(state["step"]) for state in saved["state"].values()} == {STEPS}
-        return f"{len(ruled)} of {MATRICES}"
+        return f"{len(ruled)} of {matrices}"
+
+
+def resumes(train: Callable[..., Result], folder: Path, full: Result, out: str, **own: Any) -> float:
+    """How far a run that goes on from the middle of another is off, in weights and state."""
+    again = train(folder, out, resume_from_checkpoint=str(full.out / f"checkpoint-{SAVED}"), **own)
+    return max(far(full.weights, again.weights), far(full.state, again.state))
+
+
+def compared(
+    train: Callable[..., Result], folder: Path, ours: Row, rank: int, once: Row, parts: Row, matrices: int = MATRICES
+) -> Row:
+    """The table's figures of a command: `ours` is what its file says for our rule, and nothing for torch's AdamW.
+
+    `once` and `parts` make three steps of it, of a whole batch and of micro-batches.
+    """
+    from safetensors.torch import load_file
+
+    whole, summed = (train(folder, f"accumulated-{i}", **ours, **how).weights for i, how in enumerate((once, parts)))
+    full, adamw = train(folder, "full", **ours), train(folder, "adamw")
+    return {
+        "follows": full.followed(rank, matrices),
+        "accumulated": far(summed, whole) / far(whole, load_file(folder / "model" / "model.safetensors")),
+        "resumed": resumes(train, folder, full, "again", **ours),
+        "adamw": resumes(train, folder, adamw, "adamw-again"),
+    }

@@ -5,14 +5,12 @@ python tests/clients/llamafactory_runs.py
 
 import json
 import tempfile
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from command_runs import HERE, SAVED, STEPS, Result, call, far, make_folder
-from safetensors.torch import load_file
+from command_runs import HERE, SAVED, STEPS, Result, call, compared, make_folder
 
 from apollo_optim.cli import shim
 
@@ -34,28 +32,14 @@ def train(folder: Path, out: str, **own: Any) -> Result:
     return Result(folder / out, call(["llamafactory-cli", "train", f"{out}.yaml"], folder, (shim.FOLDER, *stand_ins)))
 
 
-def resumes(folder: Path, full: Result, out: str, **own: Any) -> float:
-    """How far a run that goes on from the middle is off, in weights and state."""
-    again = train(folder, out, resume_from_checkpoint=str(full.out / f"checkpoint-{SAVED}"), **own)
-    return max(far(full.weights, again.weights), far(full.state, again.state))
-
-
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = make_folder(Path(name))
-        run = partial(train, folder, max_steps=3, save_strategy="no", **APOLLO)
-        once = run("once").weights
-        parts = run("parts", per_device_train_batch_size=1, gradient_accumulation_steps=4).weights
-        full, adamw = train(folder, "full", **APOLLO), train(folder, "adamw")
-        row = {
-            "client": f"LLaMA-Factory {version('llamafactory')}, transformers {version('transformers')}",
-            "case": "llama, float32, use_apollo: true",
-            "follows": full.followed(RANK),
-            "accumulated": far(parts, once) / far(once, load_file(folder / "model" / "model.safetensors")),
-            "resumed": resumes(folder, full, "again", **APOLLO),
-            "adamw": resumes(folder, adamw, "adamw-again"),
-        }
-        print(json.dumps(row), flush=True)
+        once = {"max_steps": 3, "save_strategy": "no"}
+        parts = {**once, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+        client = f"LLaMA-Factory {version('llamafactory')}, transformers {version('transformers')}"
+        case = "llama, float32, use_apollo: true"
+        print(json.dumps({"client": client, "case": case, **compared(train, folder, APOLLO, RANK, once, parts)}))
 
 
 if __name__ == "__main__":

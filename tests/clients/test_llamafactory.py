@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("llamafactory", reason="make test-clients has an environment with it")
-from command_runs import MATRICES, Result, make_folder
-from llamafactory_runs import APOLLO, RANK, resumes, train
+from command_runs import MATRICES, Result, make_folder, resumes
+from llamafactory_runs import APOLLO, RANK, train
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_use_apollo_trains_by_the_rule(full):
 
 def test_it_resumes_bitwise(full):
     folder, result = full
-    assert resumes(folder, result, "again", **APOLLO) == 0.0
+    assert resumes(train, folder, result, "again", **APOLLO) == 0.0
 
 
 def test_layerwise_trains_and_says_once_what_cannot_be_honoured(full):
