@@ -2,7 +2,7 @@
 
 import pytest
 
-FIRST = ("test_sharded.py", "test_processes.py")
+FIRST = ("test_sharded.py",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

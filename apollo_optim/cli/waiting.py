@@ -2,7 +2,7 @@
 
 import os
 
-SPINS = 1_000
+SPINS = 10_000
 """Rounds that a thread of libgomp spins before it sleeps, where a user says nothing (libgomp itself: 300,000). In
 company, threads that spin take the cores of those they wait for: `apollo-optim bench company` measures both."""
 WORDS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
