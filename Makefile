@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself, once, and again when pyproject.toml or constraints.txt change.
-#   make demo     train a small LLaMA with AdamW and with APOLLO: text, table, one picture (about 6 minutes on 2 cores)
+#   make demo     train a small LLaMA on real text with AdamW and with APOLLO: text, table, picture (about 8 minutes on 2 cores)
 #   make test     the test suite (minutes)      make lint   ruff and mypy --strict
 #   make test-all the suite and what is marked slow (a quarter of an hour)
 #   make test-clients  other people's tools, each in an environment of its own (half an hour; results/clients.md)
