@@ -47,27 +47,27 @@ def config_of(name: str, args: Any, mode: str, out: Path) -> RunConfig:
     return cfg
 
 
-def work(rank: int, size: int, port: int, files: Sequence[Path]) -> None:
-    """One process of several: it trains one run file after the other."""
+def work(rank: int, size: int, port: int, jobs: Sequence[tuple[Path, bool]]) -> None:
+    """One process of several, which have to meet only once: it trains (or resumes) one run file after the other."""
     meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in meeting.items()}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    for file in files:
-        pretrain(load_config(file))
+    for file, resume in jobs:
+        pretrain(load_config(file), resume=resume)
     torch.distributed.destroy_process_group()
 
 
-def train(size: int, cfgs: Sequence[RunConfig]) -> None:
-    """Train them in `size` new processes."""
-    files = []
-    for cfg in cfgs:
-        files.append(Path(f"{cfg.out}.yaml"))
-        save_config(cfg, files[-1])
+def train(size: int, runs: Sequence[tuple[RunConfig, bool]]) -> None:
+    """Train runs (and whether to resume) in `size` new processes. An exception in one of them is raised here."""
+    jobs = []
+    for cfg, resume in runs:
+        jobs.append((Path(f"{cfg.out}.yaml"), resume))
+        save_config(cfg, jobs[-1][0])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(work, args=(size, port, files), nprocs=size)  # type: ignore[no-untyped-call]
+    spawn(work, args=(size, port, jobs), nprocs=size)  # type: ignore[no-untyped-call]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -105,7 +105,8 @@ def measure(args: Any) -> None:
         for size in args.processes:
             jobs = [(name, mode) for name in args.optimizers for mode in args.modes if shardable(name, mode)]
             outs = [folder / f"{name}-{mode}-{size}" for name, mode in jobs]
-            train(size, [config_of(name, args, mode, out) for (name, mode), out in zip(jobs, outs, strict=True)])
+            cfgs = [config_of(name, args, mode, out) for (name, mode), out in zip(jobs, outs, strict=True)]
+            train(size, [(cfg, False) for cfg in cfgs])
             for (name, mode), out in zip(jobs, outs, strict=True):
                 line: Line = {"optimizer": name, "mode": mode, "processes": size, "model": args.model}
                 line |= {"steps": args.steps, **found(out, folder / f"{name}-1"), **kit.hardware("cpu")}

@@ -1,9 +1,22 @@
-"""The order of the tests: first those that mostly wait for messages, so that another process has work meanwhile."""
+"""The order of the tests - first those that mostly wait for messages, so that another process has work meanwhile - and
+what many of them use."""
+
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 FIRST = ("test_sharded.py",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in FIRST)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads of tiny operations only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from low_bit import prepare
@@ -93,6 +95,16 @@ def run(model: nn.Module, optimizer, steps) -> None:
     for step in steps:
         set_gradients(model, step)
         optimizer.step()
+
+
+def reloaded(model: nn.Module, optimizer, again: nn.Module, resumed) -> None:
+    """Save the first two, and load the others from that file, with `weights_only`."""
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

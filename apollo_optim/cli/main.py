@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from ..core.errors import InputError
-from ..core.printing import Notes, say
+from ..core.printing import Notes, is_unicode, say
 from .waiting import wait_politely
 from .words import complain, nearest
 
@@ -92,7 +92,7 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
 
 def run(words: list[str]) -> int:
     for number, word in enumerate(words, 1):
-        if any("\ud800" <= c <= "\udfff" for c in word):
+        if not is_unicode(word):
             raise InputError(f"word {number} of the command, {word}, is not UTF-8: give the file another name")
     if not words or words[0] in ("-h", "--help", "help"):
         say(HELP.rstrip())

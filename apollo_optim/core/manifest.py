@@ -17,7 +17,7 @@ from typing import Any
 
 from apollo_optim.core import disk
 from apollo_optim.core.errors import Damaged, InputError
-from apollo_optim.core.reading import checksum, read_json
+from apollo_optim.core.reading import checksum, is_count, read_json
 
 NAME = "manifest.json"
 SELF_CHECKED = 3  # from this version on a manifest has a checksum of its own
@@ -65,7 +65,7 @@ def read_manifest(folder: Path, form: Format) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != form.name:
         raise InputError(f"{folder} is not {form.what}")
     version = content.get("version")
-    if not isinstance(version, int) or not _count(version):
+    if not is_count(version):
         raise Damaged(path, f"version {version!r}")
     if version > form.version:
         raise InputError(
@@ -82,11 +82,7 @@ def read_manifest(folder: Path, form: Format) -> dict[str, Any]:
 
 def _is_entry(name: str, entry: Any) -> bool:
     plain = name not in ("", ".", "..", NAME) and not set(name) & {"/", "\\", "\0"}
-    return plain and isinstance(entry, dict) and _count(entry.get("bytes")) and _count(entry.get("crc32"))
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+    return plain and isinstance(entry, dict) and is_count(entry.get("bytes")) and is_count(entry.get("crc32"))
 
 
 def check_files(folder: Path, files: dict[str, Any], *, alone: bool = True) -> None:

@@ -13,6 +13,11 @@ import re
 import sys
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8: the name of a file may hold bytes that are none."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def printable(text: object) -> str:
     """A name without what a terminal would obey: escape codes and other control characters are spelt out."""
     return "".join(

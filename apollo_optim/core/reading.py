@@ -7,7 +7,7 @@ import os
 import stat
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from apollo_optim.core.errors import Damaged, InputError
 
@@ -71,6 +71,11 @@ def parsed(text: str | bytes, path: Path) -> Any:
         raise Damaged(path, "it is nested too deeply") from None
     except ValueError as error:  # a number of thousands of digits
         raise Damaged(path, str(error).split(";", maxsplit=1)[0]) from None
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """A whole number that is not negative, as JSON has it."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
 def checksum(path: Path) -> int:

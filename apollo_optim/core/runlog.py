@@ -12,16 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.reading import opened
+from apollo_optim.core.reading import is_count, opened
 
 Record = dict[str, Any]
 Test = Callable[[Any], bool]
 LONGEST = 4 << 20  # bytes of a line: a start holds the run's configuration, which is a thousandth of it
-
-
-def is_count(value: Any) -> bool:
-    """A whole number that is not negative."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
 def is_number(value: Any) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.reading import is_count
 from apollo_optim.data.files import AGAIN, local_documents, versions
 from apollo_optim.data.readers import Document, Reading
 
@@ -197,7 +198,7 @@ def _worth_reading(source: str, reading: Reading, *, alone: bool) -> Iterator[Do
 def whole_number(state: dict[str, Any], key: str) -> int:
     """A count of a saved position. Raises InputError if it is none."""
     value = state.get(key) if isinstance(state, dict) else None
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
+    if not is_count(value):
         raise InputError(f"not a position in a text: its {key} is {value!r}")
     return value
 

@@ -12,13 +12,11 @@ from torch import nn
 from apollo_optim.parallel.world import World
 
 
-def replicated(learner: nn.Module, world: World, *, unused: bool) -> nn.Module:
+def replicated(learner: nn.Module, *, unused: bool) -> nn.Module:
     """Every process has all weights, and gradients are averaged while backward goes on.
 
     `unused`: some parameters may take no part in a step, as experts that no token was sent to.
     """
-    if world.size == 1:
-        return learner
     device = next(learner.parameters()).device
     ddp = nn.parallel.DistributedDataParallel
     # A language model's buffers are constants. (Newer versions of torch have another name for it.)
@@ -38,8 +36,6 @@ def sharded(learner: nn.Module, blocks: Iterable[nn.Module], world: World) -> nn
 
     To be called before there is an optimizer: the parameters become DTensors.
     """
-    if world.size == 1:
-        return learner
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -51,18 +47,17 @@ def sharded(learner: nn.Module, blocks: Iterable[nn.Module], world: World) -> nn
 
 
 @contextmanager
-def waiting(learner: nn.Module) -> Iterator[None]:
-    """Around a micro-batch that is not a step's last: its gradients are added up where they are made."""
-    from torch.distributed.fsdp import FSDPModule
+def waiting(learner: Any) -> Iterator[None]:
+    """Around a micro-batch that is not a step's last: its gradients are added up where they are made.
 
+    `learner`: what one of the two above has returned.
+    """
     if isinstance(learner, nn.parallel.DistributedDataParallel):
         with learner.no_sync():
             yield
-    elif isinstance(learner, FSDPModule):
-        learner.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            learner.set_requires_gradient_sync(True)
-    else:
+        return
+    learner.set_requires_gradient_sync(False)
+    try:
         yield
+    finally:
+        learner.set_requires_gradient_sync(True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -92,18 +92,17 @@ ALONE = World()
 
 @contextlib.contextmanager
 def joined(timeout: float) -> Iterator[World]:
-    """The processes of this run, which have met; `ALONE` where nobody started several.
+    """The processes of this run, which have met; `ALONE` where nobody has said all that they need to meet.
 
     Args:
         timeout: Seconds that one waits for the others before the run fails.
 
-    Raises InputError if `torchrun`'s variables are there in part, or the others cannot be met.
+    Raises InputError if the others cannot be met.
     """
     if dist.is_available() and dist.is_initialized():  # somebody else's, who also ends it
         yield _this()
         return
-    given = [name for name in MEETING if name in os.environ]
-    if len(given) < len(MEETING) or os.environ["WORLD_SIZE"] == "1":
+    if not all(name in os.environ for name in MEETING) or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -135,7 +134,7 @@ def losing_none() -> Iterator[None]:
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error says that another process does not answer any more."""
-    signs: Sequence[str] = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "gloo", "NCCL")
+    signs = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "gloo", "NCCL")
     several = dist.is_available() and dist.is_initialized()
     return several and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
 

@@ -106,9 +106,9 @@ def build(
         data = open_data(cfg.data, tokenizer, trust_remote_code=trust_remote_code)
     baseline["data"] = measure.resident_memory()
     vocabulary = usable_vocabulary(data.tokenizer)
-    whole = world.size == 1 or cfg.parallel.mode == "ddp"
+    mode = cfg.parallel.mode if world.size > 1 else None
     graphs: Graphs = {}
-    if whole:  # what is sharded has other shapes
+    if mode != "fsdp2":  # what is sharded has other shapes
         graphs = compiled_beforehand(cfg, device, vocabulary, config, trust_remote_code=trust_remote_code)
     torch.manual_seed(cfg.train.seed)
     random.seed(cfg.train.seed)
@@ -127,12 +127,12 @@ def build(
         # In place: the names of the parameters stay. Without the head: its loss may be made in parts.
         model.base_model.compile()
     learner = None
-    if not whole:  # before there is an optimizer: it is given other parameters
+    if mode == "fsdp2":  # before there is an optimizer: it is given other parameters
         learner = sharded(Learner(model, cfg.train.loss), blocks_of(model), world)
     optimizer = make_optimizer(cfg.optim, model, graphs)
     released = release(model, optimizer, clip=cfg.train.clip_tensor) if cfg.train.release else None
-    if whole and world.size > 1:
-        learner = replicated(Learner(model, cfg.train.loss), world, unused=has_experts(model))
+    if mode == "ddp":
+        learner = replicated(Learner(model, cfg.train.loss), unused=has_experts(model))
     return Job(
         cfg=cfg,
         run=run,

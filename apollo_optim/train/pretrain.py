@@ -160,7 +160,7 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
         params=parameters,
         memory=measure.memory(job.model, job.optimizer),
         baseline=job.baseline,
-        advice=advice(job.cfg),
+        advice=(told := advice(job.cfg)),
         peak_lr=dict(zip(("lr", "lr_rest"), peak_rates(job.optimizer), strict=True)),
         left_out=job.data.left_out,
         resumed_from=resumed_from,
@@ -172,7 +172,7 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
         display.note(f"{job.world.size} processes, {job.cfg.parallel.mode}")
     if isinstance(job.optimizer, RuleOptimizer):
         display.note(describe(job.optimizer))
-    if told := advice(job.cfg):
+    if told:
         display.note(told)
     if job.released is not None:
         display.note(job.gradients.cost_of_release())

@@ -21,16 +21,8 @@ from benchmarks.gpu.__main__ import main, seconds_of
 from benchmarks.gpu.parts import PARTS, Setup
 from benchmarks.table import plain
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = Setup("cpu", tiny=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads of tiny operations only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

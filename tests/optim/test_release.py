@@ -456,14 +456,6 @@ def test_refusals():
 # --- the loop ---
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("micro", "clip"), [(None, None), (3, 0.1)])
 def test_a_released_run_is_the_run_without(tmp_path, micro, clip):

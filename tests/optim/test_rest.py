@@ -1,6 +1,5 @@
 """What embedding, head and other matrices follow where they follow no rank: every choice, under every optimizer."""
 
-import io
 import math
 import re
 import warnings
@@ -8,7 +7,7 @@ import warnings
 import pytest
 import torch
 from low_bit import prepare
-from registered import assert_same, flat_state, set_gradients, snapshot
+from registered import assert_same, flat_state, reloaded, run, set_gradients, snapshot
 from torch import Tensor, nn
 
 from apollo_optim import (
@@ -71,12 +70,6 @@ def make(name: str, rest: str, **knobs) -> tuple[Model, torch.optim.Optimizer]:
     return model, build_optimizer(name, model, targets="mlp", rest=rest, **{"lr": 1e-2, **knobs})
 
 
-def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps) -> None:
-    for step in steps:
-        set_gradients(model, step)
-        optimizer.step()
-
-
 @every_case
 def test_it_steps_what_it_is_for_with_all_its_state_planned(name, rest):
     model, optimizer = make(name, rest, weight_decay=0.0)
@@ -112,14 +105,9 @@ def test_it_steps_what_it_is_for_with_all_its_state_planned(name, rest):
 def test_it_resumes_bitwise_through_a_weights_only_file(name, rest):
     model, optimizer = make(name, rest)
     run(model, optimizer, range(3))
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    run(model, optimizer, range(3, 7))
     again, resumed = make(name, rest)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    again.load_state_dict(saved["model"])
-    resumed.load_state_dict(saved["optimizer"])
+    reloaded(model, optimizer, again, resumed)
+    run(model, optimizer, range(3, 7))
     run(again, resumed, range(3, 7))
     assert_same(snapshot(model), snapshot(again))
     assert_same(flat_state(optimizer), flat_state(resumed))

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import train
-from safetensors.torch import load_file
 from train_tiny import MODEL, records, tiny
 
 from apollo_optim.core.errors import InputError
@@ -21,6 +19,7 @@ from apollo_optim.parallel.world import ALONE, World, joined
 from apollo_optim.train.checkpoint import checkpoints
 from apollo_optim.train.config import RunConfig, check_processes, save_config
 from apollo_optim.train.pretrain import pretrain
+from benchmarks.processes import train, weights
 
 CLOSE = 1e-5  # relative: sums of other orders
 
@@ -36,11 +35,6 @@ def written(cfg: RunConfig) -> Path:
     path = Path(str(cfg.out)).with_suffix(".yaml")
     save_config(cfg, path)
     return path
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    files = sorted((run / "model").glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
@@ -81,9 +75,9 @@ def runs(tmp_path_factory) -> Path:
     for name, changes in RUNS.items():
         mode = name.partition("-")[0]
         pretrain(cfg_of(folder, name, mode, **changes))
-        jobs.append((written(cfg_of(folder, f"{name}-2", mode, **changes)), False))
-    jobs.append((written(goes_on(folder, "ddp", "one-then-fsdp2", "fsdp2")), True))
-    train(2, *jobs)
+        jobs.append((cfg_of(folder, f"{name}-2", mode, **changes), False))
+    jobs.append((goes_on(folder, "ddp", "one-then-fsdp2", "fsdp2"), True))
+    train(2, jobs)
     pretrain(goes_on(folder, "fsdp2-2", "fsdp2-then-one", "ddp"), resume=True)
     return folder
 

@@ -43,13 +43,7 @@ from apollo_optim.train.schedule import factor, set_lr, warmup_steps
 from apollo_optim.train.state import TrainState
 from apollo_optim.train.step import TrainStep
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

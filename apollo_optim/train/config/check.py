@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.printing import is_unicode
 from apollo_optim.optim.groups import rule_and_codec
 from apollo_optim.optim.knobs import GENERAL
 from apollo_optim.optim.recipes import check_knobs, find_optimizer
@@ -143,7 +144,7 @@ def check_texts(plain: Any, key: str = "") -> None:
     elif isinstance(plain, (list, tuple)):
         for value in plain:
             check_texts(value, key)
-    elif isinstance(plain, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in plain):
+    elif isinstance(plain, str) and ("\0" in plain or not is_unicode(plain)):
         raise InputError(f"{key}={plain!r}: not a name that can be written; give it another")
 
 
