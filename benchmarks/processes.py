@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,11 @@ def work(rank: int, size: int, port: int, jobs: Sequence[tuple[Path, bool]]) -> 
     torch.distributed.destroy_process_group()
 
 
-def train(size: int, runs: Sequence[tuple[RunConfig, bool]]) -> None:
-    """Train runs (and whether to resume) in `size` new processes. An exception in one of them is raised here."""
+def train(size: int, runs: Sequence[tuple[RunConfig, bool]], work: Callable[..., None] = work) -> None:
+    """Train runs (and whether to resume) in `size` new processes. An exception in one of them is raised here.
+
+    `work`: what each of them does.
+    """
     jobs = []
     for cfg, resume in runs:
         jobs.append((Path(f"{cfg.out}.yaml"), resume))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,11 @@ from train_tiny import MODEL, records, tiny
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.parallel.world import ALONE, World, joined
+from apollo_optim.train import build
 from apollo_optim.train.checkpoint import checkpoints
 from apollo_optim.train.config import RunConfig, check_processes, save_config
 from apollo_optim.train.pretrain import pretrain
-from benchmarks.processes import train, weights
+from benchmarks.processes import train, weights, work
 
 CLOSE = 1e-5  # relative: sums of other orders
 
@@ -151,6 +153,49 @@ def test_torchrun_restarts_a_run_of_which_a_process_was_killed(tmp_path, victim)
     assert start["resumed_from"] is None
     assert again["resumed_from"] >= 8
     assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_process_that_hangs_ends_the_run(tmp_path):
+    cfg = cfg_of(tmp_path, "run", "fsdp2", train={"steps": 4000})
+    cfg.parallel.timeout = 15.0
+    process = torchrun(cfg)
+    wait_for(tmp_path / "run", 10, process)
+    hung = worker_of(process.pid, 1)
+    os.kill(hung, signal.SIGSTOP)
+    said = process.communicate()[0]
+    assert process.returncode
+    told = r"another process of the run .* does not answer .* the last good checkpoint is .*step-"
+    assert re.search(told, said), said
+
+
+def spoilt(rank: int, *how) -> None:
+    """One process of several. In the second, the gradients of the third forward pass are no numbers."""
+    real = build.build_model
+
+    def build_model(*args, **kwargs):
+        model, calls = real(*args, **kwargs), iter(range(10**6))
+
+        def spoil(_, __, output: torch.Tensor) -> None:
+            if output.requires_grad and next(calls) == 2:
+                output.register_hook(lambda grad: grad * torch.nan)
+
+        if rank == 1:
+            model.model.layers[0].mlp.down_proj.register_forward_hook(spoil)
+        return model
+
+    build.build_model = build_model
+    work(rank, *how)
+
+
+@pytest.mark.slow
+def test_what_is_no_number_in_one_process_is_skipped_in_all(tmp_path):
+    train(2, [(cfg_of(tmp_path, mode, mode), False) for mode in ("ddp", "fsdp2")], spoilt)
+    assert_same(tmp_path / "ddp", tmp_path / "fsdp2")
+    skipped = [records(tmp_path / mode, "end")[0]["skipped"] for mode in ("ddp", "fsdp2")]
+    assert skipped[0] == skipped[1] > 0
+    assert all(t.isfinite().all() for t in weights(tmp_path / "ddp").values())
 
 
 def worker_of(parent: int, rank: int) -> int:
