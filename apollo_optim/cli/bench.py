@@ -22,6 +22,7 @@ BENCHES = {
     "memory": "peak memory, a fresh process for every optimizer, beside its plan",
     "low-bit": "what low-bit weights cost by the piece, and other formats for them",
     "kill": "runs killed with kill -9 and resumed, compared bitwise",
+    "long-log": "memory that a long metrics.jsonl takes when it is read",
     "processes": "the same run in one process and in several, DDP and FSDP2",
     "host": "the host time of a step where tensors are small, and of an import",
     "launches": "how many kernels a step of a whole model asks a GPU for, counted without one",

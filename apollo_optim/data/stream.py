@@ -18,7 +18,8 @@ def open_builder(name: str, subset: str | None) -> Any:
     try:
         return load_dataset_builder(name, subset)
     except Exception as error:  # no network, no such name, a gated or a scripted dataset: the hub's own words
-        raise InputError(f"cannot open the dataset {name!r}: {_line(error)}") from error
+        own = "" if "/" in name else "; `python` and `packages` need no download"
+        raise InputError(f"cannot open the dataset {name!r}: {_line(error)}{own}") from error
 
 
 class StreamDocuments:

@@ -817,6 +817,8 @@ def test_bad_streams(dataset: str, small: Callable[..., DataConfig], monkeypatch
         InputError, match=r"^cannot open the dataset 'allenai/c4': Couldn't reach 'allenai/c4' on the Hub$"
     ):
         open_data(small("allenai/c4", subset="en"))
+    with pytest.raises(InputError, match=r"'stdlib'.*`python` and `packages` need no download$"):
+        open_data(small("stdlib"))
 
 
 def test_a_stream_that_breaks_says_where(small: Callable[..., DataConfig], tmp_path: Path) -> None:

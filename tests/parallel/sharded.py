@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import time
 import warnings
@@ -34,6 +35,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.multiprocessing.spawn import start_processes
 
 from apollo_optim import AdamW, Apollo, InputError, RuleOptimizer, build_optimizer, release
 from apollo_optim.core import place
@@ -699,8 +701,14 @@ def work(rank: int, world: int, folder: str, checks: list[Callable[[], Found]]) 
 
 
 def find(world: int, folder: Path, checks: list[Callable[[], Found]] | None = None) -> dict[str, list[Row]]:
-    """Run ``work`` in ``world`` processes of one thread each. An exception in one of them is raised here."""
+    """Run ``work`` in ``world`` processes of one thread each. An exception in one of them is raised here.
+
+    They are forks of one process that has imported everything and has no thread: an import takes seconds.
+    """
+    multiprocessing.set_forkserver_preload(
+        ["apollo_optim", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo"]
+    )
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
-        torch.multiprocessing.spawn(work, args=(world, str(folder), checks or CHECKS[world]), nprocs=world)
+        start_processes(work, (world, str(folder), checks or CHECKS[world]), world, start_method="forkserver")
     found: dict[str, list[Row]] = json.loads((folder / "found.json").read_text())
     return found
