@@ -1,10 +1,13 @@
 """The order of the tests - first those that mostly wait for messages, so that another process has work meanwhile - and
 what many of them use."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from apollo_optim.cli import shim
 
 FIRST = ("test_sharded.py",)
 
@@ -20,3 +23,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def drop_in() -> Iterator[None]:
+    """Our apollo_torch in front of an installed one, as PYTHONPATH would; later tests import what is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "apollo_torch", raising=False)
+        patch.syspath_prepend(str(shim.FOLDER))
+        yield
+        sys.modules.pop("apollo_torch", None)

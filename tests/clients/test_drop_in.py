@@ -23,11 +23,7 @@ RANK = {"optim_args": "rank=16,scale=16"}
 MINI = {"optim_args": "rank=1,scale_type=tensor,scale=128"}
 
 
-@pytest.fixture(autouse=True)
-def in_front(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As PYTHONPATH would put it, whatever is installed."""
-    monkeypatch.delitem(sys.modules, "apollo_torch", raising=False)
-    monkeypatch.syspath_prepend(str(shim.FOLDER))
+pytestmark = pytest.mark.usefixtures("drop_in")
 
 
 def test_transformers_finds_it():

@@ -1,10 +1,10 @@
 """`apollo-optim shim`: apollo_torch's names, for callers written for that package. tests/clients has real ones."""
 
+import importlib
 import io
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -29,14 +29,9 @@ FACTORY: dict[str, Any] = {
 
 
 @pytest.fixture
-def apollo_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def apollo_torch(drop_in: None) -> ModuleType:
     """The package that the folder holds, before whatever is installed."""
-    monkeypatch.delitem(sys.modules, "apollo_torch", raising=False)
-    monkeypatch.syspath_prepend(str(shim.FOLDER))
-    import apollo_torch
-
-    yield apollo_torch
-    sys.modules.pop("apollo_torch")
+    return importlib.import_module("apollo_torch")
 
 
 @pytest.fixture(autouse=True)
