@@ -20,6 +20,8 @@ from .words import complain, nearest
 DEBUG = "--debug"
 COMMANDS = {
     "pretrain": "train a causal language model from a run file",
+    "finetune": "fine-tune a model on questions and answers",
+    "data": "what rows of a run file look like, and what is learnt of them",
     "plan": "what a run would take of memory, for every optimizer",
     "optimizers": "list the optimizers, their defaults and their papers",
     "sample": "let a trained model write text",
@@ -41,6 +43,7 @@ examples:
   apollo-optim pretrain                                     a small LLaMA on Python source, nothing to download
   apollo-optim pretrain --config runs/llama-60m-apollo.yaml --out out/60m
   apollo-optim pretrain --out out/60m --resume              go on after a stop
+  apollo-optim finetune --model.name out/60m/model --data.source pairs.jsonl
   apollo-optim plan llama-7b --release --memory 24GB        what would fit
   apollo-optim sample out/60m --prompt "def main("
   apollo-optim report out/60m out/60m-adamw                 side by side

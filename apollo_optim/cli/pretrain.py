@@ -3,7 +3,8 @@
 import argparse
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..core.errors import InputError
@@ -13,7 +14,7 @@ from ..train.config import parse as configured
 from .words import CONSENT, CONSENT_HELP, Parser, complain, home, nearest
 
 PROG = "apollo-optim pretrain"
-USAGE = f"{PROG} [--config RUN.yaml] [--out DIR] [--resume] [--section.key VALUE ...]"
+USAGE = "[--config RUN.yaml] [--out DIR] [--resume] [--section.key VALUE ...]"
 DESCRIPTION = """\
 Train a causal language model. A run is a YAML file with the sections below; every key of it can be changed on the
 command line, and the file is not needed at all: without it, a small LLaMA learns Python from the standard library.
@@ -35,16 +36,41 @@ A list is written [a, b]; null asks for the default."""
 FLAGS = ("--config", "--resume", CONSENT, "--help", "--print_config")
 
 
+@dataclass(frozen=True)
+class Story:
+    """The words of a command that runs a run file, and what a run file begins with."""
+
+    prog: str
+    description: str
+    epilog: str
+    defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of keys, by section, where they are not those of all run files."""
+
+    @property
+    def usage(self) -> str:
+        """The first line of its help."""
+        return f"{self.prog} {USAGE}"
+
+
+PRETRAIN = Story(PROG, DESCRIPTION, EPILOG)
+
+
 def run(argv: Sequence[str]) -> int:
-    asked = parse(argv)
-    from ..train.failures import TrainingFailed
     from ..train.pretrain import pretrain
+
+    return run_story(pretrain, argv, PRETRAIN)
+
+
+def run_story(tell: Callable[..., object], argv: Sequence[str], story: Story) -> int:
+    """Do what the words ask for; `tell`: `pretrain` or another one of the same arguments."""
+    asked = parse(argv, story)
+    from ..train.failures import TrainingFailed
     from ..train.run_dir import was_begun
 
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts: after a failure
     resume = asked.resume or (restarted and was_begun(asked.cfg))
     try:
-        pretrain(asked.cfg, resume=resume, trust_remote_code=asked.trust_remote_code)
+        tell(asked.cfg, resume=resume, trust_remote_code=asked.trust_remote_code)
     except TrainingFailed as error:
         return complain(error, 1)
     return 0
@@ -60,10 +86,10 @@ class Asked(NamedTuple):
     """Said on this command line, and nowhere else."""
 
 
-def parse(argv: Sequence[str]) -> Asked:
+def parse(argv: Sequence[str], story: Story = PRETRAIN) -> Asked:
     """The run that the words ask for."""
-    check_words(list(argv))
-    given, words = flags_of(argv)
+    check_words(list(argv), story.prog)
+    given, words = flags_of(argv, story.prog)
     files = given.config
     if given.resume and not files and given.out:
         files = [str(home(given.out) / "config.yaml")]  # the run directory knows what was run
@@ -78,13 +104,19 @@ def parse(argv: Sequence[str]) -> Asked:
         for name, section in read_run_file(path).items():
             both = isinstance(section, dict) and isinstance(data.get(name), dict)
             data[name] = {**data[name], **section} if both else section
-    cfg = configured(data, words, make_parser(), ", ".join(files))
+    if (data.get("train") or {}).get("steps") or any(word.startswith("--train.steps") for word in words):
+        data["train"] = {"epochs": None, **(data.get("train") or {})}
+        if any(word.startswith("--train.steps") for word in words):  # it takes the place of the file's epochs
+            data["train"]["epochs"] = None
+    for name, section in story.defaults.items():
+        data[name] = {**section, **(data.get(name) or {})}
+    cfg = configured(data, words, make_parser(story), ", ".join(files))
     return Asked(cfg, given.resume, given.trust_remote_code)
 
 
-def flags_of(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def flags_of(words: Sequence[str], prog: str = PROG) -> tuple[argparse.Namespace, list[str]]:
     """What has to be known before the types are looked at, and the words that are left."""
-    parser = Parser(PROG, "", add_help=False)
+    parser = Parser(prog, "", add_help=False)
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--out")
     parser.add_argument("--resume", action="store_true")
@@ -92,9 +124,9 @@ def flags_of(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(list(words))
 
 
-def make_parser() -> Any:
-    """The parser of a run file's keys, with this command's own words."""
-    parser = key_parser(prog=PROG, usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
+def make_parser(story: Story = PRETRAIN) -> Any:
+    """The parser of a run file's keys, with the command's own words."""
+    parser = key_parser(prog=story.prog, usage=story.usage, description=story.description, epilog=story.epilog)
     parser.add_argument("--config", action="config", metavar="RUN.yaml", help="the run file")
     resume = "go on with the run in --out from its last checkpoint; without --config, as its config.yaml says"
     parser.add_argument("--resume", action="store_true", help=resume)
@@ -102,7 +134,7 @@ def make_parser() -> Any:
     return parser
 
 
-def check_words(words: list[str]) -> None:
+def check_words(words: list[str], prog: str = PROG) -> None:
     """Refuse a key that does not exist, with the nearest that does."""
     known = key_types()
     valid = [*FLAGS, *(f"--{key}" for key in known)]
@@ -112,4 +144,4 @@ def check_words(words: list[str]) -> None:
         if flag.startswith("--") and flag.rstrip("+") not in valid and not flag.startswith(free):
             same = [key for key in valid if key.rpartition(".")[2] == flag[2:]]  # the section was left out
             near = f" (did you mean {' or '.join(same)}?)" if same else nearest(flag, valid)
-            raise InputError(f"unknown key {flag}{near}; see {PROG} --help")
+            raise InputError(f"unknown key {flag}{near}; see {prog} --help")

@@ -5,6 +5,7 @@
 >>> rows = data.validation(tokens=100_000)
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +16,14 @@ from typing import Any
 import torch
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.data.batches import IGNORED, Batch, Batches, Documents, check_vocabulary
+from apollo_optim.core.reading import read_text
+from apollo_optim.data.answers import Answers, template_of
+from apollo_optim.data.batches import Batches, Documents, check_vocabulary
+from apollo_optim.data.chat import ChatReading
 from apollo_optim.data.config import DataConfig
 from apollo_optim.data.corpus import CorpusDocuments, open_corpus
 from apollo_optim.data.files import is_local
+from apollo_optim.data.layout import IGNORED, Batch, Layout, Pack, Pad
 from apollo_optim.data.readers import Reading
 from apollo_optim.data.stream import StreamDocuments, open_builder
 from apollo_optim.data.tokenizer import fingerprint, load_tokenizer, token_bytes, trained_bpe
@@ -40,6 +45,10 @@ class Data:
     """Opens the evaluation text from its beginning."""
     left_out: dict[str, int] = field(default_factory=dict)
     """What of the source is not trained on: a reason, and how many files or documents. (Broken lines: `skipped`.)"""
+    open_epoch: Callable[[], Batches] | None = None
+    """Opens the training text from its beginning for one pass; None: a stream."""
+    notes: list[str] = field(default_factory=list)
+    """What is to be told of it, a line each."""
 
     def validation(self, tokens: int | None = None) -> list[Batch]:
         """The first rows of the evaluation text, `tokens` positions of them or all: the same ones every time.
@@ -75,6 +84,7 @@ class _Text:
     """What decides which documents come: the part of the identity without which a position means nothing."""
     train: Documents
     open_validation: Callable[[], Documents]
+    open_epoch: Callable[[], Documents] | None
     sample: Callable[[], Iterable[str]]
     """Training text in a fixed order, for a tokenizer to be trained on."""
     left_out: dict[str, int] = field(default_factory=dict)
@@ -94,19 +104,45 @@ def open_data(cfg: DataConfig, tokenizer: Any = None, *, trust_remote_code: bool
         raise InputError(f"data.seq_len is {cfg.seq_len}; a row needs at least 2 tokens")
     cache = _cache_dir(cfg)
     text = _open_text(cfg, cache)
+    at_hand = tokenizer is not None
     if tokenizer is None and cfg.tokenizer == "bpe":
         tokenizer = trained_bpe(text.sample, cfg.vocab_size, json.dumps(text.key, sort_keys=True), cache)
     elif tokenizer is None:
         tokenizer = load_tokenizer(os.path.expanduser(cfg.tokenizer), trust_remote_code=trust_remote_code)
+    if cfg.chat_template is not None and not at_hand:  # else it has it already
+        tokenizer.chat_template = _template(cfg.chat_template)
     sha256 = fingerprint(tokenizer)
     identity = {**text.identity, "tokenizer": {"name": cfg.tokenizer, "entries": len(tokenizer), "sha256": sha256}}
     about = {**text.key, "tokenizer": sha256, "mode": cfg.mode, "seq_len": cfg.seq_len, "seed": cfg.seed}
+    if cfg.format != "text":
+        about["template"] = hashlib.sha256(template_of(tokenizer).encode()).hexdigest()
 
     def batches(documents: Documents, seed: str) -> Batches:
-        return Batches(documents, tokenizer, cfg.seq_len, cfg.mode, about, seed)
+        return Batches(documents, _layout(cfg, tokenizer), about, seed)
 
-    train = batches(text.train, str(cfg.seed))
-    return Data(tokenizer, train, identity, lambda: batches(text.open_validation(), "validation"), text.left_out)
+    open_epoch = text.open_epoch
+    return Data(
+        tokenizer,
+        batches(text.train, str(cfg.seed)),
+        identity,
+        lambda: batches(text.open_validation(), "validation"),
+        text.left_out,
+        None if open_epoch is None else lambda: batches(open_epoch(), str(cfg.seed)),
+    )
+
+
+def _layout(cfg: DataConfig, tokenizer: Any) -> Layout:
+    if cfg.format == "text":
+        return (Pack if cfg.mode == "pack" else Pad)(tokenizer, cfg.seq_len)
+    name = cfg.source if isinstance(cfg.source, str) else ", ".join(cfg.source)
+    return Answers(tokenizer, cfg.seq_len, cfg.mode == "pack", name)
+
+
+def _template(path: str) -> str:
+    try:
+        return read_text(Path(path).expanduser(), 1 << 20)
+    except OSError as error:
+        raise InputError(f"data.chat_template: cannot read {path}: {error.strerror}") from None
 
 
 def _open_text(cfg: DataConfig, cache: Path) -> _Text:
@@ -123,14 +159,16 @@ def _open_text(cfg: DataConfig, cache: Path) -> _Text:
 
 def _open_local(cfg: DataConfig, sources: list[str], cache: Path) -> _Text:
     # Packed text is shuffled in pieces of about four rows; in pad mode a row is a whole document.
-    longest = 16 * cfg.seq_len if cfg.mode == "pack" else None
-    corpus = open_corpus(sources, _reading(cfg), cfg.validation_percent, cache, longest)
+    longest = 16 * cfg.seq_len if cfg.mode == "pack" and cfg.format == "text" else None
+    held = [cfg.validation_source] if isinstance(cfg.validation_source, str) else cfg.validation_source or []
+    corpus = open_corpus(sources, _reading(cfg), cfg.validation_percent, cache, longest, held)
     return _Text(
         corpus.identity,
         {key: corpus.identity[key] for key in ("sha256", "validation_percent")},
         CorpusDocuments(corpus, corpus.train, str(cfg.seed)),
         # One order for every seed, so that all runs are compared on the same rows.
         lambda: CorpusDocuments(corpus, corpus.validation, "validation", epochs=1),
+        lambda: CorpusDocuments(corpus, corpus.train, str(cfg.seed), epochs=1),
         lambda: corpus.whole(corpus.train, "tokenizer"),
         corpus.left_out,
     )
@@ -155,14 +193,16 @@ def _open_stream(cfg: DataConfig, name: str) -> _Text:
         "name": name,
         "subset": cfg.subset,
         "split": cfg.split,
-        "text_key": cfg.text_key,
+        **({"text_key": cfg.text_key} if cfg.format == "text" else {"format": cfg.format, "columns": cfg.columns}),
         "revision": builder.hash,
     }
-    return _Text(identity, identity, documents(cfg.split), lambda: documents(cfg.validation_split), sample)
+    return _Text(identity, identity, documents(cfg.split), lambda: documents(cfg.validation_split), None, sample)
 
 
 def _reading(cfg: DataConfig) -> Reading:
-    return Reading(cfg.text_key, cfg.on_bad_line)
+    if cfg.format == "text":
+        return Reading(cfg.text_key, cfg.on_bad_line)
+    return ChatReading(cfg.text_key, cfg.on_bad_line, format=cfg.format, columns=cfg.columns)
 
 
 def _cache_dir(cfg: DataConfig) -> Path:

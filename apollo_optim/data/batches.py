@@ -14,19 +14,13 @@ position says belongs to the block that rows are taken from, never to the one th
 """
 
 import contextlib
-from array import array
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
-
-import torch
+from collections.abc import Iterator, Sized
+from typing import Any, NamedTuple, Protocol
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.ahead import Ahead
 from apollo_optim.data.corpus import Text, shuffled, whole_number
-from apollo_optim.data.tokenizer import encode
-
-IGNORED = -100  # a label that counts for nothing
-Row: TypeAlias = "array[int]"  # of token ids, 4 bytes each: a block of Python's numbers takes ten times the memory
+from apollo_optim.data.layout import Batch, Layout
 
 
 class Documents(Protocol):
@@ -43,17 +37,6 @@ class Documents(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Batch(NamedTuple):
-    """Rows of tokens; a single row is a Batch of 1-D tensors. The model shifts by itself; -100 labels are padding."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-
-    def pinned(self) -> "Batch":
-        """The same in page-locked memory, from which `non_blocking` copies do not block. Needs a GPU."""
-        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory())
-
-
 class Block(NamedTuple):
     """What is read, tokenised and shuffled in one go."""
 
@@ -61,7 +44,7 @@ class Block(NamedTuple):
     """Where it begins in the documents."""
     number: int
     """Blocks up to this one."""
-    rows: list[Row]
+    rows: list[Sized]
     skipped: int
     """Broken lines and rows without text up to its end."""
 
@@ -85,13 +68,11 @@ class Batches:
     def __init__(
         self,
         documents: Documents,
-        tokenizer: Any,
-        seq_len: int,
-        mode: Literal["pack", "pad"],
+        layout: Layout,
         about: dict[str, Any],
         seed: str = "",
     ) -> None:
-        self.documents, self.tokenizer, self.seq_len, self.mode = documents, tokenizer, seq_len, mode
+        self.documents, self.layout = documents, layout
         self.seed = seed  # of the order of rows within a block
         self.about = about  # what a position depends on: it means nothing on another corpus or with another tokenizer
         self.tokens = 0  # handed out so far, padding not counted
@@ -124,6 +105,11 @@ class Batches:
         """Broken lines and rows without text that were left out so far."""
         return self._block.skipped
 
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a row."""
+        return self.layout.seq_len
+
     def next(self, count: int) -> Batch:
         """The next `count` rows."""
         try:
@@ -133,19 +119,28 @@ class Batches:
                 f"the text ended after {self.tokens} tokens; train for fewer steps or give more text"
             ) from None
         self._saved = self._position()  # only here: an interrupt in the middle of a batch loses nothing
-        return _batch(rows, self.seq_len)
+        return self.layout.batch(rows)
 
     def rows(self, tokens: int | None) -> list[Batch]:
         """The rows up to `tokens` positions, or to the end of the documents; at least one."""
         return list(self._rows(None if tokens is None else max(1, tokens // self.seq_len)))
 
+    def blocks(self) -> Iterator[list[Any]]:
+        """From here to the end of the documents: the rows of every block that makes any, as the layout made them."""
+        while True:
+            try:
+                self._read()
+            except EndOfText:
+                return
+            yield list(self._block.rows)
+
     def _rows(self, count: int | None) -> Iterator[Batch]:
         while count is None or count > 0:
             try:
-                batch = _batch([self._row()], self.seq_len)
+                batch = self.layout.batch([self._row()])
             except EndOfText:
                 return
-            yield Batch(batch.input_ids[0], batch.labels[0])
+            yield batch.row(0)
             count = None if count is None else count - 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,25 +200,12 @@ class Batches:
             if not texts:
                 raise EndOfText
             number += 1
-            rows = shuffled(self._cut(texts), f"{self.seed}/{number}")
+            rows = shuffled(self.layout.rows(texts), f"{self.seed}/{number}")
             if rows:
                 return Block(began, number, rows, self.documents.skipped)
         raise InputError(f"the text is too short to fill one row of {self.seq_len} tokens; lower data.seq_len")
 
-    def _cut(self, texts: list[Text]) -> list[Row]:
-        """Texts to rows. Packing leaves out what is left over at the end of a block, less than one row."""
-        end, length = self.tokenizer.eos_token_id, self.seq_len
-        documents = encode(self.tokenizer, [text.text for text in texts])
-        if self.mode == "pad":  # the papers' tokenizer ends a document that it cuts with the end-of-text token too
-            return [array("i", [*ids[: length - 1], end]) for ids in documents]
-        tokens = array("i")
-        for ids, text in zip(documents, texts, strict=True):
-            tokens.extend(ids)
-            if text.ends:
-                tokens.append(end)
-        return [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
-
-    def _row(self) -> Row:
+    def _row(self) -> Sized:
         if self._used == len(self._block.rows):
             self._read()
         row = self._block.rows[self._used]
@@ -231,17 +213,6 @@ class Batches:
         self._wanted -= 1
         self.tokens += len(row)
         return row
-
-
-def _batch(rows: list[Row], seq_len: int) -> Batch:
-    """Padding repeats the end-of-text token; being behind everything, it is seen by no position that counts."""
-
-    def filled(row: Row, token: int) -> torch.Tensor:
-        return torch.frombuffer(row + array("i", [token]) * (seq_len - len(row)), dtype=torch.int32)
-
-    input_ids = torch.stack([filled(row, row[-1]) for row in rows]).long()
-    labels = torch.stack([filled(row, IGNORED) for row in rows]).long()
-    return Batch(input_ids, labels)
 
 
 def check_vocabulary(batch: Batch, vocab_size: int, tokenizer: Any = None) -> None:

@@ -1,6 +1,6 @@
 """What to train on: the `data` section of a run file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -23,12 +23,28 @@ class DataConfig:
     validation_split: str | None = "validation"
     """Split of a Hugging Face dataset to evaluate on; null if there is none. Local text: see `validation_percent`."""
 
+    validation_source: str | list[str] | None = None
+    """Local text to evaluate on, if it lies in files of its own; null: a share of `source` (`validation_percent`)."""
+
+    format: Literal["text", "auto", "messages", "prompt", "alpaca", "sharegpt"] = "text"
+    """`text`: documents, as pre-training reads them. The others are questions and answers (`apollo-optim finetune`), of
+    which only the answers are learnt: `messages` (a list of role and content), `prompt` (and `completion`), `alpaca`
+    (`instruction`, `input`, `output`), `sharegpt` (`conversations`, a list of from and value); `auto`: whichever of
+    these a row is."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+    """Where the columns of a `format` have other names in the file: {prompt: question, completion: answer}."""
+
+    chat_template: str | None = None
+    """A file with the chat template (jinja) to use, and to export, in place of the tokenizer's own."""
+
     text_key: str = "text"
     """Key or column that holds the text in jsonl, parquet and Hugging Face datasets."""
 
     mode: Literal["pack", "pad"] = "pack"
     """`pack` joins documents, with an end-of-text token between them, and cuts the result into rows: no position is
-    wasted. `pad` puts one document into one row, cut or padded, as in the papers."""
+    wasted. `pad` puts one document into one row, cut or padded, as in the papers. Questions and answers are packed
+    whole, and do not see each other."""
 
     seq_len: int = 256
     """Tokens in a row. The model shifts by itself, so a row teaches seq_len - 1 predictions."""

@@ -13,7 +13,7 @@ import random
 import tempfile
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -120,9 +120,14 @@ def _bytes(key: str) -> bytes:
 
 
 def open_corpus(
-    sources: list[str], reading: Reading, validation_percent: float, cache_dir: Path, longest: int | None = None
+    sources: list[str],
+    reading: Reading,
+    validation_percent: float,
+    cache_dir: Path,
+    longest: int | None = None,
+    held: Sequence[str] = (),
 ) -> Corpus:
-    """Read, hash and split the documents of `sources`."""
+    """Read, hash and split the documents of `sources`; `held`: those to evaluate on, if they lie elsewhere."""
     if not 0 < validation_percent < 100:
         raise InputError(f"data.validation_percent is {validation_percent}; it must lie between 0 and 100")
     name = " ".join(sources)
@@ -131,9 +136,9 @@ def open_corpus(
     said = time.monotonic()
     try:
         corpus = Corpus(tempfile.TemporaryFile(dir=cache_dir, prefix="corpus-"), longest)  # noqa: SIM115 (for the whole run)
-        for source in sources:
-            for key, text in _worth_reading(source, reading, alone=len(sources) == 1):
-                position = share(key)
+        for source, part in [*((source, sources) for source in sources), *((source, held) for source in held)]:
+            for key, text in _worth_reading(source, reading, alone=len(part) == 1):
+                position = share(key) if not held else 0.0 if part is held else 100.0
                 lowest, highest = min(lowest, position), max(highest, position)
                 total.update(_bytes(f"{key}\0{len(text)}\0"))
                 total.update(text)
@@ -148,7 +153,7 @@ def open_corpus(
         log.warning("%s: skipped %d broken lines, the first: %s", name, reading.skipped, reading.first_skipped)
     if reading.left_out:
         log.warning("%s: left out: %s", name, reading.said())
-    if corpus.documents == 1 and not corpus.divide(validation_percent):
+    if corpus.documents == 1 and not held and not corpus.divide(validation_percent):
         raise InputError(f"{name}: this document is too short for training and validation text; give more")
     for part, documents, bound in (
         ("validation", corpus.validation, f"at least {lowest + 0.001:.3f}"),

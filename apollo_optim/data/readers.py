@@ -42,6 +42,18 @@ class Reading:
     files: dict[tuple[int, int], str] = field(default_factory=dict)
     """Device and inode of what was read, and its key."""
 
+    def wanted(self, keys: Iterable[str]) -> list[str]:
+        """Those of a record's keys, or of a file's columns, that are read; none: it holds nothing to read."""
+        return [self.text_key] if self.text_key in keys else []
+
+    def text_of(self, record: object, at: str) -> str:
+        """The text of one record; `at`: file and line, the file left out where it is the only one. Raises BadRecord."""
+        return text_of(record, self.text_key)
+
+    def missing(self, where: str, keys: Iterable[str]) -> InputError:
+        """The complaint about records of which none holds anything to read."""
+        return missing_key(where, self.text_key, keys)
+
     def is_new(self, path: Path, key: str) -> bool:
         """Whether a file is read under this key for the first time, or under none other: its text lies in one split.
 
@@ -71,7 +83,10 @@ class Reading:
 
 
 def missing_key(where: str, key: str, keys: Iterable[str]) -> InputError:
-    return InputError(f"{where}: no key {key!r}; the keys are {', '.join(sorted(keys)) or '(none)'}; set data.text_key")
+    there = ", ".join(sorted(keys)) or "(none)"
+    return InputError(
+        f"{where}: no key {key!r}; the keys are {there}; set data.text_key (or, for questions and answers, data.format)"
+    )
 
 
 def text_of(record: object, key: str) -> str:
@@ -144,16 +159,16 @@ def _json_lines(file: IO[bytes], path: Path, key: str, reading: Reading) -> Iter
             record = json.loads(line)
             if isinstance(record, dict):
                 keys.update(list(record)[:20])
-                found = found or reading.text_key in record
-            text = text_of(record, reading.text_key).encode()  # a lone surrogate fails here
+                found = found or bool(reading.wanted(record))
+            text = reading.text_of(record, f"{key}:{number}").encode()  # a lone surrogate fails here
         except (BadRecord, ValueError, RecursionError) as error:
             if keys and not found and reading.on_bad_line == "error":
-                raise missing_key(f"{path}:{number}", reading.text_key, keys) from error
+                raise reading.missing(f"{path}:{number}", keys) from error
             reading.bad(f"{path}:{number}", error if isinstance(error, BadRecord) else f"not JSON ({error})")
             continue
         yield Document(f"{key}:{number}", text)
     if keys and not found:  # not some bad lines but a wrong key
-        raise missing_key(str(path), reading.text_key, keys)
+        raise reading.missing(str(path), keys)
 
 
 def _jsonl(path: Path, key: str, reading: Reading) -> Iterator[Document]:
@@ -176,15 +191,16 @@ def _parquet(path: Path, key: str, reading: Reading) -> Iterator[Document]:
     try:
         # Regular files only; and read as it is needed, not all columns of a row group ahead.
         with opened(path) as raw, pyarrow.parquet.ParquetFile(raw, pre_buffer=False) as file:
-            if reading.text_key not in file.schema_arrow.names:
-                raise missing_key(str(path), reading.text_key, file.schema_arrow.names)
+            columns = reading.wanted(file.schema_arrow.names)
+            if not columns:
+                raise reading.missing(str(path), file.schema_arrow.names)
             number, bytes_ = 0, sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
             rows = max(1, min(256, BATCH * file.metadata.num_rows // max(1, bytes_)))
-            for batch in file.iter_batches(batch_size=rows, columns=[reading.text_key]):
+            for batch in file.iter_batches(batch_size=rows, columns=columns):
                 for record in batch.to_pylist():
                     number += 1
                     try:
-                        text = text_of(record, reading.text_key).encode()
+                        text = reading.text_of(record, f"{key}:{number}").encode()
                     except BadRecord as error:
                         reading.bad(f"{path}: row {number}", error)
                         continue

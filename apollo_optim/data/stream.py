@@ -8,7 +8,7 @@ from typing import Any
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.corpus import BLOCK, Text
-from apollo_optim.data.readers import BadRecord, Reading, missing_key, text_of
+from apollo_optim.data.readers import BadRecord, Reading
 
 
 def open_builder(name: str, subset: str | None) -> Any:
@@ -44,11 +44,10 @@ class StreamDocuments:
         size = 0
         while size < BLOCK and (row := self._next()) is not None:
             self.rows += 1
-            key = self.reading.text_key
-            if self.rows == 1 and key not in row:
-                raise missing_key(self.name, key, row)
+            if self.rows == 1 and not self.reading.wanted(row):
+                raise self.reading.missing(self.name, row)
             try:
-                text = text_of(row, key)
+                text = self.reading.text_of(row, f"{self.name}: row {self.rows}")
             except BadRecord as error:
                 self.reading.bad(f"{self.name}: row {self.rows}", error)
                 continue

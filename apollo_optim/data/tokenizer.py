@@ -107,14 +107,19 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, nothing added. A text's own `<|endoftext|>` stays text: it must not end a document."""
+def encode(tokenizer: Any, texts: list[str], *, special: bool = False, split: bool = True) -> list[list[int]]:
+    """Token ids of each text. A text's own `<|endoftext|>` stays text: it must not end a document.
+
+    Args:
+        special: Add what the tokenizer begins and ends a text with.
+        split: False: special tokens that are written out are meant, as in what a chat template has made.
+    """
     ids: list[list[int]] = []
     for part in _parts(texts):
         encoded = tokenizer(
             part,
-            add_special_tokens=False,
-            split_special_tokens=True,
+            add_special_tokens=special,
+            split_special_tokens=split,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,  # a document may be longer than the model's context: that is what rows are for

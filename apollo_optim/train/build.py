@@ -22,7 +22,7 @@ from apollo_optim.plan.shards import blocks_of
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.config import RunConfig
 from apollo_optim.train.gradients import Gradients
-from apollo_optim.train.loss import Learner
+from apollo_optim.train.loss import Learner, check_packing
 from apollo_optim.train.models import build_model, low_bit, usable_vocabulary
 from apollo_optim.train.optimizer import make_optimizer
 from apollo_optim.train.plan import model_of
@@ -83,8 +83,9 @@ def build(
     *,
     trust_remote_code: bool = False,
     world: World = ALONE,
+    data: Data | None = None,
 ) -> Job:
-    """Data, model and optimizer at step 0.
+    """Data, model and optimizer at step 0; `data`: if it is open already.
 
     What goes on has all that it needs in its own directory: `earlier` brings the config of the model and the tokenizer,
     and weights to start from are not read again.
@@ -102,8 +103,9 @@ def build(
         measure.give_back_memory()
     importlib.import_module("transformers.modeling_utils")  # what the model would import, to be counted without it
     baseline = {"imports": measure.resident_memory()}
-    with world.leader_first():
-        data = open_data(cfg.data, tokenizer, trust_remote_code=trust_remote_code)
+    if data is None:
+        with world.leader_first():
+            data = open_data(cfg.data, tokenizer, trust_remote_code=trust_remote_code)
     baseline["data"] = measure.resident_memory()
     vocabulary = usable_vocabulary(data.tokenizer)
     mode = cfg.parallel.mode if world.size > 1 else None
@@ -123,6 +125,8 @@ def build(
     )
     torch.nn.Module.to(model, device)
     model.train()
+    if cfg.data.format != "text" and cfg.data.mode == "pack":
+        check_packing(model)
     if cfg.model.compile and can_compile(device.type):
         # In place: the names of the parameters stay. Without the head: its loss may be made in parts.
         model.base_model.compile()

@@ -65,9 +65,8 @@ def evaluate(
     for first in range(0, len(batches), world.size):
         number = first + world.rank
         batch = batches[min(number, len(batches) - 1)]  # who has none left goes along: sharded weights need all
-        labels = torch.stack([row.labels for row in batch]).to(device)
-        input_ids = torch.stack([row.input_ids for row in batch]).to(device)
-        loss = summed_loss(model, input_ids, labels, how) if learner is None else learner(input_ids, labels)
+        ids, labels, positions = type(batch[0]).stacked(batch).map(lambda part: part.to(device))
+        loss = summed_loss(model, ids, labels, how, positions) if learner is None else learner(ids, labels, positions)
         if number < len(batches):
             losses[number] = loss.double()
     model.train(was_training)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from apollo_optim.core.place import local
+from apollo_optim.core.runlog import Log as RunLog
 from apollo_optim.core.storage import is_finite
 from apollo_optim.parallel.world import ALONE, World
 from apollo_optim.quant import rounding_stats
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
     from apollo_optim.data import Batch
     from apollo_optim.train.chunked import How
     from apollo_optim.train.step import StepReport
+
+
+def best_evaluation(run: Path) -> dict[str, Any]:
+    """The record of a run's log with the lowest validation loss, the first of these; {} if there is none."""
+    records = (record for _, record in RunLog(run / "metrics.jsonl") if record is not None)
+    found = [record for record in records if record["event"] == "eval" and record["loss"] is not None]
+    return min(found, key=lambda record: record["loss"], default={})
 
 
 def due(step: int, every: int | None, last: int) -> bool:
@@ -240,10 +248,14 @@ class Save(Event):
     config: dict[str, Any] | None = None
     """The run's, which a checkpoint keeps a copy of."""
     world: World = ALONE
+    best: bool = False
+    """Keep that of the lowest validation loss, too."""
+    evaluated: int | None = None
+    """Every so many steps; with `best` there is a checkpoint then, too."""
     for_goodbye = True
 
     def due(self, step: int) -> bool:
-        return due(step, self.every, self.last)
+        return due(step, self.every, self.last) or (self.best and due(step, self.evaluated, self.last))
 
     def after(self, report: StepReport) -> None:
         self.now()
@@ -255,7 +267,8 @@ class Save(Event):
             raise TrainingFailed(f"the weights are not finite any more after step {state.step}")
         if self.world.leads:
             self.record.metrics.flush()
-            checkpoint.save(self.run, state.step, state.model, state.state_dict(), self.keep, self.config)
+            best = best_evaluation(self.run).get("step") if self.best else None
+            checkpoint.save(self.run, state.step, state.model, state.state_dict(), self.keep, self.config, best)
         else:
             checkpoint.lend(checkpoint.weights(state.model), state.state_dict())
         self.world.wait()  # a checkpoint is there when all go on

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.data.layout import IGNORED
 from apollo_optim.train.chunked import How, Unmade, summed_cross_entropy, unmade_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-IGNORED = -100  # a label that counts for nothing
 
 
 def targets(labels: torch.Tensor) -> int:
@@ -23,16 +22,21 @@ def targets(labels: torch.Tensor) -> int:
 
 
 def summed_loss(
-    model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, how: How = "auto"
-) -> torch.Tensor:
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    labels: Tensor,
+    how: How = "auto",
+    position_ids: Tensor | None = None,
+) -> Tensor:
     """Cross entropy in float32, summed over the predictions: the caller divides by as many as *it* counts.
 
     No attention mask: padding is only ever at the end of a row, where a causal model's other positions cannot see it.
+    `position_ids` that begin again within a row divide it into texts that do not see each other (`check_packing`).
     The labels are shifted, not the logits: those are large, and a shifted view of them would be copied; or they are
     never made (`how`, see `train.loss`). Raises InputError if they must not be, but the model uses them itself.
     """
     with unmade_logits(model, how):
-        output = model(input_ids=input_ids, use_cache=False)
+        output = model(input_ids=input_ids, use_cache=False, **_positions(position_ids))
     logits = output.logits
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     if isinstance(logits, Unmade) and logits.made is None:
@@ -57,6 +61,37 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self._how = model, how
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """`summed_loss` of some rows."""
-        return summed_loss(self.model, input_ids, labels, self._how)
+        return summed_loss(self.model, input_ids, labels, self._how, position_ids)
+
+
+def _positions(position_ids: Tensor | None) -> dict[str, Tensor]:
+    return {} if position_ids is None else {"position_ids": position_ids}
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """Refuse a model whose attention goes across the texts of a packed row. Draws no random numbers.
+
+    transformers' attention masks follow from the positions; a recurrent model, one without positions, or a kernel that
+    takes one row at a time has none: there a text that is changed changes what is said of the next.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    ids = torch.arange(2 * 12, device=device).view(2, 12) % 7 + 1
+    positions = torch.tensor([*range(5), *range(7)], device=device).expand(2, 12)
+    other = ids.clone()
+    other[:, :5] = 9 - ids[:, :5]
+    model.train(False)
+    try:
+        one, two = (model(input_ids=x, use_cache=False, position_ids=positions).logits[:, 5:] for x in (ids, other))
+        apart = torch.allclose(one.float(), two.float(), rtol=1e-3, atol=1e-3 * float(one.float().abs().max()))
+    except TypeError:  # it takes no positions
+        apart = False
+    finally:
+        model.train(was_training)
+    if not apart:
+        raise InputError(
+            f"data.mode=pack: {type(model).__name__} with attention {model.config._attn_implementation} sees from one "
+            "text of a row into the next: set data.mode to pad, or another model.attention (sdpa, eager)"
+        )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from apollo_optim import describe
+from apollo_optim.core.errors import InputError
 from apollo_optim.data.batches import TextEnded
 from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.parallel.world import ProcessLost, World, joined
@@ -17,7 +19,7 @@ from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.build import Job, build
 from apollo_optim.train.config import RunConfig, check, check_processes, load_config, to_dict
 from apollo_optim.train.display import duration
-from apollo_optim.train.events import Evaluate, Event, Log, Memory, Save, Tally
+from apollo_optim.train.events import Evaluate, Event, Log, Memory, Save, Tally, best_evaluation
 from apollo_optim.train.failures import Interrupted, TrainingFailed
 from apollo_optim.train.loop import run_steps
 from apollo_optim.train.metrics import check_trackers
@@ -29,6 +31,9 @@ from apollo_optim.train.schedule import factor
 from apollo_optim.train.signals import stop_signals
 from apollo_optim.train.skips import Skips
 from apollo_optim.train.step import TrainStep
+
+if TYPE_CHECKING:
+    from apollo_optim.data import Data
 
 
 @dataclass(frozen=True)
@@ -67,29 +72,40 @@ def pretrain(cfg: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
     A resumed run is equal to the bit to one that was never stopped: weights, optimizer, text, random numbers, figures.
     Raises InputError for what the user can put right, TrainingFailed if the run cannot go on, Interrupted after Ctrl-C.
     """
+    if cfg.data.format != "text" and not resume:
+        raise InputError(f"data.format={cfg.data.format}: questions and answers are for apollo-optim finetune")
+
+    def story(world: World) -> Result:
+        kept = resume and began_without_rates(run_of(cfg))
+        return go(cfg if kept else with_known_rates(cfg), world, resume, trust_remote_code)
+
+    return alone(cfg, resume, story)
+
+
+def alone(cfg: RunConfig, resume: bool, story: Callable[[World], Result]) -> Result:
+    """Tell a story in the run directory of a sound config: nobody else is at work there, and all processes are."""
     check(cfg)
     check_trackers(list(cfg.log.to))
-    run = run_of(cfg)
     try:
-        with joined(cfg.parallel.timeout) as world:
-            return _pretrain(cfg, run, world, resume, trust_remote_code)
+        with joined(cfg.parallel.timeout) as world, claim(run_of(cfg), resume, world):
+            check_processes(cfg, world)
+            return story(world)
     except ProcessLost as error:
         raise TrainingFailed(lost(error)) from error
 
 
-def _pretrain(cfg: RunConfig, run: Path, world: World, resume: bool, trust_remote_code: bool) -> Result:
-    with claim(run, resume, world):
-        check_processes(cfg, world)
-        cfg = cfg if resume and began_without_rates(run) else with_known_rates(cfg)
-        earlier = check_continuation(run, cfg) if resume else Earlier()
-        job = build(cfg, run, earlier, trust_remote_code=trust_remote_code, world=world)
-        if earlier.state is not None:
-            restore(job.state, earlier.state, run)
-        world.wait()  # all have read what is written anew next
-        if world.leads:
-            tokenizer = None if job.own_tokenizer else job.data.tokenizer
-            prepare(run, cfg, job.state.step, tokenizer, resume=resume, keep_code=trust_remote_code)
-        return run_job(job, resumed_from=job.state.step if resume else None)
+def go(cfg: RunConfig, world: World, resume: bool, trust_remote_code: bool, data: Data | None = None) -> Result:
+    """Build, go back to a checkpoint if asked, train; `data`: if it is open already."""
+    run = run_of(cfg)
+    earlier = check_continuation(run, cfg) if resume else Earlier()
+    job = build(cfg, run, earlier, trust_remote_code=trust_remote_code, world=world, data=data)
+    if earlier.state is not None:
+        restore(job.state, earlier.state, run)
+    world.wait()  # all have read what is written anew next
+    if world.leads:
+        tokenizer = None if job.own_tokenizer else job.data.tokenizer
+        prepare(run, cfg, job.state.step, tokenizer, resume=resume, keep_code=trust_remote_code)
+    return run_job(job, resumed_from=job.state.step if resume else None)
 
 
 def began_without_rates(run: Path) -> bool:
@@ -105,7 +121,8 @@ def run_job(job: Job, *, resumed_from: int | None = None, more: Sequence[Event] 
     with recording(job.run, state, config, title, last, job.world) as record, stopping as stop:
         introduce(job, record, resumed_from)
         keep, every = cfg.checkpoint.keep, cfg.checkpoint.every
-        save = Save(state, record, job.run, every, keep, last, config, job.world)
+        best, evaluated = cfg.checkpoint.best, cfg.eval.every
+        save = Save(state, record, job.run, every, keep, last, config, job.world, best, evaluated)
         schedule = functools.partial(factor, steps=last, cfg=cfg.schedule)
         train_step = TrainStep(state, cfg.train, schedule, job.released, job.data.tokenizer, job.world, job.learner)
         try:
@@ -113,13 +130,29 @@ def run_job(job: Job, *, resumed_from: int | None = None, more: Sequence[Event] 
                 events = [*events_of(job, record), *more, save]
                 run_steps(state, train_step, events, last=last, stop=stop, world=job.world)
         except Interrupted as asked:
-            again = f"go on with: apollo-optim pretrain --out {job.run} --resume"
+            story = "pretrain" if cfg.data.format == "text" else "finetune"
+            again = f"go on with: apollo-optim {story} --out {job.run} --resume"
             raise Interrupted(f"{asked}; {again}") from None
         except TextEnded:  # what was trained so far is saved first
             if state.step not in checkpoint.checkpoints(job.run):
                 save.now()
             raise
+        if best:
+            take_best(job, record)
         return finish(job, record)
+
+
+def take_best(job: Job, record: Record) -> None:
+    """The weights of the lowest validation loss in the place of the last ones, and its figures."""
+    best = best_evaluation(job.run)
+    there = checkpoint.checkpoints(job.run)
+    if best.get("step") not in there:  # (of a log that somebody has cut)
+        record.display.note("the best checkpoint can't be told from the log: the last one is taken")
+        return
+    if best["step"] != job.state.step:
+        checkpoint.load_weights(there[best["step"]], job.model)
+        job.state.evaluation = {key: best[key] for key in job.state.evaluation}
+    record.display.note(f"the lowest validation loss is that of step {best['step']}, {best['loss']:.4f}: it is taken")
 
 
 def events_of(job: Job, record: Record) -> list[Event]:
@@ -168,6 +201,8 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
         **processes,
     )
     display.note(f"{parameters:,} parameters in {job.cfg.model.dtype} on {job.state.device}; results in {job.run}")
+    for line in job.data.notes:
+        display.note(line)
     if processes:
         display.note(f"{job.world.size} processes, {job.cfg.parallel.mode}")
     if isinstance(job.optimizer, RuleOptimizer):

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from apollo_optim import Released
+from apollo_optim.data.layout import IGNORED
 from apollo_optim.parallel.spread import waiting
 from apollo_optim.parallel.world import ALONE, World, losing_none
 from apollo_optim.train.config import TrainConfig
 from apollo_optim.train.failures import TrainingFailed
-from apollo_optim.train.loss import IGNORED, summed_loss, targets
+from apollo_optim.train.loss import summed_loss, targets
 from apollo_optim.train.schedule import set_lr
 from apollo_optim.train.skips import total_norm
 from apollo_optim.train.state import TrainState
@@ -101,16 +102,15 @@ class TrainStep:
         check_vocabulary(batch, state.model.config.get_text_config().vocab_size, self.tokenizer)
         predictions = max(targets(batch.labels), 1)
         if self.world.size > 1:
-            batch = type(batch)(*map(self.world.mine, batch))
+            batch = batch.map(self.world.mine)
         if device.type == "cuda":  # a copy from other memory waits for the device
             batch = batch.pinned()
         size = cfg.micro_batch or cfg.batch_size
         summed = torch.zeros((), device=device)
-        pieces = list(zip(torch.split(batch.input_ids, size), torch.split(batch.labels, size), strict=True))
-        for number, (input_ids, labels) in enumerate(pieces, 1):
+        pieces = [batch.part(at, at + size) for at in range(0, len(batch.labels), size)]
+        for number, piece in enumerate(pieces, 1):
             with self.accumulating() if number < len(pieces) else contextlib.nullcontext():
-                loss = self.loss_of(input_ids.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-                loss = loss / predictions
+                loss = self.loss_of(piece.map(lambda part: part.to(device, non_blocking=True))) / predictions
                 summed += loss.detach()
                 if self.world.size > 1:
                     loss = loss * self.world.size  # the processes' gradients are averaged
@@ -127,11 +127,11 @@ class TrainStep:
             state.optimizer.step()
         return StepReport(total.get(), grad_norm)
 
-    def loss_of(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def loss_of(self, rows: Batch) -> Tensor:
         """Summed over the predictions of these rows."""
         if self.learner is None:
-            return summed_loss(self.state.model, input_ids, labels, self.cfg.loss)
-        loss: Tensor = self.learner(input_ids, labels)
+            return summed_loss(self.state.model, rows.input_ids, rows.labels, self.cfg.loss, rows.position_ids)
+        loss: Tensor = self.learner(*rows)
         return loss
 
     @contextlib.contextmanager

@@ -23,6 +23,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.data import IGNORED, Batch, Batches, Data, DataConfig, check_vocabulary, open_data
 from apollo_optim.data.corpus import CorpusDocuments, open_corpus, pieces
 from apollo_optim.data.files import local_documents
+from apollo_optim.data.layout import Pack
 from apollo_optim.data.readers import SECTION, Reading
 from apollo_optim.data.tokenizer import END, encode, token_bytes, trained_bpe
 
@@ -387,7 +388,7 @@ def _fresh(data: Data) -> Batches:
     if not isinstance(documents, CorpusDocuments):
         beginning = {"dataset": None, "rows": 0, "skipped": 0}  # type: ignore[dict-item]
     documents.load_state_dict(beginning)
-    return Batches(documents, data.tokenizer, data.train.seq_len, data.train.mode, data.train.about, data.train.seed)
+    return Batches(documents, data.train.layout, data.train.about, data.train.seed)
 
 
 @pytest.mark.parametrize("kind", ["files", "stream"])
@@ -767,7 +768,7 @@ def test_streams_from_every_kind_of_dataset_resume(stories: Path, cache: str, tm
             return Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=3)
 
     def open_stream(builder: Any) -> Batches:
-        return Batches(StreamDocuments(builder, "name", "train", Reading()), tokenizer, 16, "pack", {})
+        return Batches(StreamDocuments(builder, "name", "train", Reading()), Pack(tokenizer, 16), {})
 
     from datasets import load_dataset_builder
 

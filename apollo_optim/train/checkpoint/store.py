@@ -62,9 +62,15 @@ def newest(run: Path) -> Path | None:
 
 
 def save(
-    run: Path, step: int, model: PreTrainedModel, state: dict[str, Any], keep: int, config: dict[str, Any] | None = None
+    run: Path,
+    step: int,
+    model: PreTrainedModel,
+    state: dict[str, Any],
+    keep: int,
+    config: dict[str, Any] | None = None,
+    best: int | None = None,
 ) -> Path:
-    """Write one checkpoint, then drop all but the newest `keep`.
+    """Write one checkpoint, then drop all but the newest `keep` and that of step `best`.
 
     `config`: the run's, as plain data; without it, export and resume take RUN/config.yaml.
 
@@ -87,7 +93,11 @@ def save(
                 model.generation_config.save_pretrained(folder)
             write_manifest(folder, CHECKPOINT, step=step)
     disk.link(root / "latest", final.name)
-    for old in list(checkpoints(run).values())[:-keep]:
+    there = checkpoints(run)
+    for number in list(there)[:-keep]:
+        if number == best:
+            continue
+        old = there[number]
         try:
             disk.remove(old)
         except OSError as error:

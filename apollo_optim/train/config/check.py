@@ -26,8 +26,11 @@ MAY_CHANGE = (
     "train.threads",
     "train.release",
     "train.steps",
+    "train.epochs",  # what it makes of the steps
     "data.cache_dir",
     "data.source",  # judged by the hash of the text, where it has one
+    "data.validation_source",
+    "data.chat_template",  # by that of the template
 )
 
 # What computes the same in another order: a continued run may change it (after an out-of-memory, on another device),
@@ -79,6 +82,7 @@ def check(cfg: RunConfig) -> None:
     check_optimizer(cfg.optim)
     positive: dict[str, int | float | None] = {
         "train.steps": cfg.train.steps,
+        "train.epochs": cfg.train.epochs,
         "train.batch_size": cfg.train.batch_size,
         "train.micro_batch": cfg.train.micro_batch,
         "train.clip": cfg.train.clip,
@@ -100,6 +104,8 @@ def check(cfg: RunConfig) -> None:
     for key, fraction in {"schedule.min_lr": cfg.schedule.min_lr, "schedule.decay": cfg.schedule.decay}.items():
         if not 0 <= fraction <= 1:
             raise InputError(f"{key}={fraction}: a fraction between 0 and 1")
+    if cfg.train.epochs is not None and cfg.data.format == "text":
+        raise InputError(f"train.epochs={cfg.train.epochs:g}: only rows of answers are counted; say train.steps")
     if not cfg.schedule.warmup >= 0:
         raise InputError(
             f"schedule.warmup={cfg.schedule.warmup}: a fraction below 1 or a number of steps, not negative"

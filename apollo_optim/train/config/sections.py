@@ -140,6 +140,8 @@ class TrainConfig:
 
     steps: int = 700
     """Optimizer steps of the whole run."""
+    epochs: float | None = None
+    """Fine-tuning: so many passes over the training rows; `steps` follows from it. None: `steps` is what counts."""
     batch_size: int = 16
     """Sequences per optimizer step."""
     micro_batch: int | None = None
@@ -200,6 +202,8 @@ class CheckpointConfig:
     """Save every so many steps; None: only at the end and on Ctrl-C."""
     keep: int = 2
     """Keep this many, the newest ones."""
+    best: bool = False
+    """Also keep the checkpoint of the lowest validation loss, and export that one; saves at every evaluation."""
     export: bool = True
     """At the end, write the model for everybody else to RUN/model (float weights; `apollo-optim export` can, too)."""
 
