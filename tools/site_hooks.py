@@ -67,6 +67,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, uri in MOVED.items():
         if uri not in files.src_uris:
             add(uri, content=(ROOT / name).read_text())
+    for path in sorted((ROOT / "runs").glob("*.yaml")):
+        add(f"runs/{path.name}", abs_src_path=str(path))
     for folder, _, names in sorted(os.walk(ROOT / "results")):
         where = Path(folder).relative_to(ROOT).as_posix()
         shown = sorted(name for name in names if name.endswith(EVIDENCE))

@@ -68,3 +68,15 @@ def test_the_site_is_built_without_a_warning_and_needs_nothing_from_elsewhere(tm
     assert problems(tmp_path) == []
     assert (tmp_path / "rules" / "apollo.html").is_file()
     assert (tmp_path / "results" / "README.html").is_file() or (tmp_path / "results" / "index.html").is_file()
+
+
+def test_every_run_file_of_the_papers_is_on_the_page_with_its_figure() -> None:
+    page = (ROOT / "docs" / "reproduce.md").read_text()
+    rows = dict(re.findall(r"^\| \[(llama[\w.-]+)\]\S+ \| (.*)$", page, re.MULTILINE))
+    files = {path.name: path.read_text() for path in (ROOT / "runs").glob("llama-*.yaml") if "-q-" not in path.name}
+    assert rows.keys() == files.keys()
+    for name, text in files.items():
+        figure = re.search(r"C4 validation perplexity ([\d.]+\d)", text)
+        assert (figure[1] if figure else "none printed") in rows[name]
+        steps = re.search(r"  steps: (\d+)", text)
+        assert rows[name].startswith(f"{int(steps[1]):,} |")
