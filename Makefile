@@ -5,7 +5,7 @@
 #   make test-clients  other people's tools, each in an environment of its own (half an hour; results/clients.md)
 #   make bench    the race of the optimizers on a small LLaMA (a queue of days; goes on where it was)
 #   make gpu      what a GPU is measured with, in eight minutes (docs/gpu.md)
-#   make docs     the documentation as a web site
+#   make docs     the documentation as a web site, which needs nothing from elsewhere
 #   make wheel    wheel and sdist, tried in a clean environment with torch alone
 #   make clean    what the targets above made, .venv excepted; make distclean takes .venv, too
 PYTHON ?= python3
@@ -103,7 +103,8 @@ gpu: $(VENV)/.train
 
 docs: $(VENV)/.dev
 	@$(SAY) "building the documentation"
-	$(BIN)/mkdocs build --strict --quiet --site-dir out/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir out/site
+	$(BIN)/python tools/check_site.py out/site
 	@echo "open out/site/index.html"
 
 wheel: $(VENV)/.dev

@@ -28,6 +28,7 @@ COMMANDS = {
     "report": "draw loss and memory of one run or several, and print the table",
     "bench": "measure speed, memory and quality against other optimizers",
     "export": "write a checkpoint as a Hugging Face directory",
+    "env": "print what a bug report needs: versions, processor, GPU",
     "shim": "print a folder for PYTHONPATH that stands in for apollo-torch",
 }
 
@@ -101,9 +102,9 @@ def run(words: list[str]) -> int:
         say(HELP.rstrip())
         return 0 if words else 2
     if words[0] in ("-V", "--version"):
-        from importlib.metadata import version
+        from .. import __version__
 
-        say(f"apollo-optim {version('apollo-optim')}")
+        say(f"apollo-optim {__version__}")
         return 0
     name, *rest = words
     if name not in COMMANDS:

@@ -39,7 +39,8 @@ class APOLLOAdamW(Apollo):
         params: Groups, or parameters.
         correct_bias: Always so; False is left out, with a warning.
         no_deprecation_warning: Nothing is deprecated.
-        scale_front, disable_nl: `scale_front` of `Apollo`, and `norm_growth=None`.
+        scale_front: That of `Apollo`.
+        disable_nl: True is `norm_growth=None`, no limiter.
 
     Raises InputError (a ValueError) for values out of range, naming the key.
     """

@@ -23,8 +23,9 @@ class Apollo(RuleOptimizer):
             It is not AdamW's: an AdamW step has entries near +-lr, an APOLLO step only the same norm per channel before
             `scale`, so it takes about ten times AdamW's lr. The rest, AdamW, gets this lr too unless its groups name
             another; for embedding and head 0.01 is right as well (see `rest_lr` of `param_groups`).
-        betas, eps: Adam's, of the sketch and of the rest. `eps` is added to uncorrected moments for the matrices and
-            to corrected ones for the rest, as in the papers' code and in torch.optim.AdamW.
+        betas: Decay of Adam's two moments, of the sketch and of the rest.
+        eps: Added to the root of the second moment: uncorrected for the matrices and corrected for the rest, as in the
+            papers' code and in torch.optim.AdamW.
         weight_decay: Decoupled, and applied to the weight before the step, as in torch.optim.AdamW.
         rank: r, columns of the sketch: a quarter of the small side (the papers' choice; 256 at 7B), or an eighth. Only
             applies where no group names one.

@@ -80,9 +80,12 @@ def param_groups(
         rest_rank: Their rank, if they follow a rule with one; None: the rule's own or, as "auto", a quarter of the most
             common small side of the matrices; with `rest="apollo"` the matrices'.
         rest_lr: Learning rate of all groups but `matrices`.
-        embedding_lr, head_lr, norm_lr: Learning rates of `embedding`, `head` and `norms` apart; each falls back to
-            `rest_lr`, and that to the optimizer's `lr`.
-        embedding, head, others: As `rest`, for one of them.
+        embedding_lr: Of `embedding` apart; falls back to `rest_lr`, and that to the optimizer's `lr`.
+        head_lr: The same of `head`.
+        norm_lr: The same of `norms`.
+        embedding: As `rest`, for `embedding` alone.
+        head: As `rest`, for `head` alone.
+        others: As `rest`, for `others` alone.
         **knobs: Go into every group that they mean something to: `lr`, `weight_decay`, ... into all, the rule's own
             (`scale`, `proj`, ...) into `matrices`, `betas` and `eps` into all that are Adam's. Where a `rule` is named,
             a knob that it does not have is one of the other groups' rules.

@@ -153,8 +153,14 @@ def build_optimizer(
     Args:
         name: One of `list_optimizers()`; two rules, as in "muon+adamw" (see `combined`); or a recipe of your own.
         lr: Of the matrices, and of everything else unless `rest_lr` says otherwise.
-        embedding_lr, head_lr, norm_lr: Of these apart; each falls back to `rest_lr`, and that to `lr`.
-        rest, embedding, head, rest_rank: What embedding, head and other matrices follow; see `param_groups`.
+        rest_lr: Of embedding, head, norms and all else that does not follow the optimizer's rule.
+        embedding_lr: Of the embedding apart; falls back to `rest_lr`, and that to `lr`. So do `head_lr` and `norm_lr`.
+        head_lr: Of the head.
+        norm_lr: Of norms and biases.
+        rest: What embedding, head and other matrices follow; see `param_groups`, also for the next three.
+        rest_rank: Their rank.
+        embedding: What the embedding follows.
+        head: What the head follows.
         rank: A whole number, or "auto" (a quarter of the most common small side).
         **knobs: Any group key of the optimizer; see its docstring.
 

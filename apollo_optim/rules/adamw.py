@@ -13,7 +13,14 @@ from apollo_optim.rules.knobs import BETAS, EPS
 
 @dataclass(frozen=True)
 class AdamW(Rule):
-    """torch.optim.AdamW's arithmetic (algorithm 2 of the paper): eps after the bias correction."""
+    """torch.optim.AdamW's arithmetic (algorithm 2 of the paper): eps after the bias correction.
+
+    When: Memory is no concern, and the baseline of every comparison; also what embedding, head and norms follow by
+    default.
+
+    Evidence: Of the methods whose final runs are in the logs it ends lowest: perplexity 21.61 +- 0.14 on `llama-4m`
+    (`results/README.md`). It is torch's AdamW (`tests/rules/test_parity.py`).
+    """
 
     name: ClassVar[str] = "adamw"
     title: ClassVar[str] = "AdamW"

@@ -21,6 +21,11 @@ class Fira(Galore):
     sees. `S = limit(phi (G - R P^T))`, whose norm may grow by 1 % a step, and
     `W <- (1 - lr wd) W - lr c_t (scale N P^T + S)`. The paper's residual is this one; the authors' code (fira 1.0.2)
     takes scale R P^T off the gradient instead of R P^T.
+
+    When: To compare with the paper; a step of full rank at GaLore's state.
+
+    Evidence: The authors' step to 3e-7 of its length, with their residual (`results/parity/rivals.md`). No quality
+    run of it is in the logs yet; the race (`docs/race.md`) has it in its queue.
     """
 
     name: ClassVar[str] = "fira"

@@ -22,6 +22,12 @@ class Flora(Projected):
     Adafactor's of `U = M P^T`: `W <- (1 - lr wd) W - lr U / sqrt(R C / mean(R))`, clipped to an RMS of 1, where R
     and C average the squares of U over rows and over columns. U is made for the weight alone: sums over its squares
     are those of M and P (R = diag(M (P^T P) M^T), C = diag(P (M^T M) P^T)).
+
+    When: Adafactor's memory and a momentum in a subspace besides.
+
+    Evidence: The paper's step; with a basis that holds everything it is Adafactor on a momentum
+    (`tests/rules/test_rivals.py`). No quality run of it is in the logs yet; the race (`docs/race.md`) has it in its
+    queue.
     """
 
     name: ClassVar[str] = "flora"

@@ -20,6 +20,11 @@ class Foam(Rule):
     `F = fold(G)`, a mean for each block; Adam's moments M and V of F; `R = G - unfold(F)`, and of every entry
     `W <- (1 - lr wd) W - lr scale (unfold(M) + R) / (sqrt(unfold(V) + R^2) + eps)`. The paper has no bias correction.
     A matrix whose rows blocks do not divide follows AdamW.
+
+    When: APOLLO's memory at rank d/4 without a projection, where rows divide into blocks.
+
+    Evidence: The paper's step (`tests/rules/test_rivals.py`). No quality run of it is in the logs yet; the race
+    (`docs/race.md`) has it in its queue.
     """
 
     name: ClassVar[str] = "foam"

@@ -19,6 +19,11 @@ class Galore(Projected):
     `R = G P`, Adam's moments of R, `N = M / (sqrt(V) + eps)`, `W <- (1 - lr wd) W - lr scale c_t N P^T`, c_t being
     Adam's bias correction. The moments stay as they are when P changes. So that they go on meaning the same, each
     singular vector has a positive largest entry; the authors' code takes the signs as they come.
+
+    When: To compare with the paper. APOLLO at the same rank keeps no basis and needs no decomposition.
+
+    Evidence: galore-torch's step to 4e-7 of its length (`results/parity/rivals.md`). No quality run of it is in the
+    logs yet; the race (`docs/race.md`) has it in its queue.
     """
 
     name: ClassVar[str] = "galore"

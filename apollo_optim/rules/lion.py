@@ -16,6 +16,11 @@ class Lion(Rule):
 
     Every entry moves by lr at every step, so the paper takes a third to a tenth of AdamW's rate, and as many times its
     weight decay. Its betas are two knobs, not `betas`: that key goes wherever Adam is, and means other numbers there.
+
+    When: Half of AdamW's state, without a second moment. Start at a third to a tenth of AdamW's rate.
+
+    Evidence: The paper's step (`tests/rules/test_rivals.py`). No quality run of it is in the logs yet; the race
+    (`docs/race.md`) has it in its queue.
     """
 
     name: ClassVar[str] = "lion"

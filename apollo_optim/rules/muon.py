@@ -21,6 +21,12 @@ class Muon(Rule):
 
     `W <- (1 - lr wd) W - lr size O`, O near the orthogonal matrix that is nearest to the average. The size makes the
     RMS of a step 0.2, as AdamW's is about, so that AdamW's learning rates serve; or it is the original's.
+
+    When: Hidden matrices, with AdamW for embedding and head (`muon+adamw`), where half of AdamW's state is
+    affordable.
+
+    Evidence: torch.optim.Muon's step within its own noise (`tests/rules/test_parity.py`). No quality run of it is
+    in the logs yet; the race (`docs/race.md`) has it in its queue.
     """
 
     name: ClassVar[str] = "muon"

@@ -19,6 +19,11 @@ class NorMuon(Muon):
     Each row (an output) of Muon's orthogonal O is divided by the root of its mean square's running average v; then the
     matrix is brought back to O's norm, so that Muon's rates serve: `W <- (1 - lr wd) W - lr size ||O|| / ||N|| N`,
     `N = O / sqrt(v)`. v needs no bias correction, as a number that all rows share drops out.
+
+    When: Where Muon is, for one more number a row.
+
+    Evidence: Muon with its rows normalised, checked against that definition (`tests/rules/test_rivals.py`). No
+    quality run of it is in the logs yet; the race (`docs/race.md`) has it in its queue.
     """
 
     name: ClassVar[str] = "normuon"

@@ -29,6 +29,11 @@ class Racs(Rule):
 
     The averages start from the first gradient that is not zero: from zero, the first step would be 10 times too large,
     and nothing limits that one. A zero gradient leaves them as they are.
+
+    When: Almost no state - two vectors a matrix, as APOLLO-Mini's - without a projection.
+
+    Evidence: The paper's step, and the best approximation of rank one is found (`tests/rules/test_rivals.py`). No
+    quality run of it is in the logs yet; the race (`docs/race.md`) has it in its queue.
     """
 
     name: ClassVar[str] = "racs"

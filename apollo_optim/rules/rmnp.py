@@ -21,6 +21,11 @@ class Rmnp(Scale):
     `M <- b M + (1 - b) G`, `W <- (1 - lr wd) W - lr size M_i / ||M_i||` of every row i, an output. That is SCALE's step
     on a momentum of every matrix, with Muon's size: RMS 0.2, as AdamW's is about, so that rates can be compared. A row
     that is all noise is stepped as far as any other, so that the best rate is below Muon's.
+
+    When: Where Muon is and its products are too slow; search a lower rate than Muon's.
+
+    Evidence: The paper's step (`tests/rules/test_rivals.py`). No quality run of it is in the logs yet; the race
+    (`docs/race.md`) has it in its queue.
     """
 
     name: ClassVar[str] = "rmnp"

@@ -15,6 +15,11 @@ class Sgd(Rule):
 
     `M <- momentum M + G`, a sum and no average: a step is up to 1 / (1 - momentum) gradients long. `W <- W - lr M`, or
     with Nesterov's `W <- W - lr (G + momentum M)`. Without a momentum it is the gradient and keeps nothing.
+
+    When: A lower bound of what state can buy, and models that train without adaptive steps.
+
+    Evidence: torch.optim.SGD's step, but for the decoupled decay (`tests/rules/test_rivals.py`). No quality run of
+    it is in the logs yet; the race (`docs/race.md`) has it in its queue.
     """
 
     name: ClassVar[str] = "sgd"

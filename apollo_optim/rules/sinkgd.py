@@ -21,6 +21,11 @@ class SinkGd(Rule):
 
     The paper's is the default. axolotl's has one round, and a rate that falls with the inputs: `rounds=1`,
     `base_width=` the width that `lr` was found at. (Its other rate, over an estimated spectral norm, is not here.)
+
+    When: No state at all for the matrices.
+
+    Evidence: The paper's step, and axolotl's rule of the width (`tests/rules/test_rivals.py`). No quality run of it
+    is in the logs yet; the race (`docs/race.md`) has it in its queue.
     """
 
     name: ClassVar[str] = "sinkgd"

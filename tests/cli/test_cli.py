@@ -1,6 +1,8 @@
 """The command: words in, exit codes out, one line for what is wrong."""
 
 import json
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,15 @@ def test_help_needs_no_torch() -> None:
 def test_the_package_is_the_command_too() -> None:
     words = [sys.executable, "-m", "apollo_optim", "--version"]
     assert subprocess.run(words, check=True, capture_output=True, text=True).stdout.startswith("apollo-optim 0.")
+
+
+def test_env_says_what_a_bug_report_needs_and_not_who_or_where(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    said = capsys.readouterr().out
+    for what in ("apollo-optim", "python", "system", "torch", "processor", "C++ compiler"):
+        assert re.search(rf"^{re.escape(what)} +\S", said, re.MULTILINE)
+    assert platform.node() not in said
+    assert str(Path.home()) not in said
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
