@@ -5,7 +5,6 @@ its weight is split, the state is split by channels (or, in a stack, by expert),
 sums along r stay local. `torch.distributed.tensor` is imported only once a DTensor is met: it costs a second.
 """
 
-from collections.abc import Callable, Container
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.placements import assembled, cuts, moved
 from apollo_optim.core.random import Dither, Key, dither
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Place:
 
     def splits(self, dim: int) -> bool:
         """Does a rank hold only a part along `dim`?"""
-        return any(_splits(p, [dim % len(self.shape)]) for p in self.placements)
+        return any(cuts(p, [dim % len(self.shape)]) for p in self.placements)
 
     def transposed(self) -> "Place":
         """The place of the last two dimensions swapped.
@@ -107,7 +107,7 @@ class Place:
         order = [*batch, n, m]
         starts = None if self.starts is None else tuple(self.starts[i] for i in order)
         shape, own = (tuple(of[i] for i in order) for of in (self.shape, self.own))
-        return Place(shape, own, starts, self.mesh, tuple(_moved(p, order) for p in self.placements))
+        return Place(shape, own, starts, self.mesh, tuple(moved(p, order) for p in self.placements))
 
     def noise(self, key: Key, device: torch.device) -> Dither:
         """`dither` for this rank's part: an entry's is its own wherever it lies. (Of a batch of keys, a batch.)"""
@@ -145,7 +145,7 @@ class Place:
 
         over = [dim % len(self.shape) for dim in dims]
         shape = tuple(1 if dim in over else size for dim, size in enumerate(self.shape))
-        waiting = [Partial() if _splits(p, over) else p for p in self.placements]
+        waiting = [Partial() if cuts(p, over) else p for p in self.placements]
         final = [Replicate() if p.is_partial() else p for p in waiting]
         return self._redistributed(own, shape, waiting, final)
 
@@ -164,7 +164,7 @@ class Place:
             return own_cx
         from torch.distributed.tensor import Partial
 
-        waiting = [Partial() if _splits(p, [len(self.shape) - 1]) else p for p in self.placements]
+        waiting = [Partial() if cuts(p, [len(self.shape) - 1]) else p for p in self.placements]
         shape = (*self.shape[:-1], own_cx.shape[-1])
         return self._redistributed(own_cx, shape, waiting, list(self.channels.placements))
 
@@ -174,7 +174,7 @@ class Place:
             return own_cx
         from torch.distributed.tensor import Replicate
 
-        final = [Replicate() if _splits(p, [len(self.shape) - 1]) else p for p in self.placements]
+        final = [Replicate() if cuts(p, [len(self.shape) - 1]) else p for p in self.placements]
         return self._redistributed(own_cx, (*self.shape[:-1], own_cx.shape[-1]), list(self.channels.placements), final)
 
     def along(self, dim: int) -> "Place":
@@ -185,7 +185,7 @@ class Place:
 
         dim %= len(self.shape)
         shape = tuple(1 if i == dim else size for i, size in enumerate(self.shape))
-        placements = tuple(Replicate() if _splits(p, [dim]) else p for p in self.placements)
+        placements = tuple(Replicate() if cuts(p, [dim]) else p for p in self.placements)
         return _placed(shape, self.mesh, placements)
 
     @property
@@ -196,7 +196,7 @@ class Place:
         from torch.distributed.tensor import Shard
 
         c, k = len(self.shape) - 2, len(self.shape) - 1
-        placements = [Shard(c) if _splits(p, [k]) else p for p in self.placements]
+        placements = [Shard(c) if cuts(p, [k]) else p for p in self.placements]
         return _placed((*self.shape[:-1], 1), self.mesh, tuple(placements))
 
     def whole(self, own: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ class Place:
         from torch.distributed.tensor import Replicate
 
         everywhere = [Replicate()] * len(self.placements)
-        stacked = [p if _splits(p, range(own.ndim)) else Replicate() for p in self.placements]
+        stacked = [p if cuts(p, range(own.ndim)) else Replicate() for p in self.placements]
         return self._redistributed(own, self.shape[: own.ndim], stacked, everywhere)
 
     def part_of(self, t: Tensor, own: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ class Place:
                 own = all_reduce(own, "sum", (self.mesh, dim))
             result = own
         else:
-            result = _assembled(lambda _: own, shape, self.mesh, before).redistribute(placements=after).to_local()
+            result = assembled(lambda _: own, shape, self.mesh, before).redistribute(placements=after).to_local()
         return getattr(result, "wait", lambda: result)()
 
     # --- state ---
@@ -259,7 +259,7 @@ class Place:
             return _placed(shape, self.mesh, self.channels.placements)
         along = {"rows": len(shape) - 1, "columns": len(shape) - 2}.get(split)
         alike = [dim for dim in range(len(shape)) if dim != along]
-        placements = [p if _splits(p, alike) or not hasattr(p, "dim") else Replicate() for p in self.placements]
+        placements = [p if cuts(p, alike) or not hasattr(p, "dim") else Replicate() for p in self.placements]
         return _placed(shape, self.mesh, tuple(placements))
 
     def zeros(self, shape: tuple[int, ...], split: str, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -271,7 +271,7 @@ class Place:
         if place.mesh is None:
             return torch.zeros(shape, dtype=dtype, device=device)
         make = lambda size: torch.zeros(size, dtype=dtype, device=device)  # noqa: E731
-        return _assembled(make, shape, place.mesh, list(place.placements))
+        return assembled(make, shape, place.mesh, list(place.placements))
 
 
 def _placed(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> Place:
@@ -279,35 +279,7 @@ def _placed(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> P
 
     own, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
     for i, p in enumerate(placements):  # of a strided shard, only what later ones cut back to one block can be placed
-        later = [mesh.size(j) for j, q in enumerate(placements) if j > i and _splits(q, [getattr(p, "dim", None)])]
+        later = [mesh.size(j) for j, q in enumerate(placements) if j > i and cuts(q, [getattr(p, "dim", None)])]
         if getattr(p, "split_factor", prod(later)) != prod(later):
             return Place(shape, tuple(own), None, mesh, placements)
     return Place(shape, tuple(own), tuple(starts), mesh, placements)
-
-
-def _splits(placement: Any, dims: Container[Any]) -> bool:
-    """Does it split one of these dimensions? `is_shard` says no of a strided shard, tensor parallelism under FSDP."""
-    return getattr(placement, "dim", None) in dims
-
-
-def _moved(placement: Any, order: list[int]) -> Any:
-    """A placement after a permutation: new dimension i was `order[i]`."""
-    if not hasattr(placement, "dim"):
-        return placement
-    if hasattr(placement, "split_factor"):
-        return type(placement)(order.index(placement.dim), split_factor=placement.split_factor)
-    return type(placement)(order.index(placement.dim))
-
-
-def _assembled(
-    make: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...], mesh: Any, placements: list[Any]
-) -> "DTensor":
-    """A DTensor of global `shape` out of each rank's part, uneven splits included."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    size = compute_local_shape_and_global_offset(shape, mesh, placements)[0]
-    stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
-    return DTensor.from_local(
-        make(tuple(size)), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
