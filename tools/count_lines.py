@@ -1,6 +1,6 @@
 """Lines of code of the library's rooms at commits: no blanks, no comments, no docstrings.
 
-    python tools/count_lines.py BASE HEAD
+python tools/count_lines.py BASE HEAD
 """
 
 import ast

@@ -100,6 +100,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        encode(tokenizer, ["a"])  # what its files say may be seen only now
     except Exception as error:  # whatever the hub, the file or the parser says, in one line
         raise InputError(f"cannot load the tokenizer {name!r}: {reason(error)}") from error
     if tokenizer.eos_token_id is None:

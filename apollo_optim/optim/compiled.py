@@ -65,9 +65,7 @@ def prepare_compiled(
     return partial(_write_itself, graph, static, weight, given, inputs) if static.own else partial(graph, *given)
 
 
-def _write_itself(
-    graph: Callable[..., Any], static: Static, weight: Any, given: list[Tensor], inputs: Inputs
-) -> None:
+def _write_itself(graph: Callable[..., Any], static: Static, weight: Any, given: list[Tensor], inputs: Inputs) -> None:
     step = graph(*given)
     key = inputs.keys.get("weight")
     noise = None if key is None else static.place.noise(key, weight.device)

@@ -20,7 +20,7 @@ _AT_LEAST_0 = number(0)
 _CODEC = one_of(*CODECS)
 
 
-def _is_lr(x: Any) -> bool:
+def is_lr(x: Any) -> bool:
     return (isinstance(x, Tensor) and x.numel() == 1) or _AT_LEAST_0.fits(x)
 
 
@@ -32,7 +32,7 @@ def _is_state_dtype(x: Any) -> bool:
 GENERAL: dict[str, Knob] = {
     "rule": Knob("the name of a rule", lambda x: isinstance(x, str)),
     "otherwise": Knob("the name of a rule", lambda x: isinstance(x, str)),
-    "lr": Knob("a number >= 0", _is_lr),
+    "lr": Knob("a number >= 0", is_lr),
     "weight_decay": _AT_LEAST_0,
     "state_dtype": Knob(f"{_CODEC.wanted}, or a dict of them by slot", _is_state_dtype),
     "stochastic_rounding": SWITCH,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.place import is_sharded, whole
-from apollo_optim.optim.knobs import Group, check_group, find_rule
+from apollo_optim.optim.knobs import Group, check_group, find_rule, is_lr
 from apollo_optim.optim.parameter import init_state
 
 State = dict[str, Any]
@@ -42,6 +42,10 @@ def fit_groups(ours: list[Group], saved: list[Group], owner: str) -> list[Group]
             )
         group = {**{key: value for key, value in mine.items() if key not in ("params", "param_names")}, **theirs}
         check_group({**group, "params": []}, f"{owner}, saved state")
+        if not is_lr(peak := group.get("initial_lr", 0.0)):
+            raise InputError(
+                f"{owner}, saved state: initial_lr={peak!r} of group {number}, but it must be a number >= 0"
+            )
         if "param_names" in mine and sorted(mine["param_names"]) == sorted(theirs.get("param_names", ())):
             ids = dict(zip(theirs["param_names"], theirs["params"], strict=True))
             group["params"], group["param_names"] = [ids[name] for name in mine["param_names"]], mine["param_names"]

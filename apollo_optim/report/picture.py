@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from apollo_optim.core.printing import literal, printable
-from apollo_optim.report.read import PARTS, Event, Run, labels
+from apollo_optim.report.read import PARTS, Run, labels
 from apollo_optim.report.units import byte_scale, unit_of
 
 if TYPE_CHECKING:
@@ -38,10 +38,8 @@ def draw(runs: Sequence[Run]) -> Figure:
     token_unit, token_name = unit_of(most, counts)
 
     for run, name, (colour, style) in zip(runs, names, looks, strict=True):
-        plot_loss(
-            by_tokens, run, lambda event: event["tokens"] / token_unit, colour=colour, style=style, label=f" {name}"
-        )  # `_x` would be left out
-        plot_loss(by_time, run, lambda event: event["seconds"] / time_unit, colour=colour, style=style)
+        plot_loss(by_tokens, run, "tokens", token_unit, colour, style, label=f" {name}")  # `_x` would be left out
+        plot_loss(by_time, run, "seconds", time_unit, colour, style)
     by_tokens.set(xlabel=token_name, ylabel="loss (nats per token)", title="Loss against tokens")
     by_time.set(xlabel=time_name, ylabel="loss (nats per token)", title="Loss against time")
     for axes in (by_tokens, by_time):
@@ -77,16 +75,17 @@ def headline(runs: Sequence[Run]) -> str:
     return printable(f"{', '.join(models)} on {corpus}")
 
 
-def plot_loss(
-    axes: Axes, run: Run, x_of: Callable[[Event], float], *, colour: str, style: str, label: str | None = None
-) -> None:
-    """The training loss as a thin running mean, the validation loss as the line with markers that one reads off."""
+def plot_loss(axes: Axes, run: Run, key: str, unit: float, colour: str, style: str, label: str | None = None) -> None:
+    """The training loss as a thin running mean, the validation loss as the line with markers that one reads off.
+
+    `key`: the figure to the right, in so many of which the axis counts; a record without it is not drawn.
+    """
     if run.steps:
         every = -(-len(run.steps) // POINTS)
-        xs = [x_of(run.steps[i]) for i in range(0, len(run.steps), every)]
+        xs = [x / unit for x in run.steps.column(key)[::every]]
         axes.plot(xs, smoothed(run)[::every], color=colour, alpha=0.35, linewidth=1.0)
     if run.evals:
-        xs, ys = [x_of(event) for event in run.evals], [event["loss"] for event in run.evals]
+        xs, ys = [x / unit for x in run.evals.column(key)], list(run.evals.column("loss"))
         axes.plot(xs, ys, color=colour, linestyle=style, linewidth=2, marker="o", markersize=3.5, label=label)
     elif label is not None:
         axes.plot([], [], color=colour, linestyle=style, label=label)

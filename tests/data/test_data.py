@@ -506,6 +506,10 @@ def test_a_tokenizer_by_path(stories: Path, small: Callable[..., DataConfig], tm
     trained.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no end-of-text token"):
         open_data(small(stories, tokenizer=str(tmp_path)))
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|endoftext|>", "model_max_length": "x"}))
+    with pytest.raises(InputError, match="cannot load the tokenizer"):  # it loads, and the first text is a TypeError
+        open_data(small(stories, tokenizer=str(tmp_path)))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="cannot load the tokenizer"):
         open_data(small(stories, tokenizer=str(tmp_path)))

@@ -50,6 +50,17 @@ def write_log(path: Path, events: list[Event], tail: str = "") -> Path:
     return path
 
 
+@pytest.mark.parametrize("key", ["seconds", "bits_per_byte"])
+def test_a_figure_that_a_log_lacks_is_not_drawn(tmp_path: Path, key: str) -> None:
+    """In one record, and in all of them."""
+    for name, lacking in (("one", 3), ("all", None)):
+        events = log_of()
+        for event in events if lacking is None else events[lacking : lacking + 1]:
+            event.pop(key, None)
+        run = read_run(write_log(tmp_path / name, events))
+        assert write_report([run], tmp_path / f"page-{name}").page.is_file()
+
+
 def test_the_table_holds_the_figures_of_the_log(tmp_path: Path) -> None:
     titles, [row] = table_rows([read_run(write_log(tmp_path / "run", log_of()))])
     cells = dict(zip(titles, row, strict=True))

@@ -132,6 +132,7 @@ def test_a_checkpoint_under_another_name_is_refused(folder):
         (lambda s: s.pop("random"), "its random is None"),
         (lambda s: s["optimizer"].update(state=[]), "its optimizer.state"),
         (lambda s: s["optimizer"]["param_groups"][0].update(dtype={"$dtype": "nn"}), "there is no dtype 'nn'"),
+        (lambda s: s["optimizer"]["param_groups"][0].update(initial_lr="x"), "initial_lr='x' of group 0"),
         (lambda s: s["random"].update(torch={"$tensor": "x"}), "there is no tensor 'x'"),
         (lambda s: s["random"].update(python={"$tuple": [3, {"$tuple": [1]}, None]}), "state.json is damaged"),
         (lambda s: norm_of(s).update(prev_norm=3), "prev_norm is int, not a tensor"),

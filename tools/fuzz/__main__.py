@@ -3,8 +3,9 @@
     python -m tools.fuzz --inputs 5000 --log results/trust/fuzz.jsonl
 
 An input is a number: from it (and `--seed`) follow the command, the file that is changed, and how. Each runs in a fork
-of one warm process, which is killed when it hangs. The log has a line for each input; the same command goes on behind
-its last. What may come of one:
+of one warm process, which is killed when it hangs. The log has a line for each input, with the commit; the same
+command goes on behind its last, and runs again what was a fault: the last line of an input counts. What may come of
+one:
 
     refused     exit 1 or 2, with one line that says why
     right       exit 0, and the result is to the bit that of the untouched input
@@ -23,6 +24,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from benchmarks.kit import commit
 from tools.fuzz.inputs import case_of
 from tools.fuzz.stage import FAULTS, Stage, in_a_fork, outcome
 
@@ -37,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--log", type=Path, help="append to it, and go on where it ends")
     parser.add_argument("--only", type=int, help="this input alone; says all of it")
     args = parser.parse_args(argv)
-    done = [json.loads(line) for line in args.log.read_text().splitlines()] if args.log and args.log.exists() else []
+    lines = [json.loads(line) for line in args.log.read_text().splitlines()] if args.log and args.log.exists() else []
+    found = {line["input"]: line["outcome"] for line in lines}
+    to_do = [number for number in range(args.inputs) if found.get(number, "traceback") in FAULTS]
     begin = time.monotonic()
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     import torch
@@ -50,24 +54,19 @@ def main(argv: list[str] | None = None) -> int:
     import apollo_optim.report
     import apollo_optim.train.pretrain  # noqa: F401
 
-    found = Counter(line["outcome"] for line in done)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
         os.environ |= {"FUZZ_ROOT": root, "HF_HOME": root, "MPLCONFIGDIR": root, "HOME": root}
         stage = Stage(Path(root))
-        for number in [args.only] if args.only is not None else range(len(done), args.inputs):
+        for number in to_do if args.only is None else [args.only]:
             if time.monotonic() - begin > args.seconds:
                 break
             case = case_of(stage, number, args.seed)
             start = time.monotonic()
             code, said = in_a_fork(case.words)
             result = outcome(case, code, said)
-            found[result] += 1
-            line = {
-                "input": number,
-                "what": case.what,
-                "outcome": result,
-                "seconds": round(time.monotonic() - start, 2),
-            }
+            found[number] = result
+            line = {"input": number, "what": case.what, "outcome": result, "commit": commit()}
+            line["seconds"] = round(time.monotonic() - start, 2)
             if args.only is not None or result in FAULTS:
                 line["said"] = said.replace(root, ".")[-3000:]
                 print(f"{number}: {case.what}: {result}\n{line['said']}", flush=True)
@@ -75,8 +74,9 @@ def main(argv: list[str] | None = None) -> int:
                 args.log.parent.mkdir(parents=True, exist_ok=True)
                 with args.log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line | {"what": case.what.replace(root, ".")}) + "\n")
-    print(f"{sum(found.values()):,} inputs: " + ", ".join(f"{found[name]:,} {name}" for name in sorted(found)))
-    return any(found[name] for name in FAULTS)
+    counts = Counter(found.values())
+    print(f"{len(found):,} inputs: " + ", ".join(f"{counts[name]:,} {name}" for name in sorted(counts)))
+    return any(counts[name] for name in FAULTS)
 
 
 if __name__ == "__main__":
