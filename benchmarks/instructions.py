@@ -4,9 +4,9 @@
     apollo-optim bench instructions --out out/demo-finetune --score before=BASE/model adamw=out/demo-finetune/adamw
 
 Five tasks over identifiers of Python source: copy, reverse, sort, rename and count. The first command writes
-train.jsonl and held.jsonl (prompt and completion; no prompt is in both), the second lets every model answer the held-out
-prompts, always with the likeliest token, and writes a log, a table and a picture. An answer is right if it is the whole
-completion and the text ends there. `make demo-finetune` does all of it.
+train.jsonl and held.jsonl (prompt and completion; no prompt is in both), the second lets every model answer the
+held-out prompts, always with the likeliest token, and writes a log, a table and a picture. An answer is right if it is
+the whole completion and the text ends there. `make demo-finetune` does all of it.
 """
 
 from __future__ import annotations
