@@ -1,7 +1,7 @@
 """An instruction set that a small model can learn, made by rules, and models scored on it by exact match.
 
     apollo-optim bench instructions --out out/demo-finetune
-    apollo-optim bench instructions --out out/demo-finetune --score before=BASE/model adamw=out/demo-finetune/adamw
+    apollo-optim bench instructions --out out/demo-finetune --score before=out/base/model adamw=out/demo-finetune/adamw
 
 Five tasks over identifiers of Python source: copy, reverse, sort, rename and count. The first command writes
 train.jsonl and held.jsonl (prompt and completion; no prompt is in both), the second lets every model answer the
