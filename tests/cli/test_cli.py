@@ -56,7 +56,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         ("pretran", "unknown command pretran (did you mean pretrain?)"),
-        ("zzz", "unknown command zzz; there are pretrain, plan, optimizers"),
+        ("zzz", "unknown command zzz; there are pretrain, finetune, data, plan, optimizers"),
         ("bench sped", "unknown bench sped; there are race, "),
         ("report --otu x DIR", "unknown argument --otu (did you mean --out?)"),
         ("report", "required: DIR"),
