@@ -18,6 +18,7 @@ BENCHES = {
     "step": "the time of a step of ours, of the installed peers and of fused AdamW, interleaved in one process",
     "loop": "what pretrain costs beside forward, backward and step, and tokens a second with each optimizer",
     "stall": "how long steps wait for text, with it made ahead in a thread and without",
+    "instructions": "an instruction set made by rules, and models scored on it by exact match",
     "company": "tokens a second alone and beside a busy process, by how threads wait for each other",
     "memory": "peak memory, a fresh process for every optimizer, beside its plan",
     "low-bit": "what low-bit weights cost by the piece, and other formats for them",
@@ -35,7 +36,7 @@ Measure, and keep the log: what the documentation says of speed, memory and qual
 They are not installed with the library: run this in a checkout of the repository.
 
 benches:
-{"".join(f"  {name:<10}{summary}{chr(10)}" for name, summary in BENCHES.items())}
+{"".join(f"  {name:<14}{summary}{chr(10)}" for name, summary in BENCHES.items())}
   apollo-optim bench NAME --help says more; python -m benchmarks.NAME is the same.
 """
 

@@ -175,6 +175,8 @@ def _open_local(cfg: DataConfig, sources: list[str], cache: Path) -> _Text:
 
 
 def _open_stream(cfg: DataConfig, name: str) -> _Text:
+    if cfg.validation_source is not None:
+        raise InputError(f"data.validation_source: {name} is a dataset; name its split with data.validation_split")
     builder = open_builder(name, cfg.subset)
 
     def documents(split: str | None) -> StreamDocuments:

@@ -198,6 +198,7 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
         left_out=job.data.left_out,
         resumed_from=resumed_from,
         **({"changed": job.changed} if job.changed else {}),
+        **({"notes": job.data.notes} if job.data.notes else {}),
         **processes,
     )
     display.note(f"{parameters:,} parameters in {job.cfg.model.dtype} on {job.state.device}; results in {job.run}")

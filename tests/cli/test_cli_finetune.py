@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,8 @@ from apollo_optim.cli import data as data_command
 from apollo_optim.cli import finetune, pretrain
 from apollo_optim.cli.main import main
 from apollo_optim.data import DataConfig, open_data
-from apollo_optim.train.config import load_config
+from apollo_optim.train.config import check, load_config
+from apollo_optim.train.finetune import resolved
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +103,45 @@ def test_data_of_text(place, capsys):
     words += ["--data.columns", "{}", "--data.vocab_size", "300"]
     assert main(["data", str(place / "run.yaml"), "--rows", "1", *words]) == 0
     assert "0.0% padding" in capsys.readouterr().out
+
+
+FINETUNE = sorted((Path(__file__).resolve().parents[2] / "runs").glob("finetune-*.yaml"))
+
+
+@pytest.mark.parametrize("file", FINETUNE, ids=lambda path: path.stem)
+def test_every_run_file_is_a_run_that_can_be_planned(file, capsys):
+    cfg = resolved(pretrain.parse(["--config", str(file)], finetune.story()).cfg)
+    check(cfg)
+    assert cfg.model.pretrained
+    assert 1e-5 <= cfg.optim.lr <= 3e-4 or file.stem == "finetune-demo"
+    assert ("Not run in full" in file.read_text()) == (file.stem != "finetune-demo")
+    assert cfg.train.batch_size % (cfg.train.micro_batch or cfg.train.batch_size) == 0
+    words = ["--model.name", "llama-1m", "--optimizer", cfg.optim.name, "--batch", "2"]
+    assert main(["plan", str(file), "--data.seq_len", "64", *words]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("finetune-llama-3.2-1b-commonsense", ["--optim.rank", "4"]),
+        ("finetune-llama-3.2-1b-commonsense", ["--optim.name=apollo-mini", "--optim.rank=null", "--optim.scale=128"]),
+        ("finetune-llama-3-8b-mmlu", []),
+        ("finetune-llama-3-8b-mmlu", ["--optim.name", "q-apollo-mini", "--quant.group_size", "16"]),
+    ],
+)
+def test_the_papers_run_files_on_a_stand_in(place, tmp_path, name, more):
+    asked = f"What is {name}?"
+    rows = [
+        {"instruction": asked, "input": "", "output": f"{n}", "answer": "1"}
+        if "commonsense" in name
+        else {"prompt": f"{asked} {n} Answer:", "completion": " B"}
+        for n in range(60)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model.name", str(place / "base"), "--data.source", str(tmp_path / "rows.jsonl"), "--data.seq_len=256"]
+    words += ["--data.cache_dir", str(place), "--data.validation_percent", "20", "--train.steps", "2"]
+    words += ["--train.batch_size", "2", "--train.micro_batch", "1", "--train.threads", "1", "--log.display", "none"]
+    file = next(path for path in FINETUNE if path.stem == name)
+    assert main(["finetune", "--config", str(file), *words, *more, "--out", str(tmp_path / "run")]) == 0
+    assert records(tmp_path / "run", "end")[0]["step"] == 2
+    assert (tmp_path / "run" / "model" / "config.json").exists()

@@ -168,6 +168,11 @@ def test_what_is_skipped_is_counted(tmp_path, tokenizer, caplog):
     assert "rows.jsonl:2: 'messages' holds no answer" in caplog.text
 
 
+def test_a_dataset_has_splits():
+    with pytest.raises(InputError, match=r"data\.validation_source: some/set is a dataset; name its split"):
+        open_data(DataConfig(source="hf:some/set", validation_source="held.jsonl", format="auto"))
+
+
 def test_an_empty_file(tmp_path, tokenizer):
     with pytest.raises(InputError, match=r"rows\.jsonl: holds no text"):
         data_of(tmp_path, [], tokenizer)

@@ -132,12 +132,14 @@ def whole(place) -> Any:
 def test_a_run_of_epochs_learns_and_leaves_what_pretraining_leaves(place, whole):
     run = place / "whole"
     cfg = load_config(run / "config.yaml")
-    notes = records(run, "start")[0]
+    start = records(run, "start")[0]
+    assert start["notes"][0].startswith("160 samples in ")
+    assert start["notes"][1] == f"2 epochs are {cfg.train.steps} steps of 8 rows"
     assert cfg.data.tokenizer == str(place / "base" / "model")
     steps = records(run, "step")
     assert len(steps) == cfg.train.steps > 4
     assert whole.loss < 0.8 * steps[0]["loss"]
-    assert notes["config"]["train"]["epochs"] == 2
+    assert start["config"]["train"]["epochs"] == 2
     left = {path.name for path in run.iterdir()} - {".lock"}
     assert left == {"config.yaml", "metrics.jsonl", "checkpoints", "model", "tokenizer"}
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from train_tiny import MODEL, records, tiny
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.data import Batch
 from apollo_optim.train import build, events
 from apollo_optim.train import step as steps_of
 from apollo_optim.train.config import (
@@ -214,7 +215,7 @@ def rows(count: int, seq_len: int = 16, padded: bool = True):
     if padded:
         for row in range(count):
             labels[row, seq_len - row * 2 :] = -100
-    return types.SimpleNamespace(input_ids=input_ids, labels=labels)
+    return Batch(input_ids, labels)
 
 
 @pytest.fixture(scope="module")
@@ -276,10 +277,7 @@ def test_clipping_limits_the_gradient_and_reports_the_norm_before(model, tmp_pat
 
 def test_evaluation_weighs_tokens_and_shows_the_papers_figure_beside(model):
     batch = rows(5)
-    listed = [
-        types.SimpleNamespace(input_ids=ids, labels=labels)
-        for ids, labels in zip(batch.input_ids, batch.labels, strict=True)
-    ]
+    listed = [Batch(ids, labels) for ids, labels in zip(batch.input_ids, batch.labels, strict=True)]
     state = torch.get_rng_state()
     model.train()
     found = evaluate(model, listed, 2, bytes_per_token=3.0)
