@@ -19,12 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.kit import commit
+from benchmarks.kit import ROOT, commit
 from tools.fuzz.inputs import case_of
 from tools.fuzz.stage import FAULTS, Stage, in_a_fork, outcome
 
@@ -68,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
             line = {"input": number, "what": case.what, "outcome": result, "commit": commit()}
             line["seconds"] = round(time.monotonic() - start, 2)
             if args.only is not None or result in FAULTS:
-                line["said"] = said.replace(root, ".")[-3000:]
+                for place in (root, str(ROOT), sys.prefix):
+                    said = said.replace(place, ".")
+                line["said"] = said[-3000:]
                 print(f"{number}: {case.what}: {result}\n{line['said']}", flush=True)
             if args.log:
                 args.log.parent.mkdir(parents=True, exist_ok=True)
