@@ -26,7 +26,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.kit import ROOT, commit
-from tools.fuzz.inputs import case_of
+from tools.fuzz.inputs import WEIGHTS, case_of
 from tools.fuzz.stage import FAULTS, Stage, in_a_fork, outcome
 
 
@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--inputs", type=int, default=5000, help="so many, those in the log counted (5000)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="at most so long")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=[maker.__name__ for maker in WEIGHTS], help="inputs of one kind alone")
     parser.add_argument("--log", type=Path, help="append to it, and go on where it ends")
     parser.add_argument("--only", type=int, help="this input alone; says all of it")
     args = parser.parse_args(argv)
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         for number in to_do if args.only is None else [args.only]:
             if time.monotonic() - begin > args.seconds:
                 break
-            case = case_of(stage, number, args.seed)
+            case = case_of(stage, number, args.seed, args.kind)
             start = time.monotonic()
             code, said = in_a_fork(case.words)
             result = outcome(case, code, said)

@@ -10,11 +10,12 @@ from tools.fuzz.changes import NAMES, harm, header, odd_key, odd_yaml, replaced
 from tools.fuzz.stage import Case, Stage
 
 
-def case_of(stage: Stage, number: int, seed: int) -> Case:
-    """Input number `number`, made in the stage's working copy."""
+def case_of(stage: Stage, number: int, seed: int, kind: str | None = None) -> Case:
+    """Input number `number`, made in the stage's working copy; `kind`: one of `WEIGHTS` alone, by name."""
     chance = random.Random(f"{seed}/{number}")
     stage.fresh()
-    return chance.choices(*MAKERS)[0](stage, chance)
+    makers = {maker: weight for maker, weight in WEIGHTS.items() if kind in (None, maker.__name__)}
+    return chance.choices(list(makers), list(makers.values()))[0](stage, chance)
 
 
 def checked(stage: Stage, chance: random.Random) -> Case:
@@ -140,6 +141,31 @@ def text(stage: Stage, chance: random.Random) -> Case:
     return Case(stage.pretrain("new", *more), f"pretrain: {how} in {odd.name!r}, source {source!r}")
 
 
+def answers(stage: Stage, chance: random.Random) -> Case:
+    """Damaged questions and answers, to be fine-tuned on or looked at."""
+    path = chance.choice(sorted((stage.work / "answers").iterdir()))
+    if chance.random() < 0.6:
+        lines = path.read_bytes().splitlines()
+        at, one = chance.randrange(len(lines)), stage.work / "line.json"
+        one.write_bytes(lines[at])
+        how = replaced(one, chance)
+        lines[at] = one.read_bytes()
+        path.write_bytes(b"\n".join(lines) + b"\n")
+    else:
+        how = harm(path, chance)
+    mode, bad = chance.choice(("pack", "pad")), chance.choice(("error", "skip"))
+    keys = ["--data.source", str(path), "--data.mode", mode, "--data.on_bad_line", bad]
+    if chance.random() < 0.5:
+        return Case(stage.finetune("new", *keys), f"finetune: {how} in {path.name}, {mode}, {bad}")
+    config = stage.work / "answers.yaml"
+    config.write_text("data: {format: auto}\nmodel: {name: llama-1m}\n")
+    words = ["data", str(config), "--rows", "2", *keys, "--data.tokenizer", str(stage.work / "model")]
+    return Case(
+        [*words, "--data.seq_len", "256", "--data.validation_percent", "20"],
+        f"data: {how} in {path.name}, {mode}, {bad}",
+    )
+
+
 def names(stage: Stage, chance: random.Random) -> Case:
     """Odd names through every command."""
     name, run = chance.choice(NAMES), str(stage.work / "run")
@@ -162,4 +188,4 @@ def names(stage: Stage, chance: random.Random) -> Case:
     return Case([*words, *keep], f"{command} {words[1:]!r}".replace(str(stage.root), "."))
 
 
-MAKERS = ((checked, resealed, entries, run_file, log, foreign, text, names), (25, 15, 10, 10, 12, 12, 8, 8))
+WEIGHTS = {checked: 25, resealed: 15, entries: 10, run_file: 10, log: 12, foreign: 12, text: 8, names: 8, answers: 10}

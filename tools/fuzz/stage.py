@@ -63,6 +63,15 @@ class Stage:
         for i in range(40):
             (text / f"{i}.txt").write_text(f"line {i} of some words that differ {i * i}\n" * 20)
         (text / "lines.jsonl").write_text("".join(json.dumps({"text": f"record {i} " * 30}) + "\n" for i in range(20)))
+        rows = self.base / "answers"
+        rows.mkdir()
+        pairs = [(f"what is {i} and {i}?", f"{i} and {i} is {2 * i}") for i in range(60)]
+        shapes: dict[str, Callable[[str, str], object]] = {
+            "pairs": lambda asked, said: {"prompt": asked, "completion": said},
+            "alpaca": lambda asked, said: {"instruction": asked, "input": "", "output": said},
+        }
+        for name, shape in shapes.items():
+            (rows / f"{name}.jsonl").write_text("".join(json.dumps(shape(*pair)) + "\n" for pair in pairs))
         self.fresh()
         code, said = in_a_fork(self.pretrain("run", "--train.steps", "4"))
         assert code == 0, said
@@ -103,6 +112,11 @@ class Stage:
             cache,
             *more,
         ]
+
+    def finetune(self, out: str, *more: str) -> list[str]:
+        model = ["--model.name", str(self.work / "model"), "--model.config", "{}", "--train.steps", "2"]
+        _, *words = self.pretrain(out, *model, "--data.seq_len", "256", "--data.tokenizer", model[1], *more)
+        return ["finetune", *words]
 
     def command(self, kind: str) -> Case:
         """A command on the run, and how to tell whether its result is the right one."""
