@@ -153,7 +153,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--score", nargs="+", metavar="NAME=DIR", help="run directories, or models, to score")
     args = parser.parse(argv)
+    if min(args.rows, args.held) < 1:
+        raise InputError(f"--rows {args.rows} --held {args.held}: at least 1 of each")
     if not args.score:
+        if there := [path for name in ("train", "held") if (path := args.out / f"{name}.jsonl").exists()]:
+            raise InputError(f"{there[0]} is there already: name another --out, or remove it")
         args.out.mkdir(parents=True, exist_ok=True)
         for name, rows in zip(("train", "held"), instructions(args.rows, args.held, args.seed), strict=True):
             disk.write(args.out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -99,6 +99,10 @@ def parse(argv: Sequence[str], story: Story = PRETRAIN) -> Asked:
             raise InputError(f"--out {nothing_to_resume(home(given.out))}")
     if given.out is not None:
         words += ["--out", given.out]
+    if all(any(word.startswith(f"--train.{key}") for word in words) for key in ("steps", "epochs")):
+        raise InputError(
+            "--train.steps and --train.epochs: how long the run is follows from one of them; leave one out"
+        )
     data: dict[str, Any] = {}
     for path in files:  # a later file changes keys of an earlier one
         for name, section in read_run_file(path).items():

@@ -67,6 +67,8 @@ class Answers:
     """Of these, how many lost a part of their answers, being longer than a row."""
     unanswered: int = 0
     """How many lost all of them, and are left out."""
+    endless: int = 0
+    """How many teach no end: nothing that is learnt is the tokenizer's end-of-text."""
 
     def rows(self, texts: list[Text]) -> list[AnswerRow]:
         kept = []
@@ -75,6 +77,8 @@ class Answers:
             example["at"] = (self.name if example["at"].startswith(":") else "") + example["at"]
         for sample in tokenized(self.tokenizer, examples):
             self.samples += 1
+            taught = zip(sample.ids, sample.learnt, strict=True)
+            self.endless += (self.tokenizer.eos_token_id, 1) not in taught
             within = Sample(sample.ids[: self.seq_len], sample.learnt[: self.seq_len])
             if not any(within.learnt[1:]):
                 self.unanswered += 1
@@ -146,7 +150,8 @@ def _pairs(tokenizer: Any, pairs: list[list[str]]) -> list[Sample]:
     for prompt, answer in zip(asked, answers, strict=True):
         if prompt and prompt[-1] == end and len(prompt) > 1:  # of a tokenizer that ends whatever it is given
             prompt.pop()
-        samples.append(Sample(array("i", [*prompt, *answer, end]), bytearray(len(prompt)) + b"\1" * (len(answer) + 1)))
+        before = prompt or [end]  # what tells the first token of an answer without a prompt, as of a document
+        samples.append(Sample(array("i", [*before, *answer, end]), bytearray(len(before)) + b"\1" * (len(answer) + 1)))
     return samples
 
 

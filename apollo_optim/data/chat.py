@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.readers import BadRecord, Reading
@@ -134,6 +134,8 @@ class ChatReading(Reading):
     """A shape, or auto: the first of SHAPES whose columns a row has."""
     columns: dict[str, str] = field(default_factory=dict)
     """Where a shape's column has another name in the file: that name."""
+
+    records_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in self.columns:

@@ -153,17 +153,12 @@ def open_corpus(
         log.warning("%s: skipped %d broken lines, the first: %s", name, reading.skipped, reading.first_skipped)
     if reading.left_out:
         log.warning("%s: left out: %s", name, reading.said())
-    if corpus.documents == 1 and not held and not corpus.divide(validation_percent):
-        raise InputError(f"{name}: this document is too short for training and validation text; give more")
-    for part, documents, bound in (
-        ("validation", corpus.validation, f"at least {lowest + 0.001:.3f}"),
-        ("training", corpus.train, f"at most {highest:.3f}"),
-    ):
-        if not documents:
-            raise InputError(
-                f"{name}: the {part} split is empty, with {corpus.documents} documents and {validation_percent:g} % of "
-                f"them for validation; set data.validation_percent to {bound}, or give more documents"
-            )
+    if corpus.documents == 1 and not held:
+        if reading.records_only:
+            raise InputError(f"{name}: one row is too little for training and validation: set data.validation_source")
+        if not corpus.divide(validation_percent):
+            raise InputError(f"{name}: this document is too short for training and validation text; give more")
+    _check_splits(corpus, name, validation_percent, lowest, highest)
     corpus.skipped, corpus.left_out = reading.skipped, reading.left_out
     corpus.identity = {
         "name": name,
@@ -177,6 +172,20 @@ def open_corpus(
     for source in sources:
         corpus.identity.update(versions(source))
     return corpus
+
+
+def _check_splits(corpus: Corpus, name: str, validation_percent: float, lowest: float, highest: float) -> None:
+    """Refuse an empty one. `lowest`, `highest`: of the shares that decide where a document goes."""
+    for part, documents, bound in (
+        ("validation", corpus.validation, f"at least {lowest + 0.001:.3f}"),
+        ("training", corpus.train, f"at most {highest:.3f}"),
+    ):
+        if not documents:
+            raise InputError(
+                f"{name}: the {part} split is empty, with {corpus.documents} documents and {validation_percent:g} % of "
+                f"them for validation; set data.validation_percent to {bound}, give more documents, or a file of their "
+                "own (data.validation_source)"
+            )
 
 
 def _worth_reading(source: str, reading: Reading, *, alone: bool) -> Iterator[Document]:

@@ -43,6 +43,11 @@ def local_documents(source: str, reading: Reading, *, alone: bool = False) -> It
 
     `alone`: there is no other source, so that the name of a single file tells nothing apart: it may be another one.
     """
+    if reading.records_only and source in ("python", "packages"):
+        raise InputError(
+            f"data.source={source}: that is text, and questions and answers are asked for (data.format): name a jsonl "
+            "or parquet file"
+        )
     try:
         if source == "python":
             yield from _code(Path(sysconfig.get_path("stdlib")), "", reading)
@@ -155,6 +160,8 @@ def _files(source: str, reading: Reading, alone: bool) -> Iterator[Document]:
     unknown = [path for path in found if not reader(path)]
     if unknown:
         raise InputError(f"{unknown[0]}: unknown file type; {_types()} are read")
+    if reading.records_only and (texts := [path for path in found if reader(path) not in RECORDS]):
+        raise InputError(f"{texts[0]}: a text, and questions and answers are read from jsonl and parquet (data.format)")
     for path in found:
         read: Any = reader(path)
         key = "" if nameless else path.relative_to(root).as_posix()

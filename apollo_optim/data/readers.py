@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO, ClassVar, Literal, NamedTuple
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.reading import opened
@@ -41,6 +41,9 @@ class Reading:
 
     files: dict[tuple[int, int], str] = field(default_factory=dict)
     """Device and inode of what was read, and its key."""
+
+    records_only: ClassVar[bool] = False
+    """Are plain texts refused?"""
 
     def wanted(self, keys: Iterable[str]) -> list[str]:
         """Those of a record's keys, or of a file's columns, that are read; none: it holds nothing to read."""

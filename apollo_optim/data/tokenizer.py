@@ -102,7 +102,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         encode(tokenizer, ["a"])  # what its files say may be seen only now
     except Exception as error:  # whatever the hub, the file or the parser says, in one line
-        raise InputError(f"cannot load the tokenizer {name!r}: {reason(error)}") from error
+        here = "" if Path(name).is_dir() else f"; there is no directory {name!r} here"
+        raise InputError(f"cannot load the tokenizer {name!r}: {reason(error)}{here}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer {name!r} has no end-of-text token (eos_token), which separates documents")
     return tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from apollo_optim.core.errors import InputError
@@ -13,6 +14,7 @@ from apollo_optim.data.answers import Answers
 from apollo_optim.parallel.world import World
 from apollo_optim.train import checkpoint
 from apollo_optim.train.config import OptimConfig, RunConfig, check
+from apollo_optim.train.models import SIZES
 from apollo_optim.train.pretrain import Result, alone, go
 from apollo_optim.train.run_dir import run_of
 
@@ -63,6 +65,14 @@ def resolved(cfg: RunConfig) -> RunConfig:
         raise InputError("data.format=text: fine-tuning learns answers; set it to auto, messages, prompt, ...")
     if not cfg.model.pretrained:
         raise InputError("model.pretrained=false: fine-tuning starts from the weights of model.name")
+    name = Path(cfg.model.name).expanduser()
+    if cfg.model.name in SIZES:
+        raise InputError(
+            f"model.name={cfg.model.name}: a size has no weights to start from; name a model's directory, such as "
+            "RUN/model of a run of pretrain, or a name of the hub"
+        )
+    if (name / "config.yaml").is_file() and (name / "model").is_dir():
+        raise InputError(f"model.name={name}: that is a run; its model is {name / 'model'}")
     data = cfg.data
     if data.tokenizer == "bpe":
         data = dataclasses.replace(data, tokenizer=cfg.model.name)
@@ -114,6 +124,7 @@ class Survey:
     """Conversations and pairs; None: it is text."""
     cut: int = 0
     unanswered: int = 0
+    endless: int = 0
 
     def lines(self) -> list[str]:
         """What was counted, in words."""
@@ -126,6 +137,11 @@ class Survey:
             told.append(f"{self.cut:,} samples are longer than data.seq_len, and a part of their answers is cut off")
         if self.unanswered:
             told.append(f"{self.unanswered:,} samples are left out: data.seq_len cuts off all of their answers")
+        if self.endless:
+            told.append(
+                f"the answers of {self.endless:,} samples end without the tokenizer's end-of-text token: what is tuned "
+                "on them does not learn to stop; the chat template should end an answer with it"
+            )
         return told
 
 
@@ -142,6 +158,7 @@ def survey(data: Data) -> Survey:
     layout = epoch.layout
     if isinstance(layout, Answers):
         found.samples, found.cut, found.unanswered = layout.samples, layout.cut, layout.unanswered
+        found.endless = layout.endless
     if not found.rows:
         raise InputError(
             f"{data.identity['name']}: no row is left to train on ({found.samples or 0:,} samples; of "

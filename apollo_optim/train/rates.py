@@ -53,9 +53,9 @@ RATES = (
 def known(cfg: RunConfig) -> Rate | None:
     """What is known of the run's optimizer at the nearest number of tokens a step; None: nothing at all.
 
-    All of it is for new weights.
+    All of it is for new weights, and for text.
     """
-    if cfg.model.pretrained:
+    if cfg.model.pretrained or cfg.data.format != "text":
         return None
     rows = [row for row in RATES if row.optimizer == cfg.optim.name]
     rows = [row for row in rows if row.rest == _rest(cfg.optim)] or rows

@@ -147,7 +147,10 @@ def restore(state: TrainState, saved: dict[str, Any], run: Path) -> None:
     hashed = was.get("sha256") is not None  # then its name says nothing: it may lie elsewhere now
     if changed := [key for key in differences(was, now) if not (hashed and key == "name")]:
         listed = ", ".join(f"{key} (was {_at(was, key)}, is {_at(now, key)})" for key in changed)
-        raise InputError(f"the text is not the one that {run} was trained on: {listed}")
+        raise InputError(
+            f"the text is not the one that {run} was trained on: {listed}; bring the files of data.source (and of "
+            "data.validation_source) back as they were, or begin another run with another --out"
+        )
     checkpoint.load_weights(saved["checkpoint"], state.model)
     checkpoint.restore_generation(saved["checkpoint"], state.model)
     try:

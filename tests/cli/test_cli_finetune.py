@@ -75,6 +75,35 @@ def test_a_run_by_its_words_and_its_resume(place, capsys):
     assert "train.epochs was 3.0, is 4.0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--model.name llama-1m", "model.name=llama-1m: a size has no weights to start from"),
+        ("--model.name no/where", "there is no directory 'no/where' here"),
+        ("--train.steps 3 --train.epochs 1", "--train.steps and --train.epochs"),
+        ("--data.source python", "data.source=python: that is text"),
+    ],
+)
+def test_what_cannot_be_tuned_is_one_line(place, capsys, words, said, monkeypatch):
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refused)
+    assert main(["finetune", "--config", str(place / "run.yaml"), "--out", str(place / "no"), *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("error: ") == 1
+
+
+def refused(*_, **__):
+    raise OSError("the hub cannot be reached")
+
+
+def test_a_run_is_not_its_model(place, capsys):
+    run = place / "somebody"
+    (run / "model").mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    assert main(["finetune", "--config", str(place / "run.yaml"), "--model.name", str(run)]) == 2
+    assert f"that is a run; its model is {run / 'model'}" in capsys.readouterr().err
+
+
 def test_data_shows_what_is_learnt(place, capsys, monkeypatch):
     assert main(["data", str(place / "run.yaml"), "--rows", "2", "--data.seq_len", "24"]) == 0
     said = capsys.readouterr().out

@@ -89,8 +89,8 @@ def sharegpt(messages: list[dict[str, str]]) -> list[dict[str, str]]:
             ([USER, HOW, ARE, YOU, ASK, END, ASSISTANT, FINE, END], [NO] * 7 + [FINE, END]),
         ),
         ({"prompt": "hi", "completion": "ho ho"}, ([HI, HO, HO, END], [NO, HO, HO, END])),
-        # nothing tells the first token of a text
-        ({"prompt": "", "completion": "ho ho"}, ([HO, HO, END], [NO, HO, END])),
+        # something has to tell the first token of an answer
+        ({"prompt": "", "completion": "ho ho"}, ([END, HO, HO, END], [NO, HO, HO, END])),
         ({"prompt": HI_HO[:1], "completion": HI_HO[1:]}, CHAT),
         # of a prompt that holds an answer, only the completion is learnt
         (
@@ -208,6 +208,31 @@ def test_cut_and_lost_answers_are_counted(tokenizer):
     rows = layout.rows([Text(json.dumps({"at": ":1", "plain": pair})) for pair in examples])
     assert [len(row) for row in rows] == [3, 4]
     assert (layout.samples, layout.cut, layout.unanswered) == (3, 1, 1)
+
+
+def test_answers_that_teach_no_end_are_counted(tmp_path, tokenizer):
+    """A template that ends an answer with nothing, or with another token than the tokenizer's."""
+    endings = []
+    for ending in ("", " ho", "{{ eos_token }}", "{{ eos_token }}\n"):
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + ending + " {% endfor %}"
+        layout = Answers(tokenizer, 16, pack=False)
+        layout.rows([Text(json.dumps({"at": ":1", "messages": HI_HO}))])
+        endings.append(layout.endless)
+    assert endings == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.md", "rows.py"])
+def test_a_text_is_refused(tmp_path, tokenizer, name):
+    (tmp_path / name).write_text('{"prompt": "hi", "completion": "ho"}\n')
+    for source, said in ((str(tmp_path / name), "a text, and questions"), ("python", "that is text")):
+        with pytest.raises(InputError, match=f"{said}.* jsonl"):
+            open_data(DataConfig(source=source, format="auto", cache_dir=str(tmp_path)), tokenizer)
+
+
+def test_one_row_is_too_little_for_two_splits(tmp_path, tokenizer):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "hi", "completion": "ho"}\n')
+    with pytest.raises(InputError, match=r"too little for training and validation.*data\.validation_source"):
+        open_data(DataConfig(source=str(tmp_path / "rows.jsonl"), format="auto", cache_dir=str(tmp_path)), tokenizer)
 
 
 def test_packing_wastes_little_and_loses_nothing():

@@ -158,8 +158,8 @@ def answers(stage: Stage, chance: random.Random) -> Case:
     if chance.random() < 0.5:
         return Case(stage.finetune("new", *keys), f"finetune: {how} in {path.name}, {mode}, {bad}")
     config = stage.work / "answers.yaml"
-    config.write_text("data: {format: auto}\nmodel: {name: llama-1m}\n")
-    words = ["data", str(config), "--rows", "2", *keys, "--data.tokenizer", str(stage.work / "model")]
+    config.write_text(f"data: {{format: auto}}\nmodel: {{name: {stage.work / 'model'}}}\n")
+    words = ["data", str(config), "--rows", "2", *keys]
     return Case(
         [*words, "--data.seq_len", "256", "--data.validation_percent", "20"],
         f"data: {how} in {path.name}, {mode}, {bad}",
