@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
         "examples:\n  apollo-optim data runs/demo.yaml\n"
         "  apollo-optim data RUN.yaml --rows 3 --data.source pairs.jsonl | less -R",
     )
-    parser.add_argument("config", metavar="RUN.yaml", help="a run file, or the config.yaml of a run")
+    parser.add_argument("config", metavar="RUN.yaml", help="a run file, or the directory of a run")
     parser.add_argument("--rows", type=int, default=10, help="show so many rows (10)")
     parser.add_argument(CONSENT, action="store_true", help=CONSENT_HELP)
     args, keys = parser.parse_known_args(list(argv))
@@ -42,6 +42,8 @@ def run(argv: Sequence[str]) -> int:
     from ..train.finetune import resolved, survey
     from . import finetune, pretrain
 
+    if os.path.isdir(args.config):  # a run
+        args.config = os.path.join(args.config, "config.yaml")
     text = (read_run_file(args.config).get("data") or {}).get("format", "text") == "text"
     text = text and not any(word.startswith("--data.format") for word in keys)
     cfg = pretrain.parse(["--config", args.config, *keys], pretrain.PRETRAIN if text else finetune.story()).cfg

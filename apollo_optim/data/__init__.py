@@ -17,7 +17,7 @@ import torch
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.reading import read_text
-from apollo_optim.data.answers import Answers, template_of
+from apollo_optim.data.answers import Answers, check_template, template_of
 from apollo_optim.data.batches import Batches, Documents, check_vocabulary
 from apollo_optim.data.chat import ChatReading
 from apollo_optim.data.config import DataConfig
@@ -116,6 +116,7 @@ def open_data(cfg: DataConfig, tokenizer: Any = None, *, trust_remote_code: bool
     about = {**text.key, "tokenizer": sha256, "mode": cfg.mode, "seq_len": cfg.seq_len, "seed": cfg.seed}
     if cfg.format != "text":
         about["template"] = hashlib.sha256(template_of(tokenizer).encode()).hexdigest()
+        check_template(tokenizer, cfg.chat_template or "the tokenizer's chat template")
 
     def batches(documents: Documents, seed: str) -> Batches:
         return Batches(documents, _layout(cfg, tokenizer), about, seed)

@@ -7,6 +7,7 @@ be asked: the tokens of `messages[:k]` with the template's beginning of an answe
 
 import bisect
 import json
+import logging
 import re
 from array import array
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.data.corpus import Text
 from apollo_optim.data.layout import IGNORED, Batch, filled
 from apollo_optim.data.tokenizer import encode
+
+log = logging.getLogger(__name__)
 
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -137,6 +140,28 @@ def template_of(tokenizer: Any) -> str:
     """Its chat template; of several the default one; "" if it has none."""
     template = getattr(tokenizer, "chat_template", None) or ""
     return str(template.get("default", "")) if isinstance(template, dict) else template
+
+
+def check_template(tokenizer: Any, name: str) -> None:
+    """Look at a chat template, `name` for short, before any row is.
+
+    Warns where it writes something before an answer that it does not write when it asks for one: that is learnt, too.
+    Raises InputError, with the line of the template, where it is no template.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    asked, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    template = template_of(tokenizer)
+    try:
+        before = tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True) if template else ""
+        whole = tokenizer.apply_chat_template([asked, answer], tokenize=False) if template else ""
+    except TemplateSyntaxError as error:
+        raise InputError(f"{name}, line {error.lineno}: {error.message}") from error
+    except Exception:  # it may refuse this conversation, and take those of the rows: they are asked next
+        return
+    header, found, _ = whole[len(before) :].partition("answer")
+    if found and header.strip() and whole.startswith(before) and not MARKED.search(template):
+        log.warning("%s does not heed add_generation_prompt: %r, before an answer, is learnt with it", name, header)
 
 
 def _pairs(tokenizer: Any, pairs: list[list[str]]) -> list[Sample]:

@@ -104,7 +104,7 @@ def counted(cfg: RunConfig, data: Data) -> RunConfig:
     if cfg.train.epochs is None:
         return cfg
     steps = max(1, math.ceil(cfg.train.epochs * found.rows / cfg.train.batch_size))
-    data.notes.append(f"{cfg.train.epochs:g} epochs are {steps:,} steps of {cfg.train.batch_size} rows")
+    data.notes.append(f"train.epochs={cfg.train.epochs:g}: {steps:,} steps of {cfg.train.batch_size} rows")
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=steps))
     check(cfg)  # a warm-up of so many steps
     return cfg

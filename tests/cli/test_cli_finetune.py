@@ -69,6 +69,8 @@ def test_a_run_by_its_words_and_its_resume(place, capsys):
     cfg = load_config(run / "config.yaml")
     assert (cfg.optim.lr, cfg.train.epochs) == (2e-5, 3.0)
     assert len(records(run, "step"))
+    assert main(["data", str(run), "--rows", "1"]) == 0
+    assert "--- row 1 ---" in capsys.readouterr().out
     assert main(["finetune", "--out", str(run), "--resume"]) == 0
     assert records(run, "end")[-1]["step"] == cfg.train.steps
     assert main(["finetune", "--out", str(run), "--resume", "--train.epochs", "4"]) == 2

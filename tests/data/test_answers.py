@@ -202,6 +202,22 @@ def test_a_template_that_complains_is_quoted(tmp_path, tokenizer):
         only_row(data_of(tmp_path, [{"messages": HI_HO}], tokenizer))
 
 
+def test_what_a_template_writes_before_an_answer_is_said_if_it_is_learnt(tmp_path, tokenizer, caplog):
+    header = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+    asks = header + "{% if add_generation_prompt %}assistant: {% endif %}"
+    for template, warned in ((asks, False), (header, True), (TEMPLATE, False)):
+        caplog.clear()
+        tokenizer.chat_template = template
+        data_of(tmp_path, [{"prompt": "hi", "completion": "ho"}], tokenizer)
+        assert ("does not heed add_generation_prompt: 'assistant: '" in caplog.text) == warned
+
+
+def test_a_template_that_is_none_is_named(tmp_path, tokenizer):
+    tokenizer.chat_template = "\n{{ messages"
+    with pytest.raises(InputError, match="the tokenizer's chat template, line 2: unexpected end of template"):
+        data_of(tmp_path, [{"prompt": "hi", "completion": "ho"}], tokenizer)
+
+
 def test_cut_and_lost_answers_are_counted(tokenizer):
     layout = Answers(tokenizer, 4, pack=False)
     examples = [("hi", "ho"), ("hi", "ho ho ho"), ("how are you ?", "fine")]
