@@ -134,7 +134,7 @@ def test_a_run_of_epochs_learns_and_leaves_what_pretraining_leaves(place, whole)
     cfg = load_config(run / "config.yaml")
     start = records(run, "start")[0]
     assert start["notes"][0].startswith("160 samples in ")
-    assert start["notes"][1] == f"2 epochs are {cfg.train.steps} steps of 8 rows"
+    assert start["notes"][1] == f"train.epochs=2: {cfg.train.steps} steps of 8 rows"
     assert cfg.data.tokenizer == str(place / "base" / "model")
     steps = records(run, "step")
     assert len(steps) == cfg.train.steps > 4
