@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from pathlib import Path
 
 from tools.fuzz.changes import NAMES, harm, header, odd_key, odd_yaml, replaced
 from tools.fuzz.stage import Case, Stage
@@ -83,17 +84,20 @@ def log(stage: Stage, chance: random.Random) -> Case:
     path = stage.work / "run" / "metrics.jsonl"
     lines = path.read_bytes().splitlines()
     at = chance.randrange(len(lines))
-    if chance.random() < 0.6:
-        one = stage.work / "line.json"
-        one.write_bytes(lines[at])
-        how = replaced(one, chance)
-        lines[at] = one.read_bytes()
-        path.write_bytes(b"\n".join(lines) + b"\n")
-    else:
-        how = harm(path, chance)
+    how = line_replaced(stage, path, at, chance) if chance.random() < 0.6 else harm(path, chance)
     if chance.random() < 0.4:
         return stage.command("resume")._replace(what=f"resume: {how} in metrics.jsonl")
     return Case(["report", str(stage.work / "run")], f"report: {how} in metrics.jsonl")
+
+
+def line_replaced(stage: Stage, path: Path, at: int, chance: random.Random) -> str:
+    """An odd value in line `at` of JSON lines. Returns what was done."""
+    lines, one = path.read_bytes().splitlines(), stage.work / "line.json"
+    one.write_bytes(lines[at])
+    how = replaced(one, chance)
+    lines[at] = one.read_bytes()
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return how
 
 
 def foreign(stage: Stage, chance: random.Random) -> Case:
@@ -144,15 +148,8 @@ def text(stage: Stage, chance: random.Random) -> Case:
 def answers(stage: Stage, chance: random.Random) -> Case:
     """Damaged questions and answers, to be fine-tuned on or looked at."""
     path = chance.choice(sorted((stage.work / "answers").iterdir()))
-    if chance.random() < 0.6:
-        lines = path.read_bytes().splitlines()
-        at, one = chance.randrange(len(lines)), stage.work / "line.json"
-        one.write_bytes(lines[at])
-        how = replaced(one, chance)
-        lines[at] = one.read_bytes()
-        path.write_bytes(b"\n".join(lines) + b"\n")
-    else:
-        how = harm(path, chance)
+    at = chance.randrange(len(path.read_bytes().splitlines()))
+    how = line_replaced(stage, path, at, chance) if chance.random() < 0.6 else harm(path, chance)
     mode, bad = chance.choice(("pack", "pad")), chance.choice(("error", "skip"))
     keys = ["--data.source", str(path), "--data.mode", mode, "--data.on_bad_line", bad]
     if chance.random() < 0.5:
