@@ -179,10 +179,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     if not args.table:
         measure(args)
-    text = table(kit.measured(args.log))
-    args.log.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
-    return 0
+    return kit.tabled(args.log, args.log.with_suffix(".md"), table)
 
 
 if __name__ == "__main__":

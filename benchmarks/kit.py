@@ -157,6 +157,14 @@ def one_line(error: object, width: int = 300) -> str:
 # --- the command line ---
 
 
+def tabled(log: Path, page: Path, table: Callable[[Sequence[Line]], str]) -> int:
+    """Make the table of a log, keep it as `page` and print it. Returns the exit code."""
+    text = table(measured(log))
+    page.write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
 def command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """`python -m benchmarks.NAME`: ends as `apollo-optim bench NAME` does, wrong input in one line and with code 2."""
     from apollo_optim.cli.main import guarded

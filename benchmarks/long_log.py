@@ -96,10 +96,7 @@ def main(argv: Sequence[str]) -> int:
     log = args.out / "long-log.jsonl"
     if not args.table:
         measure(args, log)
-    text = table(kit.measured(log))
-    (args.out / "long-log.md").write_text(text, encoding="utf-8")
-    print(text)
-    return 0
+    return kit.tabled(log, args.out / "long-log.md", table)
 
 
 if __name__ == "__main__":

@@ -145,10 +145,7 @@ def main(argv: Sequence[str]) -> int:
     log = args.out / "loop.jsonl"
     if not args.table:
         measure(args, log)
-    text = table(kit.measured(log))
-    (args.out / "table.md").write_text(text, encoding="utf-8")
-    print(text)
-    return 0
+    return kit.tabled(log, args.out / "table.md", table)
 
 
 if __name__ == "__main__":

@@ -105,10 +105,7 @@ def main(argv: Sequence[str]) -> int:
     log = args.out / "stall.jsonl"
     if not args.table:
         measure(args, log)
-    text = table(kit.measured(log))
-    (args.out / "stall.md").write_text(text, encoding="utf-8")
-    print(text)
-    return 0
+    return kit.tabled(log, args.out / "stall.md", table)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..core.errors import InputError
+from ..core.errors import InputError, nearest
 from ..core.printing import say
-from .words import nearest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 """Where the package lies: a checkout, if it was installed in place."""

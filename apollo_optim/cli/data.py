@@ -1,12 +1,13 @@
 """`apollo-optim data`: what rows of a run file look like, and what is learnt of them."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
 from ..core.printing import lines
-from .words import CONSENT, CONSENT_HELP, Parser, console, nearest, show
+from .words import CONSENT, CONSENT_HELP, Parser, console, show
 
 if TYPE_CHECKING:
     from ..data import Batch
@@ -28,13 +29,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("config", metavar="RUN.yaml", help="a run file, or the directory of a run")
     parser.add_argument("--rows", type=int, default=10, help="show so many rows (10)")
     parser.add_argument(CONSENT, action="store_true", help=CONSENT_HELP)
-    args, keys = parser.parse_known_args(list(argv))
-    for word in keys:
-        flag = word.partition("=")[0]
-        if flag.startswith("--") and "." not in flag:
-            raise InputError(
-                f"unknown argument {flag}{nearest(flag, parser._option_string_actions)}; see {PROG} --help"
-            )
+    args, keys = parser.parse_beside_keys(argv)
     if args.rows < 0:
         raise InputError(f"--rows {args.rows}: 0 or more")
     from ..data import open_data
@@ -50,18 +45,17 @@ def run(argv: Sequence[str]) -> int:
     cfg = cfg if cfg.data.format == "text" else resolved(cfg)
     data = open_data(cfg.data, trust_remote_code=args.trust_remote_code)
     found = survey(data) if data.open_epoch is not None else None
-    batch = data.train.next(args.rows) if args.rows else None
-    for number in range(args.rows):
-        assert batch is not None
-        show_row(data.tokenizer, batch.row(number), f"row {number + 1}")
+    rows = itertools.chain.from_iterable(data.train.blocks())
+    for number, row in enumerate(itertools.islice(rows, args.rows), 1):
+        show_row(data.tokenizer, data.train.layout.batch([row]).row(0), len(row), f"row {number}")
     show(f"corpus: {data.identity['name']}; tokenizer: {cfg.data.tokenizer}, {len(data.tokenizer):,} entries")
     for line in found.lines() if found is not None else ["a stream: nothing is counted"]:
         show(line)
     return 0
 
 
-def show_row(tokenizer: Any, row: "Batch", title: str) -> None:
-    """One row, its tokens decoded in stretches of one kind."""
+def show_row(tokenizer: Any, row: "Batch", end: int, title: str) -> None:
+    """One row, its tokens decoded in stretches of one kind; `end`: where its padding begins."""
     import torch
     from rich.text import Text
 
@@ -70,7 +64,6 @@ def show_row(tokenizer: Any, row: "Batch", title: str) -> None:
     coloured = not os.environ.get("NO_COLOR") and console().is_terminal
     size = len(row.labels)
     positions = torch.arange(size) if row.position_ids is None else row.position_ids
-    end = padding_of(row, positions)
     learnt = (row.labels != IGNORED).tolist()
     learnt[0] = False  # nothing tells a row's first token
     told = Text()
@@ -89,15 +82,3 @@ def show_row(tokenizer: Any, row: "Batch", title: str) -> None:
     told.append(f"\n[{end} tokens, {sum(learnt)} learnt, {size - end} padding]\n", style=TEXT_BREAK)
     show(f"--- {title} ---")
     show(told)
-
-
-def padding_of(row: "Batch", positions: Any) -> int:
-    """Where the padding of a row begins: the last text of a packed row, if nothing of it is learnt; else behind the
-    last token that is."""
-    from ..data import IGNORED
-
-    learnt = (row.labels != IGNORED).nonzero()
-    last, start = int(learnt[-1]) if len(learnt) else -1, int((positions == 0).nonzero()[-1])
-    if row.position_ids is None:
-        return last + 1
-    return start if last < start else len(row.labels)

@@ -12,10 +12,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from ..core.errors import InputError
+from ..core.errors import InputError, nearest
 from ..core.printing import Notes, is_unicode, say
 from .waiting import wait_politely
-from .words import complain, nearest
+from .words import complain
 
 DEBUG = "--debug"
 COMMANDS = {

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import InputError
+from ..core.errors import InputError, nearest
 from ..core.printing import say
-from .words import CONSENT, CONSENT_HELP, Parser, console, nearest, show
+from .words import CONSENT, CONSENT_HELP, Parser, console, show
 
 if TYPE_CHECKING:
     from ..plan import Budget, Traces
@@ -38,8 +38,8 @@ UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB"
 
 def run(argv: Sequence[str]) -> int:
     parser = make_parser()
-    args, keys = parser.parse_known_args(list(argv))
-    check_words(parser, args, keys)
+    args, keys = parser.parse_beside_keys(argv)
+    check_words(args)
     cfg, limit = config_of(args, keys), memory_of(args.memory) if args.memory else None
     from ..plan import Parallel
     from ..plan.draw import NOTE, followed_rows, table_rows, write_plan
@@ -132,14 +132,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def check_words(parser: Parser, args: argparse.Namespace, keys: list[str]) -> None:
-    """Refuse what is neither this command's nor a key of a run file, and numbers that make no sense."""
-    for word in keys:
-        flag = word.partition("=")[0]
-        if flag.startswith("--") and "." not in flag:
-            raise InputError(
-                f"unknown argument {flag}{nearest(flag, parser._option_string_actions)}; see {PROG} --help"
-            )
+def check_words(args: argparse.Namespace) -> None:
+    """Refuse words that contradict each other, and numbers that make no sense."""
     if (args.what is None) == (args.config is None):
         both = "both WHAT and --config are given" if args.what else "nothing to plan"
         raise InputError(f"{both}: name a size (llama-7b), a run file or a model; see {PROG} --help")

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..core.errors import InputError
+from ..core.errors import InputError, nearest
 from ..train.config import RunConfig, key_types, read_run_file
 from ..train.config import make_parser as key_parser
 from ..train.config import parse as configured
-from .words import CONSENT, CONSENT_HELP, Parser, complain, home, nearest
+from .words import CONSENT, CONSENT_HELP, Parser, complain, home
 
 PROG = "apollo-optim pretrain"
 USAGE = "[--config RUN.yaml] [--out DIR] [--resume] [--section.key VALUE ...]"
@@ -99,7 +99,8 @@ def parse(argv: Sequence[str], story: Story = PRETRAIN) -> Asked:
             raise InputError(f"--out {nothing_to_resume(home(given.out))}")
     if given.out is not None:
         words += ["--out", given.out]
-    if all(any(word.startswith(f"--train.{key}") for word in words) for key in ("steps", "epochs")):
+    lengths = {word.partition("=")[0] for word in words} & {"--train.steps", "--train.epochs"}
+    if len(lengths) == 2:
         raise InputError(
             "--train.steps and --train.epochs: how long the run is follows from one of them; leave one out"
         )
@@ -108,10 +109,11 @@ def parse(argv: Sequence[str], story: Story = PRETRAIN) -> Asked:
         for name, section in read_run_file(path).items():
             both = isinstance(section, dict) and isinstance(data.get(name), dict)
             data[name] = {**data[name], **section} if both else section
-    if (data.get("train") or {}).get("steps") or any(word.startswith("--train.steps") for word in words):
-        data["train"] = {"epochs": None, **(data.get("train") or {})}
-        if any(word.startswith("--train.steps") for word in words):  # it takes the place of the file's epochs
-            data["train"]["epochs"] = None
+    train = data.get("train") or {}
+    if "--train.steps" in lengths:  # they take the place of the file's epochs
+        data["train"] = {**train, "epochs": None}
+    elif train.get("steps"):
+        data["train"] = {"epochs": None, **train}
     for name, section in story.defaults.items():
         data[name] = {**section, **(data.get(name) or {})}
     cfg = configured(data, words, make_parser(story), ", ".join(files))

@@ -1,14 +1,13 @@
 """Reading a command line: what is wrong with it, said in one line, and what was probably meant."""
 
 import argparse
-import difflib
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..core.errors import InputError
+from ..core.errors import InputError, nearest
 from ..core.printing import printable, say
 
 if TYPE_CHECKING:
@@ -21,12 +20,6 @@ CONSENT_HELP = "run the Python code that a model or tokenizer brings along; only
 def home(path: str) -> Path:
     """The path, whose `~` no shell has replaced (`--out=~/x`)."""
     return Path(os.path.expanduser(path))
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """ " (did you mean ...?)", or nothing where no word is near."""
-    near = difflib.get_close_matches(word, list(words), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def complain(error: object, code: int) -> int:
@@ -72,8 +65,19 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         args, rest = self.parse_known_args(argv)
-        for word in rest:
-            flag = word.partition("=")[0]
-            near = nearest(flag, self._option_string_actions)
-            raise InputError(f"unknown argument {flag}{near}; see {self.prog} --help")
+        if rest:
+            raise self._unknown(rest[0])
         return args
+
+    def parse_beside_keys(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """This command's own words, and those that change keys of a run file (`--section.key VALUE`)."""
+        args, rest = self.parse_known_args(argv)
+        for word in rest:
+            if word.startswith("--") and "." not in word.partition("=")[0]:
+                raise self._unknown(word)
+        return args, rest
+
+    def _unknown(self, word: str) -> InputError:
+        flag = word.partition("=")[0]
+        near = nearest(flag, self._option_string_actions)
+        return InputError(f"unknown argument {flag}{near}; see {self.prog} --help")

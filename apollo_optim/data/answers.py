@@ -150,11 +150,12 @@ def check_template(tokenizer: Any, name: str) -> None:
     """
     from jinja2 import TemplateSyntaxError
 
+    if not (template := template_of(tokenizer)):
+        return
     asked, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
-    template = template_of(tokenizer)
     try:
-        before = tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True) if template else ""
-        whole = tokenizer.apply_chat_template([asked, answer], tokenize=False) if template else ""
+        before = tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([asked, answer], tokenize=False)
     except TemplateSyntaxError as error:
         raise InputError(f"{name}, line {error.lineno}: {error.message}") from error
     except Exception:  # it may refuse this conversation, and take those of the rows: they are asked next

@@ -5,14 +5,13 @@ A document of a corpus is then one JSON object: `at` (file and line; the file le
 template can do with the plain one. Of messages that end with a given completion, `answers` says how many it has.
 """
 
-import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from apollo_optim.core.errors import InputError
-from apollo_optim.data.readers import BadRecord, Reading
+from apollo_optim.core.errors import InputError, nearest
+from apollo_optim.data.readers import BadRecord, Reading, kind_in_json
 
 ROLES = ("system", "user", "assistant", "tool")
 BEFORE = {"user": ("system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
@@ -36,7 +35,7 @@ def text(row: Row, key: str, *, empty: bool = False) -> str:
         return ""
     if not isinstance(value, str):
         missing = key not in row
-        raise BadRecord(f"no {key!r}" if missing else f"{key!r} is {_kind(value)}, not a string")
+        raise BadRecord(f"no {key!r}" if missing else f"{key!r} is {kind_in_json(value)}, not a string")
     if not value.strip() and not empty:
         raise BadRecord(f"{key!r} is empty")
     return value
@@ -45,12 +44,14 @@ def text(row: Row, key: str, *, empty: bool = False) -> str:
 def turns(value: Any, name: str, role_key: str = "role", text_key: str = "content") -> list[dict[str, str]]:
     """The messages of a list, roles by the names that chat templates know. Raises BadRecord, naming the message."""
     if not isinstance(value, list) or not value:
-        raise BadRecord(f"{name!r} is {_kind(value)}, not a list of messages" if value != [] else f"{name!r} is empty")
+        raise BadRecord(
+            f"{name!r} is {kind_in_json(value)}, not a list of messages" if value != [] else f"{name!r} is empty"
+        )
     messages = []
     for number, turn in enumerate(value):
         at = f"{name}[{number}]"
         if not isinstance(turn, dict):
-            raise BadRecord(f"{at} is {_kind(turn)}, not an object with {role_key!r} and {text_key!r}")
+            raise BadRecord(f"{at} is {kind_in_json(turn)}, not an object with {role_key!r} and {text_key!r}")
         try:
             said, role = text(turn, text_key), text(turn, role_key)
         except BadRecord as error:
@@ -140,9 +141,8 @@ class ChatReading(Reading):
     def __post_init__(self) -> None:
         for name in self.columns:
             if name not in COLUMNS:
-                near = difflib.get_close_matches(name, COLUMNS, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(COLUMNS))}"
-                raise InputError(f"data.columns: no shape has a {name!r} ({hint})")
+                hint = nearest(name, COLUMNS) or f" (there are {', '.join(sorted(COLUMNS))})"
+                raise InputError(f"data.columns: no shape has a {name!r}{hint}")
 
     def wanted(self, keys: Iterable[str]) -> list[str]:
         there = set(keys)
@@ -153,7 +153,7 @@ class ChatReading(Reading):
 
     def text_of(self, record: object, at: str) -> str:
         if not isinstance(record, dict):
-            raise BadRecord(f"a JSON object is expected, not {_kind(record)}")
+            raise BadRecord(f"a JSON object is expected, not {kind_in_json(record)}")
         shape = self._shape(record)
         if shape is None:
             raise BadRecord(self._no_shape(record))
@@ -175,7 +175,3 @@ class ChatReading(Reading):
         shapes = SHAPES if self.format == "auto" else {self.format: SHAPES[self.format]}
         known = " or ".join(" + ".join(map(self._key, shape.needed)) for shape in shapes.values())
         return f"no {known}; the keys are {', '.join(sorted(map(str, keys))) or '(none)'}"
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else type(value).__name__

@@ -92,15 +92,20 @@ def missing_key(where: str, key: str, keys: Iterable[str]) -> InputError:
     )
 
 
+def kind_in_json(value: object) -> str:
+    """What a value is, for a message."""
+    return "null" if value is None else type(value).__name__
+
+
 def text_of(record: object, key: str) -> str:
     """The text of one record, or BadRecord."""
     if not isinstance(record, dict):
-        raise BadRecord(f"a JSON object is expected, not {type(record).__name__}")
+        raise BadRecord(f"a JSON object is expected, not {kind_in_json(record)}")
     if key not in record:
         raise BadRecord(f"no key {key!r}")
     text = record[key]
     if not isinstance(text, str):
-        raise BadRecord(f"{key!r} is {'null' if text is None else type(text).__name__}, not a string")
+        raise BadRecord(f"{key!r} is {kind_in_json(text)}, not a string")
     return text
 
 

@@ -1,6 +1,5 @@
 """The keys of a parameter group: whose they are, what each may be, and what a wrong one is told."""
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apollo_optim.core.codecs import CODECS
-from apollo_optim.core.errors import InputError
+from apollo_optim.core.errors import InputError, closest
 from apollo_optim.rules import RULES, Rule
 from apollo_optim.rules.base import Knob
 from apollo_optim.rules.knobs import SWITCH, is_whole, number, one_of
@@ -50,9 +49,8 @@ PASSED = frozenset(
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """' Did you mean ...?' for the known word most like this one, or the list of them all."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+    close = closest(word, known)
+    return f"Known: {', '.join(sorted(known))}." if close is None else f"Did you mean {close!r}?"
 
 
 def find_rule(name: str) -> type[Rule]:

@@ -252,6 +252,8 @@ class Save(Event):
     """Keep that of the lowest validation loss, too."""
     evaluated: int | None = None
     """Every so many steps; with `best` there is a checkpoint then, too."""
+    _lowest: tuple[float, int] | None = dataclasses.field(default=None, init=False)
+    """The lowest validation loss, and its step."""
     for_goodbye = True
 
     def due(self, step: int) -> bool:
@@ -267,8 +269,17 @@ class Save(Event):
             raise TrainingFailed(f"the weights are not finite any more after step {state.step}")
         if self.world.leads:
             self.record.metrics.flush()
-            best = best_evaluation(self.run).get("step") if self.best else None
+            best = self.best_step() if self.best else None
             checkpoint.save(self.run, state.step, state.model, state.state_dict(), self.keep, self.config, best)
         else:
             checkpoint.lend(checkpoint.weights(state.model), state.state_dict())
         self.world.wait()  # a checkpoint is there when all go on
+
+    def best_step(self) -> int | None:
+        """The step of the lowest validation loss so far, the first of these. The log may be long: it is read once."""
+        if self._lowest is None:
+            if found := best_evaluation(self.run):
+                self._lowest = found["loss"], found["step"]
+        elif due(self.state.step, self.evaluated, self.last):
+            self._lowest = min(self._lowest, (self.state.evaluation["loss"], self.state.step))
+        return None if self._lowest is None else self._lowest[1]

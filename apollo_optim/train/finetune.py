@@ -120,27 +120,25 @@ class Survey:
     """Padding not counted."""
     learnt: int = 0
     """Predictions: tokens of answers, or of all text."""
-    samples: int | None = None
-    """Conversations and pairs; None: it is text."""
-    cut: int = 0
-    unanswered: int = 0
-    endless: int = 0
+    answers: Answers | None = None
+    """The layout, which has counted samples; None: it is text."""
 
     def lines(self) -> list[str]:
         """What was counted, in words."""
         padding = 1 - self.tokens / max(1, self.positions)
-        many = "" if self.samples is None else f"{self.samples:,} samples in "
-        told = [
-            f"{many}{self.rows:,} rows: {self.tokens:,} tokens, {self.learnt:,} of them learnt, {padding:.1%} padding"
-        ]
-        if self.cut:
-            told.append(f"{self.cut:,} samples are longer than data.seq_len, and a part of their answers is cut off")
-        if self.unanswered:
-            told.append(f"{self.unanswered:,} samples are left out: data.seq_len cuts off all of their answers")
-        if self.endless:
+        rows = f"{self.rows:,} rows: {self.tokens:,} tokens, {self.learnt:,} of them learnt, {padding:.1%} padding"
+        found = self.answers
+        if found is None:
+            return [rows]
+        told = [f"{found.samples:,} samples in {rows}"]
+        if found.cut:
+            told.append(f"{found.cut:,} samples are longer than data.seq_len, and a part of their answers is cut off")
+        if found.unanswered:
+            told.append(f"{found.unanswered:,} samples are left out: data.seq_len cuts off all of their answers")
+        if found.endless:
             told.append(
-                f"the answers of {self.endless:,} samples end without the tokenizer's end-of-text token: what is tuned "
-                "on them does not learn to stop; the chat template should end an answer with it"
+                f"the answers of {found.endless:,} samples end without the tokenizer's end-of-text token: what is "
+                "tuned on them does not learn to stop; the chat template should end an answer with it"
             )
         return told
 
@@ -155,13 +153,12 @@ def survey(data: Data) -> Survey:
         labels = epoch.layout.batch(rows).labels
         found.positions += labels.numel()
         found.learnt += int((labels[:, 1:] != IGNORED).sum())
-    layout = epoch.layout
-    if isinstance(layout, Answers):
-        found.samples, found.cut, found.unanswered = layout.samples, layout.cut, layout.unanswered
-        found.endless = layout.endless
+    if isinstance(epoch.layout, Answers):
+        found.answers = epoch.layout
     if not found.rows:
+        samples, unanswered = (found.answers.samples, found.answers.unanswered) if found.answers else (0, 0)
         raise InputError(
-            f"{data.identity['name']}: no row is left to train on ({found.samples or 0:,} samples; of "
-            f"{found.unanswered:,} data.seq_len={epoch.seq_len} cuts off all that is learnt): raise data.seq_len"
+            f"{data.identity['name']}: no row is left to train on ({samples:,} samples; of "
+            f"{unanswered:,} data.seq_len={epoch.seq_len} cuts off all that is learnt): raise data.seq_len"
         )
     return found

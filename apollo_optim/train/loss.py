@@ -35,8 +35,9 @@ def summed_loss(
     The labels are shifted, not the logits: those are large, and a shifted view of them would be copied; or they are
     never made (`how`, see `train.loss`). Raises InputError if they must not be, but the model uses them itself.
     """
+    positions = {} if position_ids is None else {"position_ids": position_ids}
     with unmade_logits(model, how):
-        output = model(input_ids=input_ids, use_cache=False, **_positions(position_ids))
+        output = model(input_ids=input_ids, use_cache=False, **positions)
     logits = output.logits
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     if isinstance(logits, Unmade) and logits.made is None:
@@ -64,10 +65,6 @@ class Learner(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """`summed_loss` of some rows."""
         return summed_loss(self.model, input_ids, labels, self._how, position_ids)
-
-
-def _positions(position_ids: Tensor | None) -> dict[str, Tensor]:
-    return {} if position_ids is None else {"position_ids": position_ids}
 
 
 @torch.no_grad()

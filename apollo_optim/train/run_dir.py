@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import logging
 import os
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apollo_optim.core import disk
-from apollo_optim.core.errors import Damaged, InputError
+from apollo_optim.core.errors import Damaged, InputError, nearest
 from apollo_optim.core.runlog import last_record
 from apollo_optim.parallel.world import ALONE, World
 from apollo_optim.train import checkpoint
@@ -74,9 +73,8 @@ def nothing_to_resume(run: Path) -> str:
     """Why this directory cannot be resumed, and which runs are near it."""
     what = "holds no run to resume" if run.is_dir() else "there is no such directory, so no run to resume"
     there = [path.parent for path in sorted(run.parent.parent.glob("*/*/config.yaml"))]
-    near = difflib.get_close_matches(str(run), map(str, there), n=1)
     beside = [str(path) for path in there if path.parent == run.parent][:3]
-    hint = f" (did you mean {near[0]}?)" if near else f" (runs beside it: {', '.join(beside)})" if beside else ""
+    hint = nearest(run, there) or (f" (runs beside it: {', '.join(beside)})" if beside else "")
     return f"{run}: {what}{hint}; leave --resume out to start one"
 
 

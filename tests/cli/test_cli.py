@@ -13,8 +13,7 @@ import yaml
 from apollo_optim import list_optimizers
 from apollo_optim.cli import pretrain, sample
 from apollo_optim.cli.main import COMMANDS, main
-from apollo_optim.cli.words import nearest
-from apollo_optim.core.errors import InputError
+from apollo_optim.core.errors import InputError, nearest
 from apollo_optim.train.config import RunConfig, check, from_dict, key_types
 
 TINY = [

@@ -308,12 +308,11 @@ def parity() -> Found:
                     yield "parity", {"layout": where, "game": game, "decay": weight_decay, "steps": steps, **row}
 
 
-def rests() -> Found:
-    """Rules of rows and columns, where ranks hold rows, columns, and both. (8 bits: for matrices this small, too.)
+FEW = ("tall", "wide", "uneven_tall", "one_row", "norm", "experts", "conv")  # a tensor of each kind
 
-    A tensor of each kind, all of them where it may take long.
-    """
-    only = () if LONG else ("tall", "wide", "uneven_tall", "one_row", "norm", "experts", "conv")
+
+def rests(only: tuple[str, ...] = FEW) -> Found:
+    """Rules of rows and columns, where ranks hold rows, columns, and both. (8 bits: for matrices this small, too.)"""
     least = ("apollo_optim.core.codecs.LEAST_ENTRIES", 0), ("apollo_optim.core.codecs.LEAST_GROUP", 1)
     with mock.patch(*least[0]), mock.patch(*least[1]):
         for where in ("fsdp 2", "columns 2") if dist.get_world_size() == 2 else ("rows x columns",):
@@ -323,6 +322,11 @@ def rests() -> Found:
                         yield "rest", {"layout": where, "game": game, "refused": False, **row}
                 except InputError as error:
                     yield "rest", {"layout": where, "game": game, "refused": True, "said": str(error)}
+
+
+def rests_of_all() -> Found:
+    """The same of every tensor."""
+    return rests(())
 
 
 def bf16() -> Found:
@@ -681,6 +685,7 @@ CHECKS: dict[int, list[Callable[[], Found]]] = {
     4: [parity, rests],
 }
 COMPILED = [compiled]  # a compiler takes minutes for it
+WHOLE_ZOO = [rests_of_all]
 
 
 def work(rank: int, world: int, folder: str, checks: list[Callable[[], Found]]) -> None:

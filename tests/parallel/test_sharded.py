@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sharded import COMPILED, ON_FOUR, ON_TWO, RESTS, Row, find
+from sharded import COMPILED, ON_FOUR, ON_TWO, RESTS, WHOLE_ZOO, Row, find
 from torch import nn
 
 from apollo_optim import AdamW, Apollo, ApolloMini, InputError
@@ -64,7 +64,19 @@ def test_four_processes_are_one(four: Found, where: str) -> None:
 
 def test_the_rest_is_stepped_in_one_piece(two: Found, four: Found) -> None:
     """8-bit moments and FOAM need whole rows, and say so; the other rules add up over whatever ranks hold."""
-    rows = [*two["rest"], *four["rest"]]
+    check_rest([*two["rest"], *four["rest"]])
+
+
+@pytest.mark.slow
+def test_the_rest_of_every_shape_is_stepped_in_one_piece(tmp_path: Path) -> None:
+    found = []
+    for world in (2, 4):
+        (folder := tmp_path / str(world)).mkdir()
+        found += find(world, folder, WHOLE_ZOO)["rest"]
+    check_rest(found)
+
+
+def check_rest(rows: list[Row]) -> None:
     assert {row["layout"] for row in rows} == {"fsdp 2", "columns 2", "rows x columns"}
     refused = {(row["layout"], row["game"]) for row in rows if row["refused"]}
     assert refused == set(itertools.product(("columns 2", "rows x columns"), ("adamw8bit", "foam")))

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import re
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from apollo_optim.core.errors import InputError
+from apollo_optim.core.errors import InputError, nearest
 from apollo_optim.optim.recipes import list_optimizers
 from apollo_optim.rules import RULES, Rule
 from apollo_optim.train.config.sections import OptimConfig, RunConfig
@@ -128,19 +127,14 @@ def check_names(data: dict[str, Any]) -> None:
     """Refuse a key that no section has, naming the nearest."""
     for name, section in data.items():
         if name not in KEYS:
-            raise InputError(f"unknown key {name}{_nearest(name, KEYS)}")
+            raise InputError(f"unknown key {name}{nearest(name, KEYS)}")
         if name not in SECTIONS or section is None:
             continue
         if not isinstance(section, dict):
             raise InputError(f"{name}: expected keys and values, not {section!r}")
         for key in section:
             if key not in (known := key_types(name)):
-                raise InputError(f"unknown key {name}.{key}{_nearest(key, known, name + '.')}")
-
-
-def _nearest(word: Any, known: dict[str, Any], prefix: str = "") -> str:
-    near = difflib.get_close_matches(str(word), known, n=1)
-    return f" (did you mean {prefix}{near[0]}?)" if near else ""
+                raise InputError(f"unknown key {name}.{key}{nearest(key, known, name + '.')}")
 
 
 def one_line(error: argparse.ArgumentError) -> str:
