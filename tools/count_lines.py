@@ -1,6 +1,7 @@
 """Lines of code of the library's rooms at commits: no blanks, no comments, no docstrings.
 
-python tools/count_lines.py BASE HEAD
+python tools/count_lines.py BASE HEAD          of the seam: core, rules, optim, quant
+python tools/count_lines.py --all BASE HEAD    of every room
 """
 
 import ast
@@ -28,20 +29,21 @@ def code_lines(source: str) -> int:
     return len(lines)
 
 
-def count(commit: str) -> dict[str, int]:
+def count(commit: str, every: bool = False) -> dict[str, int]:
     """Room -> lines at this commit."""
     git = ["git", "ls-tree", "-r", "--name-only", commit, "apollo_optim/"]
     names = subprocess.run(git, check=True, capture_output=True, text=True).stdout.split()
     found = dict.fromkeys(ROOMS, 0)
     for name in names:
-        room = name.split("/")[1]
-        if room in ROOMS and name.endswith(".py"):
+        room = name.split("/")[1] if name.count("/") > 1 else "top level"
+        if (every or room in ROOMS) and name.endswith(".py"):
             shown = subprocess.run(["git", "show", f"{commit}:{name}"], check=True, capture_output=True, text=True)
-            found[room] += code_lines(shown.stdout)
+            found[room] = found.get(room, 0) + code_lines(shown.stdout)
     return found
 
 
 if __name__ == "__main__":
-    for commit in sys.argv[1:] or ["HEAD"]:
-        rooms = count(commit)
+    every = "--all" in sys.argv
+    for commit in [word for word in sys.argv[1:] if word != "--all"] or ["HEAD"]:
+        rooms = count(commit, every)
         print(f"{commit}: {sum(rooms.values())} lines ({', '.join(f'{room} {n}' for room, n in rooms.items())})")

@@ -240,16 +240,3 @@ class Traces:
         if batch not in self.made:
             self.made[batch] = self.make(batch)
         return self.made[batch]
-
-    def about(self, batch: int) -> Trace:
-        """The trace of ``batch`` rows as it follows from those of 2 and 3 rows: sizes are linear in the batch.
-
-        Exact where the operations are the same for every batch, which holds for a transformer unless its loss is cut
-        into as many pieces as fit; so whoever decides by it looks at the real one (`at`) afterwards.
-        """
-        two, three = self.at(2), self.at(3)
-        if batch in self.made or [b[:2] + b[3:] for b in two.blocks] != [b[:2] + b[3:] for b in three.blocks]:
-            return self.at(batch)
-        sizes = (a.size + (batch - 2) * (b.size - a.size) for a, b in zip(two.blocks, three.blocks, strict=True))
-        blocks = [block._replace(size=size) for block, size in zip(two.blocks, sizes, strict=True)]
-        return Trace(batch, blocks, two.complete, two.backward, two.end)

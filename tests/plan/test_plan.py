@@ -216,35 +216,35 @@ def test_parts_add_up_to_the_total_and_release_takes_less(name: str) -> None:
     assert ways["released"].total <= ways["kept"].total <= ways["accumulated"].total
 
 
-def test_sizes_are_linear_in_the_batch() -> None:
-    model = skeleton(SMALL)
-    traces = Traces(lambda batch: trace_step(model, summed_loss, batch, SEQ))
-    budget = Budget(model, build_optimizer("apollo", model), name="apollo")
-    assert budget.at(traces.about(7)) == budget.at(traces.at(7))
-    assert 7 in traces.made, "looked at for real"
-    assert budget.at(traces.about(40)).total > budget.at(traces.about(39)).total
-    assert 40 not in traces.made
-
-
 def test_the_largest_batch_is_the_largest() -> None:
     model = skeleton(SMALL)
     traces = Traces(lambda batch: trace_step(model, summed_loss, batch, SEQ))
-    budget = Budget(model, build_optimizer("adamw", model), name="adamw")
-    limit = budget.at(traces.at(5)).total
-    assert command.largest_batch(budget, traces, limit) == 5
-    assert command.largest_batch(budget, traces, limit - 1) == 4
-    assert command.largest_batch(budget, traces, 1000) is None
+    budgets = [Budget(model, build_optimizer(name, model), name=name) for name in ("adamw", "apollo")]
+    limit = budgets[0].at(traces.make(23)).total
+    assert command.largest_batch(budgets[0], traces, limit) == 23
+    assert len(traces.made) <= 6, "a line leads there, not a walk"
+    assert command.largest_batch(budgets[0], traces, limit - 1) == 22
+    more = command.largest_batch(budgets[1], traces, limit)
+    assert more is not None
+    assert budgets[1].at(traces.make(more)).total <= limit < budgets[1].at(traces.make(more + 1)).total
+    assert len(traces.made) <= 9, "what was traced serves the next optimizer"
+    assert command.largest_batch(budgets[0], traces, 1000) is None
 
 
-def test_a_wrong_estimate_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss in as many pieces as fit is not linear: what was found is looked at, and looked for again."""
+def test_the_largest_batch_of_what_is_not_linear() -> None:
+    """A loss in as many pieces as fit bends the line."""
+
+    def pieces(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        cut = (ids[:4], labels[:4]), (ids[4:], labels[4:])
+        return sum((summed_loss(model, *piece) for piece in cut if len(piece[0])), torch.zeros(()))
+
     model = skeleton(SMALL)
-    traces = Traces(lambda batch: trace_step(model, summed_loss, batch, SEQ))
+    traces = Traces(lambda batch: trace_step(model, pieces, batch, SEQ))
     budget = Budget(model, build_optimizer("adamw", model), name="adamw")
-    limit = budget.at(traces.at(3)).total
-    for wrong in (1, 8):
-        monkeypatch.setattr(traces, "about", lambda batch, wrong=wrong: traces.at(3 if batch <= wrong else 4))
-        assert command.largest_batch(budget, traces, limit) == 3
+    for batch in (1, 3, 4, 6):
+        limit = budget.at(traces.make(batch)).total
+        assert limit < budget.at(traces.make(batch + 1)).total
+        assert command.largest_batch(budget, traces, limit) == batch
 
 
 @pytest.mark.parametrize("gpus", [3, 1000])
