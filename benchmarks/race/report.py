@@ -228,6 +228,9 @@ def pareto(board: Board, settings: list[Setting], path: Path) -> Path:
         best = front([(size, perplexity) for size, perplexity, _ in points.values()])
         axes.step([x for x, _ in best], [y for _, y in best], where="post", color="C1", linewidth=1)
         axes.set(title=describe(setting), xlabel="optimizer state, MB", ylabel="validation perplexity", xscale="log")
+        axes.margins(0.15)  # room for the names
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=150)
@@ -263,7 +266,10 @@ def curves(board: Board, setting: Setting, results: Path) -> Path:
                 tokens[0], list(map(min, together)), list(map(max, together)), color=f"C{number % 10}", alpha=0.2
             )
     axes.set(title=describe(setting), xlabel="million tokens", ylabel="training loss", yscale="log")
-    axes.legend(fontsize=7)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    if axes.lines:
+        axes.legend(fontsize=7)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(results / "curves.png", dpi=150)
     return results / "curves.png"
