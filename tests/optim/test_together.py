@@ -1,10 +1,15 @@
 """Parameters that are alike are stepped together: the numbers of single steps, in far fewer launches."""
 
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+
 import pytest
 import torch
 from torch import nn
 
-from apollo_optim import RuleOptimizer
+from apollo_optim import AdamW, ApolloMini, RuleOptimizer
 from apollo_optim.optim import together as together_module
 from apollo_optim.rules import RULES
 from benchmarks.launches import counted, measure, model_of
@@ -89,3 +94,27 @@ def test_launches_of_a_low_bit_write(bits):
         return int(measure("apollo-mini", model_of("llama-1b", "bfloat16", of, layers=3))["launches"])
 
     assert (launches(bits) - launches(None)) / 21 <= 50, "more than a float weight's write, of each matrix"
+
+
+@pytest.mark.parametrize(("make", "calls", "files"), [(partial(ApolloMini, rank=1), 80, 14), (AdamW, 46, 11)])
+def test_the_walk_of_a_gradient_is_short(make: Callable[..., torch.optim.Optimizer], calls: int, files: int) -> None:
+    # From `step` to the write, of one matrix: what somebody reads who wants to know what happens to a gradient.
+    p = nn.Parameter(torch.randn(64, 96))
+    optimizer = make([p], compile=False)
+    walked: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and "apollo_optim" in frame.f_code.co_filename:
+            walked.append(frame.f_code.co_filename)
+
+    for _ in range(2):  # in the first one the state is made
+        p.grad = torch.randn(64, 96)
+        walked.clear()
+        before = sys.getprofile()
+        sys.setprofile(note)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(before)
+    assert 20 < len(walked) <= calls, "calls"
+    assert len(set(walked)) <= files, "files"
