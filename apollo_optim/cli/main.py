@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "what a run would take of memory, for every optimizer",
     "optimizers": "list the optimizers, their defaults and their papers",
     "sample": "let a trained model write text",
+    "chat": "talk to a tuned model",
     "report": "draw loss and memory of one run or several, and print the table",
     "bench": "measure speed, memory and quality against other optimizers",
     "export": "write a checkpoint as a Hugging Face directory",

@@ -184,8 +184,13 @@ def _pairs(tokenizer: Any, pairs: list[list[str]]) -> list[Sample]:
 def _marked(tokenizer: Any, examples: list[dict[str, Any]]) -> list[Sample]:
     samples = []
     for example in examples:
-        found = _rendered(
-            tokenizer, example, example["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        found = rendered(
+            tokenizer,
+            example["at"],
+            example["messages"],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
         learnt = bytearray(found["assistant_masks"])
         samples.append(Sample(array("i", found["input_ids"]), _last(learnt, example)))
@@ -207,9 +212,9 @@ def _by_prefixes(tokenizer: Any, examples: list[dict[str, Any]]) -> list[Sample]
         messages = example["messages"]
         answers.append([k for k, message in enumerate(messages) if message["role"] == "assistant"])
         for k in answers[-1]:
-            texts.append(_rendered(tokenizer, example, messages[:k], tokenize=False, add_generation_prompt=True))
-            texts.append(_rendered(tokenizer, example, messages[: k + 1], tokenize=False))
-        texts.append(_rendered(tokenizer, example, messages, tokenize=False))
+            texts.append(rendered(tokenizer, example["at"], messages[:k], tokenize=False, add_generation_prompt=True))
+            texts.append(rendered(tokenizer, example["at"], messages[: k + 1], tokenize=False))
+        texts.append(rendered(tokenizer, example["at"], messages, tokenize=False))
     ids = iter(encode(tokenizer, texts, split=False))
     samples = []
     for example, ends in zip(examples, answers, strict=True):
@@ -229,9 +234,10 @@ def _by_prefixes(tokenizer: Any, examples: list[dict[str, Any]]) -> list[Sample]
     return samples
 
 
-def _rendered(tokenizer: Any, example: dict[str, Any], messages: list[dict[str, str]], **how: Any) -> Any:
+def rendered(tokenizer: Any, at: str, messages: list[dict[str, str]], **how: Any) -> Any:
+    """What the chat template makes of a conversation. Raises InputError, naming `at`, where it refuses."""
     try:
         return tokenizer.apply_chat_template(messages, **how)
     except Exception as error:  # whatever the template raises of its own, or jinja of it
         why = " ".join(str(error).split())[:200]
-        raise InputError(f"{example['at']}: the chat template refuses this conversation: {why}") from error
+        raise InputError(f"{at}: the chat template refuses this conversation: {why}") from error

@@ -79,10 +79,15 @@ def quantize_module(module: nn.Module, chosen: Chosen, bits: int, group_size: in
 
 def quantized(p: nn.Parameter, name: str, bits: int, group_size: int) -> nn.Parameter:
     """What takes the place of a float parameter. `name`: for the message if it cannot."""
+    check_format(bits, group_size)
+    if not p.is_meta and not is_finite(p):
+        raise InputError(f"{name} is not finite: it cannot be quantised")
+    return nn.Parameter(LowBitWeight.from_float(p.detach(), bits, group_size), p.requires_grad)
+
+
+def check_format(bits: int, group_size: int) -> None:
+    """Raise InputError unless weights can have so many bits in groups of this size."""
     if bits not in TOP:
         raise InputError(f"bits={bits}: a weight can have {' or '.join(map(str, TOP))}")
     if group_size < 2 or group_size % 2:
         raise InputError(f"group_size={group_size}: an even number")
-    if not p.is_meta and not is_finite(p):
-        raise InputError(f"{name} is not finite: it cannot be quantised")
-    return nn.Parameter(LowBitWeight.from_float(p.detach(), bits, group_size), p.requires_grad)

@@ -1,6 +1,6 @@
 """The long half: what one environment's clients do, a JSON object a line. `make test-clients` makes the table of it.
 
-    python tests/clients/long.py [--keep DIR] [--from DIR ...] [--only trainer trl lightning accelerate]
+    python tests/clients/long.py [--keep DIR] [--from DIR ...] [--only trainer low_bit trl lightning accelerate]
 
 Every figure is the largest difference between two runs' weights and states: 0.0 is bitwise. `--keep` leaves checkpoints
 of this version for `--from` of another.
@@ -107,6 +107,15 @@ def trainer_rows(out: Path) -> Iterator[Row]:
         yield {"client": TRAINER, "case": f"llama, float32, {name}", **found}
 
 
+def low_bit_rows(out: Path) -> Iterator[Row]:
+    for kind in KINDS:
+        for bits in (8, 4):
+            found = compared(
+                partial(train, kind=kind, dtype="bfloat16", bits=bits), out / f"{kind}-{bits}", "apollo-mini"
+            )
+            yield {"client": TRAINER, "case": f"{kind}, bfloat16, weights {bits}bit, apollo-mini", **found}
+
+
 def trl_rows(out: Path) -> Iterator[Row]:
     for what in ("sft", "dpo"):
         for adapters in (False, True):
@@ -164,6 +173,7 @@ def main() -> None:
         makers: dict[str, Callable[[], Iterator[Row]]] = {"trainer": lambda: trainer_rows(out / "trainer")}
         for i, theirs in enumerate(asked.theirs):
             makers[f"foreign{i}"] = partial(foreign_rows, theirs, out / "foreign")
+        makers["low_bit"] = lambda: low_bit_rows(out / "low-bit")
         makers["trl"] = lambda: trl_rows(out / "trl")
         if find_spec("lightning"):  # in the environment of the newest versions
             from accelerate_runs import rows as accelerate_rows

@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from apollo_optim.integrations.low_bit import LowBitConfig, quantize
 from apollo_optim.integrations.transformers import ReleaseCallback, apollo
 
 TORCH_ADAMW = "torch.optim.AdamW"
@@ -78,20 +79,31 @@ def train(
     callbacks: tuple[Any, ...] = (),
     resume: Path | str | None = None,
     knobs: dict[str, Any] | None = None,
+    bits: int | None = None,
     **own: Any,
 ) -> Run:
     """One run of Trainer, from its start or from a checkpoint.
 
-    `name`: of `build_optimizer`, or torch's AdamW; None: Trainer makes its optimizer itself, by `optim`.
+    `name`: of `build_optimizer`, or torch's AdamW; None: Trainer makes its optimizer itself, by `optim`. `bits`: of the
+    weights; what it ends with are then codes and scales.
     """
     model = make_model(kind, dtype)
+    if bits:
+        quantize(model, LowBitConfig(bits, group_size=32))
     args = TrainingArguments(**arguments(out, **own))
     made: Any = torch_adamw(args) if name == TORCH_ADAMW else name and apollo(name, args, model, **(knobs or {}))
     trainer = Trainer(
         model, args, train_dataset=ROWS, optimizer_cls_and_kwargs=made, callbacks=[callback() for callback in callbacks]
     )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return Run(trainer, {name: p.detach().clone() for name, p in model.named_parameters()})
+    plain = stored(model) if bits else dict(model.named_parameters())
+    return Run(trainer, {name: p.detach().clone() for name, p in plain.items()})
+
+
+def stored(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What the files of a low-bit model hold: codes, scales, and floats."""
+    plain: dict[str, Tensor] = model.hf_quantizer.get_state_dict_and_metadata(model)[0]
+    return plain
 
 
 def torch_adamw(args: TrainingArguments) -> tuple[type, dict[str, Any]]:
