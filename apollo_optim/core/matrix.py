@@ -253,6 +253,8 @@ def own_matrices(basis: Tensor, place: Place) -> Tensor:
 
 def _own_rows(basis: Tensor, grad_ck: Tensor, place: Place) -> Tensor:
     """What this rank's part of a gradient meets of a whole basis."""
+    if place.mesh is None:
+        return basis
     first, dim = place.offsets[-1], grad_ck.ndim - 2
     return own_matrices(basis, place).narrow(dim, first, grad_ck.shape[-1])
 

@@ -84,8 +84,8 @@ def stepped(
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of r whole rows after a step, `(1 - lr * weight_decay) * w - lr * factor * tensor`, in fp32.
 
-    Rounded stochastically: on average it is the number. `factor` broadcasts to r x n; where `finite` (bool, 1 x 1)
-    is not, nothing changes; `noise`: of these rows.
+    Rounded stochastically: on average it is the number. `factor` (2-D, fp32) broadcasts to r x n; where `finite`
+    (bool, 1 x 1) is not, nothing changes; `noise`: of these rows.
 
     A scale is kept as long as it can be, since entries that a step does not touch then keep their codes: to round them
     again would be noise. It grows when a *rounded* code is too large, which is as seldom as the entry at the edge goes
@@ -100,24 +100,20 @@ def stepped(
 
     old_rgs = unpack(codes).view(r, g, s).float()
     unit_rg1 = scales.float().unsqueeze(-1)
-    update_rgs = grouped(tensor_rn.float() * in_memory(factor * lr)) * in_memory(1 / unit_rg1)
+    update_rgs = grouped(tensor_rn * in_memory(factor * lr))  # in fp32: that has dimensions, too
+    keep = in_memory(1 - lr * weight_decay)
+    kept_rgs = old_rgs if isinstance(keep, float) and keep == 1.0 else old_rgs * keep
+    wanted = torch.addcmul(kept_rgs, update_rgs, in_memory(unit_rg1.reciprocal()), value=-1.0)
     finite_111 = finite.view(1, 1, 1)  # here and not at the end: to choose among int8 takes as long as all the rest
-    wanted = torch.where(finite_111, old_rgs * in_memory(1 - lr * weight_decay) - update_rgs, old_rgs)
+    wanted = torch.where(finite_111, wanted, old_rgs)
 
-    small = (wanted.abs().amax(-1, keepdim=True) * 2 <= top) & (unit_rg1 > SMALLEST) & finite_111
-    wanted, unit_rg1 = torch.where(small, wanted * 2, wanted), torch.where(small, unit_rg1 / 2, unit_rg1)
+    small = (wanted.abs().amax(-1, keepdim=True) <= top / 2) & (unit_rg1 > SMALLEST) & finite_111
+    doubled = 1.0 + small.float()
+    wanted, unit_rg1 = wanted * doubled, unit_rg1 / doubled
 
-    noise_rgs = grouped(noise.uniform())
-    new = _rounded(wanted, noise_rgs + 2.0**-17)  # the middle of a step: updates below 2^-16 of a code count, too
+    noise_rgs = grouped(noise.centred())
+    new = (wanted - noise_rgs).ceil()  # up with a probability equal to the fraction; a whole number stays
     peak = new.abs().amax(-1, keepdim=True)
-    fits, grown_rg1 = peak <= top, rounded_up(unit_rg1 * peak * (HEADROOM / top))
-    shrink = (unit_rg1 / grown_rg1).masked_fill(fits, 1.0)  # where it is 1, the numbers are whole, and stay
-    new = _rounded(new * shrink, (noise_rgs * 2.0**8).frac() + 2.0**-9)
-    unit_rg1 = torch.where(fits, unit_rg1, grown_rg1)
-    return pack(new.to(torch.int8).view(r, -1), bits), unit_rg1.squeeze(-1).to(torch.bfloat16)
-
-
-def _rounded(value: Tensor, uniform: Tensor) -> Tensor:
-    """Up with a probability equal to the fraction; a whole number stays. `uniform`: in [0, 1), less than 1."""
-    floor = value.floor()
-    return floor + (uniform < value - floor)
+    grown_rg1 = torch.where(peak <= top, unit_rg1, rounded_up(unit_rg1 * peak * (HEADROOM / top)))
+    new = (new * in_memory(unit_rg1 / grown_rg1) - (noise_rgs * 2.0**8).frac()).ceil()  # where none grew, as it is
+    return pack(new.to(torch.int8).view(r, -1), bits), grown_rg1.squeeze(-1).to(torch.bfloat16)

@@ -50,7 +50,9 @@ def write_rows(
     r, n = tensor.shape[-2:]
     every = codes.shape[:-1]
     factor, finite = (_per_matrix(t, tensor) for t in (factor, finite))
-    rates = [torch.as_tensor(number, dtype=torch.float32) for number in (lr, weight_decay)]
+    rates: Sequence[Number] = [lr, weight_decay]
+    if compile or stats is not None:
+        rates = [torch.as_tensor(number, dtype=torch.float32) for number in rates]
     some = min(r, _rows_at_a_time(every[-1], n, _block_size(codes.device, compile)))
     cuts = *at, *[slice(None)] * (len(every) - len(at))
     *stack, rows = (range(size)[cut] for size, cut in zip(every, cuts, strict=True))
@@ -115,7 +117,7 @@ _fused = functools.partial(compiled_in_place, options={})  # a block's temporari
 _Function = Callable[..., Any]
 
 
-def _ready(function: _Function, compiler: _Function, arguments: Sequence[Tensor], compile: bool) -> _Function:
+def _ready(function: _Function, compiler: _Function, arguments: Sequence[Any], compile: bool) -> _Function:
     """The function itself, or compiled for arguments that look like these."""
     if not compile:
         return function

@@ -104,7 +104,7 @@ def affine_dequantised(codes: Tensor, scales: Tensor, n: int, dtype: torch.dtype
 
 def rounded(value: Tensor, uniform: Tensor | float) -> Tensor:
     """Up with a probability equal to the fraction; to nearest if `uniform` is 0.5."""
-    return value.floor() + (uniform < value - value.floor())
+    return (value - uniform).ceil()
 
 
 def anew(
@@ -160,10 +160,9 @@ def stepped(
     touched_rg1 = used_rgs.any(-1, keepdim=True)
     decayed_rgs = old_rgs * (1 - lr * weight_decay) - minima_rg1 * (lr * weight_decay) / scales_rg1
     wanted_rgs = torch.where(used_rgs, decayed_rgs - update_rgs / scales_rg1, old_rgs)
-    noise_rgs = grouped(noise.uniform(), s)
-    uniform = noise_rgs + 2.0**-17
+    uniform = grouped(noise.centred(), s)
     if keep:
-        again = (noise_rgs * 2.0**8).frac() + 2.0**-9
+        again = (uniform * 2.0**8).frac()
         levels_rgs, new_rg1, low_rg1 = kept(wanted_rgs, scales_rg1, touched_rg1, uniform, again, bits, affine)
     else:
         levels_rgs, new_rg1, low_rg1 = anew(wanted_rgs, scales_rg1, uniform, bits, affine)

@@ -1,11 +1,18 @@
 """Parameters that are alike are stepped together: the numbers of single steps, in far fewer launches."""
 
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+
 import pytest
 import torch
 from torch import nn
 
-from apollo_optim import RuleOptimizer
+from apollo_optim import AdamW, ApolloMini, RuleOptimizer
+from apollo_optim.core.place import Place
 from apollo_optim.optim import together as together_module
+from apollo_optim.quant.weight import LowBitWeight
 from apollo_optim.rules import RULES
 from benchmarks.launches import counted, measure, model_of
 
@@ -83,9 +90,39 @@ def test_launches_of_a_step_of_llama_1b(name, most):
     assert two + 22 * (three - two) <= most
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_launches_of_a_low_bit_write(bits):
+@pytest.mark.parametrize(("bits", "most", "more"), [(8, 40, 28), (4, 48, 36)])
+def test_launches_of_a_low_bit_write(bits, most, more):
+    weight = LowBitWeight.from_float(torch.empty(256, 512, dtype=torch.bfloat16, device="meta"), bits, 128)
+    update, finite = torch.empty_like(weight), torch.ones(1, 1, dtype=torch.bool, device="meta")
+    factor, noise = torch.ones((), device="meta"), Place.of(update).noise((1, 2), update.device)
+    count = counted(lambda: weight._write_rows_((), update, factor, finite, 0.1, 0.0, noise))
+    assert 20 < count.total() <= most
+
     def launches(of: int | None) -> int:
         return int(measure("apollo-mini", model_of("llama-1b", "bfloat16", of, layers=3))["launches"])
 
-    assert (launches(bits) - launches(None)) / 21 <= 50, "more than a float weight's write, of each matrix"
+    assert (launches(bits) - launches(None)) / 21 <= more, "more than a float weight's write, of each matrix"
+
+
+@pytest.mark.parametrize(("make", "calls", "files"), [(partial(ApolloMini, rank=1), 80, 14), (AdamW, 46, 11)])
+def test_the_walk_of_a_gradient_is_short(make: Callable[..., torch.optim.Optimizer], calls: int, files: int) -> None:
+    # From `step` to the write, of one matrix: what somebody reads who wants to know what happens to a gradient.
+    p = nn.Parameter(torch.randn(64, 96))
+    optimizer = make([p], compile=False)
+    walked: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and "apollo_optim" in frame.f_code.co_filename:
+            walked.append(frame.f_code.co_filename)
+
+    for _ in range(2):  # in the first one the state is made
+        p.grad = torch.randn(64, 96)
+        walked.clear()
+        before = sys.getprofile()
+        sys.setprofile(note)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(before)
+    assert 20 < len(walked) <= calls, "calls"
+    assert len(set(walked)) <= files, "files"
