@@ -26,6 +26,7 @@ COMMANDS = {
     "optimizers": "list the optimizers, their defaults and their papers",
     "sample": "let a trained model write text",
     "chat": "talk to a tuned model",
+    "eval": "score a model on a text, on answers, on lm-eval's tasks",
     "report": "draw loss and memory of one run or several, and print the table",
     "bench": "measure speed, memory and quality against other optimizers",
     "export": "write a checkpoint as a Hugging Face directory",

@@ -143,13 +143,13 @@ def load(path: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
 
 
 def generate(
-    model: Any, tokenizer: Any, prompt: str, *, max_tokens: int, temperature: float, seed: int
+    model: Any, tokenizer: Any, prompt: str | list[int], *, max_tokens: int, temperature: float, seed: int
 ) -> "Iterator[str]":
-    """The text after the prompt, piece by piece; it ends with the document or with the model's context."""
+    """The text after the prompt (or its tokens), piece by piece; it ends with the document or the model's context."""
     import torch
 
     ends = end_tokens(model, tokenizer)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) and prompt else prompt
     end = tokenizer.eos_token_id
     tokens = ids or [end if end is not None else 0]  # documents are divided by the end token: a new one begins after it
     context = getattr(model.config, "max_position_embeddings", None) or len(tokens) + max_tokens

@@ -172,13 +172,19 @@ def _pairs(tokenizer: Any, pairs: list[list[str]]) -> list[Sample]:
     end = tokenizer.eos_token_id
     samples = []
     answers = encode(tokenizer, [answer for _, answer in pairs])
-    asked = encode(tokenizer, [prompt for prompt, _ in pairs], special=True)
-    for prompt, answer in zip(asked, answers, strict=True):
-        if prompt and prompt[-1] == end and len(prompt) > 1:  # of a tokenizer that ends whatever it is given
-            prompt.pop()
-        before = prompt or [end]  # what tells the first token of an answer without a prompt, as of a document
+    for before, answer in zip(asked_ids(tokenizer, [prompt for prompt, _ in pairs]), answers, strict=True):
         samples.append(Sample(array("i", [*before, *answer, end]), bytearray(len(before)) + b"\1" * (len(answer) + 1)))
     return samples
+
+
+def asked_ids(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
+    """The tokens that an answer follows, of prompts without a template; what begins a document, of an empty one."""
+    end = tokenizer.eos_token_id
+    asked = encode(tokenizer, prompts, special=True)
+    for prompt in asked:
+        if len(prompt) > 1 and prompt[-1] == end:  # of a tokenizer that ends whatever it is given
+            prompt.pop()
+    return [prompt or [end] for prompt in asked]
 
 
 def _marked(tokenizer: Any, examples: list[dict[str, Any]]) -> list[Sample]:

@@ -9,7 +9,19 @@ from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.matrix import matrix_shape
-from apollo_optim.core.names import as_tuple, is_pattern, is_router, is_vector, matches, summary, with_matrices
+from apollo_optim.core.names import (
+    ALL_LINEAR,
+    as_tuple,
+    head_of,
+    is_linear,
+    is_norm,
+    is_pattern,
+    is_router,
+    is_vector,
+    matches,
+    unmatched,
+    with_matrices,
+)
 from apollo_optim.optim.knobs import (
     GENERAL,
     PASSED,
@@ -24,8 +36,6 @@ from apollo_optim.optim.knobs import (
 from apollo_optim.optim.parameter import applies
 from apollo_optim.rules import RULES
 
-ALL_LINEAR = "all-linear"
-HEAD_NAMES = ("lm_head", "embed_out", "output", "head", "score", "classifier")
 SCALE_RULES: dict[str, Group] = {  # what SCALE's authors do with each kind
     "embedding": {"normalize": "columns"},
     "head": {"normalize": "rows", "momentum": 0.9},
@@ -42,7 +52,7 @@ def param_groups(
     rule: str | None = None,
     targets: str | Sequence[str] = ("attn", "mlp"),
     exclude: str | Sequence[str] = (),
-    no_decay: str | Sequence[str] = ("bias", "norm"),
+    no_decay: str | Sequence[str] = (),
     rest: str = "adamw",
     rest_rank: int | str | None = None,
     rest_lr: float | None = None,
@@ -71,7 +81,9 @@ def param_groups(
             convolutions, recurrent and attention weights, stacks of experts - but the head. A mixture's router is left
             to `others` unless a glob or a regular expression names it.
         exclude: Patterns of the same kind, over parameter names; what they match goes to `others`.
-        no_decay: Patterns over parameter names; what they match has `weight_decay=0`; so has all that is 0-D or 1-D.
+        no_decay: Patterns over parameter names; what they match has `weight_decay=0`; so has, by what it is and not by
+            what it is called, all that is 0-D or 1-D, the biases of experts, a normalisation's weights, and what its
+            model marks (`_no_weight_decay`, as Mamba's `A_log`).
         rest: What `embedding`, `head` and `others` follow (norms and all that is 1-D always follow AdamW): the name of
             a rule ("adamw"; "adafactor", second moments factored into rows and columns and no first; "scale", the
             gradient normalised - the head's rows after a momentum of 0.9, the embedding's columns, other matrices'
@@ -106,13 +118,16 @@ def param_groups(
         raise InputError(f"rest_rank={rest_rank} means nothing to rest={rest!r}, which has no rank: leave it out")
     targets, exclude, no_decay = (as_tuple(x) for x in (targets, exclude, no_decay))
     owners = _owners(model)
-    output = _head_of(model)
+    output = head_of(model)
     used: Counter[str] = Counter()
     members: dict[tuple[str, bool, bool], list[tuple[str, Tensor]]] = {}
     for name, p in model.named_parameters():
         check_parameter(p, f"parameter {name!r}")  # before a flat one makes every target look like a typo
         kind = _kind(name, p, owners[p], output, model, targets, exclude, used)
-        decays = kind != "norms" and not any(matches(pattern, name) for pattern in no_decay)
+        decays = kind != "norms" and not (
+            getattr(p, "_no_weight_decay", False) or any(is_norm(module) for _, module in owners[p])
+        )
+        decays = decays and not any(matches(pattern, name) for pattern in no_decay)
         shaped = kind == "matrices" or (kind == "others" and choices["others"] != "adamw")
         conv = shaped and any(isinstance(module, nn.modules.conv._ConvNd) for _, module in owners[p])
         members.setdefault((kind, decays, conv), []).append((name, p))
@@ -196,16 +211,6 @@ def _owners(model: nn.Module) -> dict[Tensor, list[tuple[str, nn.Module]]]:
     return owners
 
 
-def _head_of(model: nn.Module) -> nn.Module | None:
-    """The output layer: as transformers names it, else a last child with one of the customary names."""
-    if callable(getattr(model, "get_output_embeddings", None)):
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        if isinstance(head, nn.Module):
-            return head
-    by_name = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
-    return next((by_name[name] for name in HEAD_NAMES if name in by_name), None)
-
-
 def _kind(
     name: str,
     p: Tensor,
@@ -224,7 +229,7 @@ def _kind(
         return "embedding"
     for module_name, module in owners:
         is_head = module is head
-        linear, router = not is_head and _is_linear(module, module_name, p), is_router(module, module_name, model)
+        linear, router = not is_head and is_linear(module, module_name, p), is_router(module, module_name, model)
         for target in targets:
             if router and not is_pattern(target):
                 continue
@@ -236,25 +241,15 @@ def _kind(
     return "others"
 
 
-def _is_linear(module: nn.Module, name: str, p: Tensor) -> bool:
-    """Is the matrix `p` of this module one that activations are multiplied by? By what it is, not what it is called.
-
-    `nn.Linear`, convolutions, transformers' Conv1D, recurrent and attention layers with weights of their own, what a
-    parametrization keeps in the place of such a weight, and fused stacks of experts.
-    """
-    types = nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention
-    parametrized = ".parametrizations." in f".{name}." and min(p.shape) > 1
-    experts = p.ndim == 3 and "expert" in f"{type(module).__name__} {name}".lower()
-    return isinstance(module, types) or type(module).__name__ == "Conv1D" or parametrized or experts
-
-
 def _check_cover(targets: tuple[str, ...], exclude: tuple[str, ...], used: Counter[str], model: nn.Module) -> None:
     modules = with_matrices(model.named_parameters(remove_duplicate=False))
     # a second target may find all its modules taken by the first one: that is no typo
-    idle = [t for t in targets if not used[t] and not any(matches(t, name) for name in modules)]
-    idle += [pattern for pattern in exclude if not used[pattern]]
-    if idle:
-        raise InputError(f"{idle[0]!r} matches nothing in this model. Modules with matrices: {summary(modules)}")
+    for target in targets:
+        if not used[target] and not any(matches(target, name) for name in modules):
+            raise InputError(unmatched(target, modules))
+    for pattern in exclude:
+        if not used[pattern]:
+            raise InputError(unmatched(pattern, modules, target=False))
 
 
 def _quarter(members: dict[tuple[str, bool, bool], list[tuple[str, Tensor]]]) -> int:

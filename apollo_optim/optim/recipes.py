@@ -144,7 +144,7 @@ def build_optimizer(
     rank: int | str | None = None,
     targets: str | Sequence[str] = ("attn", "mlp"),
     exclude: str | Sequence[str] = (),
-    no_decay: str | Sequence[str] = ("bias", "norm"),
+    no_decay: str | Sequence[str] = (),
     compile: bool | None = None,
     **knobs: Any,
 ) -> RuleOptimizer:

@@ -5,7 +5,18 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.names import as_tuple, is_pattern, is_router, is_vector, matches, summary, with_matrices
+from apollo_optim.core.names import (
+    ALL_LINEAR,
+    as_tuple,
+    head_of,
+    is_linear,
+    is_pattern,
+    is_router,
+    is_vector,
+    matches,
+    unmatched,
+    with_matrices,
+)
 from apollo_optim.core.storage import is_finite
 from apollo_optim.quant.format import TOP
 from apollo_optim.quant.weight import LowBitWeight
@@ -27,9 +38,10 @@ def quantize_weights(
     Args:
         bits: 8 or 4 for each weight.
         group_size: Entries of a row that share a bf16 scale; even. A row need not be a whole number of groups.
-        targets: As in `param_groups`: part of a module's name, a glob, or `re:...`. Linear weights and stacks of
-            expert matrices are taken, and embeddings and heads if they are named; a mixture's routers by globs and
-            regular expressions alone; convolutions and vectors never.
+        targets: As in `param_groups`: part of a module's name, a glob, `re:...`, or "all-linear", which leaves the
+            head and recurrent layers out. Linear weights and stacks of expert matrices are taken, and embeddings and
+            heads if they are named; a mixture's routers by globs and regular expressions alone; convolutions and
+            vectors never.
         exclude: Patterns of the same kind, over parameter names.
 
     Raises InputError for other bits, a target that matches nothing, weights that two modules share, values that are not
@@ -45,12 +57,16 @@ def choose_weights(model: nn.Module, targets: str | Sequence[str], exclude: str 
     """The weights that `quantize_weights` would take, found before any of them has a value."""
     chosen: Chosen = {}
     owners: dict[Tensor, str] = {}
+    head = head_of(model) if ALL_LINEAR in as_tuple(targets) else None
     for module_name, module in model.named_modules():
         for own, p in module.named_parameters(recurse=False):
             name = f"{module_name}.{own}" if module_name else own
             other = owners.setdefault(p, name)
-            wanted = any(matches(t, n) for t in as_tuple(targets) for n in (module_name, other.rpartition(".")[0]))
-            if p.ndim not in (2, 3) or isinstance(module, nn.modules.conv._ConvNd) or not wanted or is_vector(own, p):
+            if p.ndim not in (2, 3) or isinstance(module, nn.modules.conv._ConvNd) or is_vector(own, p):
+                continue
+            linear = module is not head and not isinstance(module, nn.RNNBase) and is_linear(module, module_name, p)
+            names = module_name, other.rpartition(".")[0]
+            if not any(linear if t == ALL_LINEAR else any(matches(t, n) for n in names) for t in as_tuple(targets)):
                 continue
             if is_router(module, module_name, model) and not any(map(is_pattern, as_tuple(targets))):
                 continue
@@ -63,8 +79,8 @@ def choose_weights(model: nn.Module, targets: str | Sequence[str], exclude: str 
             chosen.setdefault(module, {})[own] = name
     modules = with_matrices(model.named_parameters(remove_duplicate=False))
     for target in as_tuple(targets):
-        if not any(matches(target, name) for name in modules):
-            raise InputError(f"{target!r} matches nothing in this model. Modules with matrices: {summary(modules)}")
+        if not (chosen if target == ALL_LINEAR else any(matches(target, name) for name in modules)):
+            raise InputError(unmatched(target, modules))
     return chosen
 
 

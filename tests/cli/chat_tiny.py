@@ -28,3 +28,25 @@ def make_base(folder: Path, template: str | None = TEMPLATE) -> Path:
     config = LlamaConfig(vocab_size=257, bos_token_id=None, eos_token_id=0, max_position_embeddings=256, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def make_tuned(folder: Path, pairs: list[tuple[str, str]]) -> Path:
+    """The same, after it has learnt these questions and answers by heart."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    make_base(folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    texts = [[*tokenizer(asked + answer)["input_ids"], tokenizer.eos_token_id] for asked, answer in pairs]
+    longest = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+    labels = torch.tensor([text + [-100] * (longest - len(text)) for text in texts])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(150):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.set_num_threads(threads)
+    model.save_pretrained(folder)
+    return folder
