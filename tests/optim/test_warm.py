@@ -10,7 +10,6 @@ from apollo_optim import Apollo
 from apollo_optim.train import build
 from apollo_optim.train.pretrain import pretrain
 
-
 FEW_SHAPES = {
     "attention_dropout": 0.0,
     "num_attention_heads": 2,
