@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself, once, and again when pyproject.toml or constraints.txt change.
-#   make demo     train a small LLaMA on real text with AdamW and with APOLLO: text, table, picture (about 8 minutes on 2 cores)
+#   make demo     train a small LLaMA on real text with AdamW and with APOLLO: text, table, picture (about 5 minutes on 2 cores)
 #   make demo-finetune  the same for fine-tuning: five instructions, exact match before and after (about 6 minutes)
 #   make test     the test suite (minutes)      make lint   ruff and mypy --strict
 #   make test-all the suite and what is marked slow (a quarter of an hour)
@@ -69,7 +69,7 @@ demo-finetune: $(VENV)/.train
 	@$(SAY) "making the instructions"
 	$(BIN)/apollo-optim bench instructions --out $(TUNED)
 	@$(SAY) "training the model to start from, on the Python standard library's own source"
-	$(BIN)/apollo-optim pretrain --config runs/demo.yaml $(DEMO_ADAMW) --model.name llama-1m --train.steps 80 --out $(TUNED)/base
+	$(BIN)/apollo-optim pretrain --config runs/demo.yaml $(DEMO_ADAMW) --model.name llama-1m --train.batch_size 16 --train.steps 80 --out $(TUNED)/base
 	@$(SAY) "fine-tuning it with AdamW"
 	$(TUNE) $(DEMO_ARGS)
 	@$(SAY) "and with APOLLO"

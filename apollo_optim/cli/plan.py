@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError, nearest
 from ..core.printing import say
+from .choice import print_choice
 from .words import CONSENT, CONSENT_HELP, Parser, console, show
 
 if TYPE_CHECKING:
-    from ..plan import Budget, Traces
+    from ..plan import Budget, Plan, Traces
     from ..train.config import RunConfig
 
 PROG = "apollo-optim plan"
@@ -27,6 +28,7 @@ EPILOG = """\
 examples:
   apollo-optim plan llama-7b --release                        what fits where, as in the paper's Figure 2
   apollo-optim plan llama-7b --release --checkpointing --memory 24GB
+  apollo-optim plan llama-7b --release --memory 24GB --choose  the best optimizer that fits, and its run file
   apollo-optim plan llama-7b --optimizer apollo adamw --rank 256 --optim.state_dtype bfloat16
   apollo-optim plan llama-13b --optimizer apollo-mini --gpus 8 --parallel ddp
   apollo-optim plan runs/llama-60m-apollo.yaml --out out/plan  also the picture and the page
@@ -42,6 +44,11 @@ def run(argv: Sequence[str]) -> int:
     args, keys = parser.parse_beside_keys(argv)
     check_words(args)
     cfg, limit = config_of(args, keys), memory_of(args.memory) if args.memory else None
+    if args.choose:
+        assert limit is not None  # check_words
+        models = Models(args.trust_remote_code)
+        print_choice(cfg, limit, lambda one: models.plan_of(one, args.batch), lambda one, n: title_of(args, one, n))
+        return 0
     from ..plan import Parallel
     from ..plan.draw import NOTE, followed_rows, table_rows, write_plan
     from ..train.plan import budget_of, micro_batch
@@ -86,6 +93,14 @@ class Models:
             self._made[bits] = model, traces
         return self._made[bits]
 
+    def plan_of(self, cfg: "RunConfig", batch: int | None = None) -> "Plan":
+        """The plan of a run, of one device."""
+        from ..train.plan import budget_of, micro_batch
+
+        model, traces = self.of(cfg)
+        batch = batch or micro_batch(cfg)
+        return budget_of(cfg, model, batch=batch).at(traces.at(batch))
+
 
 def names_of(args: argparse.Namespace) -> list[str]:
     """The optimizers that are asked for: those that fit the weights."""
@@ -128,6 +143,7 @@ def make_parser() -> Parser:
     copies = "ddp without gradient_as_bucket_view: the reducer copies every gradient"
     parser.add_argument("--copy-buckets", action="store_true", help=copies)
     parser.add_argument("--memory", help="find the largest micro-batch that fits: 24GB, 80GiB")
+    parser.add_argument("--choose", action="store_true", help="name the best optimizer that fits in --memory, and why")
     parser.add_argument("--out", metavar="DIR", help="write plan.png and plan.html there")
     parser.add_argument(CONSENT, action="store_true", help=CONSENT_HELP)
     return parser
@@ -142,6 +158,8 @@ def check_words(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} {value}: at least 1")
+    if args.choose and (not args.memory or args.optimizer or args.gpus > 1 or args.bits in (4, 8)):
+        raise InputError("--choose needs --memory 24GB, and chooses optimizer and bits for one device: leave those out")
     if args.bits in BITS and args.dtype not in (None, BITS[args.bits]):
         raise InputError(f"--bits {args.bits} and --dtype {args.dtype} contradict each other: leave one out")
 

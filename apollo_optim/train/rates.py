@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from apollo_optim.optim.groups import rule_and_codec
 from apollo_optim.train.config import OptimConfig, RunConfig
@@ -31,9 +33,11 @@ class Rate(NamedTuple):
     """Where it was run: a folder of `results/`, or a paper."""
     rest: str = "adamw"
     """The rule of embedding and head."""
+    more: Mapping[str, Any] = MappingProxyType({})
+    """Other keys of `optim` that were tuned with them: rates of groups apart, and knobs."""
 
 
-RACE, SMALL_BATCH, PAPER = "race/llama-4m", "llama-60m", "the papers' (arXiv 2412.05270, 2403.03507)"
+RACE, RACE2, SMALL_BATCH, PAPER = "race/llama-4m", "race2", "llama-60m", "the papers' (arXiv 2412.05270, 2403.03507)"
 RATES = (
     Rate("apollo-mini", 1_024, 0.001, 0.005, SMALL_BATCH, "adafactor"),
     Rate("q-apollo-mini", 1_024, 0.001, 0.005, SMALL_BATCH, "adafactor"),
@@ -44,6 +48,8 @@ RATES = (
     Rate("q-apollo-mini", 4_096, 0.00125, 0.02, RACE),
     Rate("apollo", 4_096, 0.005, 0.04, RACE, "adafactor"),
     Rate("apollo", 4_096, 0.005, 0.005, RACE, "scale"),
+    # its average's half-life is 13,840 tokens
+    Rate("muon+adamw8bit", 4_096, 0.008, 0.04, RACE2, more={"embedding_lr": 0.32, "norm_lr": 0.02, "momentum": 0.8145}),
     Rate("adamw", 131_072, 0.001, 0.001, PAPER),
     Rate("apollo", 131_072, 0.01, 0.01, PAPER),
     Rate("apollo-mini", 131_072, 0.01, 0.01, PAPER),
@@ -71,7 +77,12 @@ def with_known_rates(cfg: RunConfig) -> RunConfig:
     if cfg.optim.lr is not None or row is None:
         return cfg
     rest_lr = row.rest_lr if cfg.optim.rest_lr is None and row.rest == _rest(cfg.optim) else cfg.optim.rest_lr
-    return dataclasses.replace(cfg, optim=cfg.optim.changed(lr=row.lr, rest_lr=rest_lr))
+    said = cfg.optim.flat()
+    near = _within(NEAR, row.tokens / tokens_a_step(cfg))
+    more = {key: value for key, value in row.more.items() if near and said.get(key) is None}
+    if said["rest_lr"] is not None:
+        more = {key: value for key, value in more.items() if not key.endswith("_lr")}
+    return dataclasses.replace(cfg, optim=cfg.optim.changed(lr=row.lr, rest_lr=rest_lr, **more))
 
 
 def advice(cfg: RunConfig) -> str | None:
@@ -111,6 +122,11 @@ def _pair(lr: float, rest_lr: float) -> str:
     return f"{lr:g} (rest {rest_lr:g})"
 
 
+def _cell(row: Rate) -> str:
+    more = "".join(f"; `{key}` {value:g}" for key, value in row.more.items())
+    return f"{row.lr:g} / {row.rest_lr:g}{more}"
+
+
 def table() -> str:
     """All that is known, as the docs show it."""
     names = list(dict.fromkeys(row.optimizer for row in sorted(RATES, key=lambda row: row.optimizer)))
@@ -118,10 +134,9 @@ def table() -> str:
         ["tokens a step", "embedding and head", *(f"`{name}`" for name in names), "known from"],
         ["---:", "---", *("---" for _ in names), "---"],
     ]
-    for tokens, rest in dict.fromkeys((row.tokens, row.rest) for row in RATES):
-        here = {row.optimizer: row for row in RATES if (row.tokens, row.rest) == (tokens, rest)}
-        cells = [f"{here[name].lr:g} / {here[name].rest_lr:g}" if name in here else "not measured" for name in names]
-        log = next(iter(here.values())).log
+    for tokens, rest, log in dict.fromkeys((row.tokens, row.rest, row.log) for row in RATES):
+        here = {row.optimizer: row for row in RATES if (row.tokens, row.rest, row.log) == (tokens, rest, log)}
+        cells = [_cell(here[name]) if name in here else "not measured" for name in names]
         lines.append([f"{tokens:,}", rest, *cells, log if log == PAPER else f"`results/{log}`"])
     lines.append(["fine-tuning", "-", *("not measured" for _ in names), "-"])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

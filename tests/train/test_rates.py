@@ -10,7 +10,7 @@ from train_tiny import records, tiny
 from apollo_optim.cli import pretrain as command
 from apollo_optim.train.config import RunConfig, load_config
 from apollo_optim.train.pretrain import pretrain
-from apollo_optim.train.rates import PAPER, RATES, Rate, advice, table, tokens_a_step, with_known_rates
+from apollo_optim.train.rates import PAPER, RACE2, RATES, Rate, advice, table, tokens_a_step, with_known_rates
 
 SAYS_NO_RATE = {"name": "adamw", "lr": None, "rank": None, "update_proj_gap": None}
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +35,17 @@ def test_the_table_of_the_docs_is_that_of_the_code() -> None:
 )
 def test_what_is_known_was_run(row: Rate) -> None:
     folder = RESULTS / row.log
+    if row.log == RACE2:
+        name, _, storage = row.optimizer.partition("+adamw")
+        lines = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if line["method"] == f"{name}-{storage}"]
+        best = min((line for line in lines if line["search"]), key=lambda line: line["loss"])
+        whole = next(line for line in lines if not line["search"])
+        for line in (best, whole):
+            assert (line["lr"], line["head_lr"]) == (row.lr, row.rest_lr)
+            assert all(line[key] == row.more[key] for key in ("embedding_lr", "norm_lr"))
+            assert 0.5 ** (row.tokens / line["knob"]) == pytest.approx(row.more["momentum"], abs=1e-4)
+        return
     if (folder / "trials.jsonl").exists():
         mini, bits = "-mini" * ("mini" in row.optimizer), "-int8" * row.optimizer.startswith("q-")
         rest = "" if row.rest == "adamw" else f"-rest-{row.rest}"
@@ -56,6 +67,18 @@ def test_what_is_known_was_run(row: Rate) -> None:
         optim = config["optim"]
         found.append((optim["name"], tokens, optim["lr"], optim["rest_lr"], optim["rest"]))
     assert (row.optimizer, row.tokens, row.lr, row.rest_lr, row.rest) in found
+
+
+def test_keys_that_were_tuned_with_a_rate_come_with_it() -> None:
+    def more(*words: str) -> list[float | None]:
+        optim = with_known_rates(asked("--optim.name", "muon+adamw8bit", *words)).optim.flat()
+        return [optim.get(key) for key in ("lr", "rest_lr", "embedding_lr", "head_lr", "norm_lr", "momentum")]
+
+    assert more() == [0.008, 0.04, 0.32, None, 0.02, 0.8145]
+    assert more("--optim.momentum", "0.9", "--optim.embedding_lr", "0.1") == [0.008, 0.04, 0.1, None, 0.02, 0.9]
+    assert more("--optim.rest_lr", "0.01") == [0.008, 0.01, None, None, None, 0.8145]
+    assert more("--optim.lr", "0.004") == [0.004, None, None, None, None, None]
+    assert more("--train.batch_size", "512") == [0.008, 0.04, None, None, None, None]  # averages belong to a batch
 
 
 def test_a_run_that_says_no_rate_has_a_known_one() -> None:

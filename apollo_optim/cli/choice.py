@@ -1,0 +1,35 @@
+"""`apollo-optim plan --choose`: the best optimizer that fits, why, and the sections of its run file."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..core.printing import say
+from .words import show
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+    from ..train.config import RunConfig
+
+
+def print_choice(
+    cfg: "RunConfig",
+    memory: float,
+    plan_of: "Callable[[RunConfig], Plan]",
+    title_of: "Callable[[RunConfig, int], str]",
+) -> None:
+    """What `train.choose` says. Raises InputError where nothing fits in so many bytes."""
+    import yaml
+
+    from ..train.choose import choose
+    from ..train.config import to_dict
+    from ..train.rates import with_known_rates
+
+    choice = choose(cfg, memory, plan_of)
+    show(title_of(choice.cfg, choice.plan.batch), style="bold")
+    for plan in choice.passed_over:
+        show(f"{plan.optimizer}: {plan.total / 1e9:.2f} GB, too much")
+    show(f"{choice.plan.optimizer}: {choice.plan.total / 1e9:.2f} GB. Why: {choice.why}")
+    sections = to_dict(with_known_rates(choice.cfg))
+    names = ("optim", "quant") if choice.cfg.quant.bits else ("optim",)
+    said = {name: {key: value for key, value in sections[name].items() if value is not None} for name in names}
+    say("\n# for a run file\n" + yaml.safe_dump(said, sort_keys=False))
