@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from apollo_optim.core.printing import literal, printable
-from apollo_optim.report.read import PARTS, Run, labels
+from apollo_optim.report.read import PARTS, Run, labels, token_word
 from apollo_optim.report.units import byte_scale, unit_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     most = max((run.steps[-1]["tokens"] for run in runs if run.steps), default=0)
     counts = ((1e9, "billions of tokens"), (1e6, "millions of tokens"), (1e3, "thousands of tokens"), (1, "tokens"))
     token_unit, token_name = unit_of(most, counts)
+    token_name = token_name.replace("tokens", token_word(runs))
 
     for run, name, (colour, style) in zip(runs, names, looks, strict=True):
         plot_loss(by_tokens, run, "tokens", token_unit, colour, style, label=f" {name}")  # `_x` would be left out

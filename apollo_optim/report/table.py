@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apollo_optim.core.printing import plain_markdown, printable
-from apollo_optim.report.read import Run, labels
+from apollo_optim.report.read import Run, labels, token_word
 from apollo_optim.report.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ NOTE = (
 
 def table_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Titles and rows. A column that no run fills is left out; a run that has not ended says so in its name."""
-    columns = [(title, [cell(run) for run in runs]) for title, cell in COLUMNS]
+    words = {"tokens": token_word(runs)}
+    columns = [(words.get(title, title), [cell(run) for run in runs]) for title, cell in COLUMNS]
     columns = [(title, cells) for title, cells in columns if set(cells) != {"-"}]
     names = [name + ("" if run.end else " (not ended)") for name, run in zip(labels(runs), runs, strict=True)]
     rows = [[printable(cell) for cell in (name, *(cells[i] for _, cells in columns))] for i, name in enumerate(names)]
