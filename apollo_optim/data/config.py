@@ -11,7 +11,8 @@ class DataConfig:
     source: str | list[str] = "python"
     """Where the text comes from: `python` (the source of the standard library; always there), `packages` (the Python
     source of the installed torch and transformers, about 100 MB), a local file, directory or glob (txt, md, py, jsonl,
-    jsonl.gz, parquet), a list of these, or the name of a Hugging Face dataset, which is streamed (`allenai/c4`).
+    jsonl.gz, parquet; of questions and answers json and csv, too), a list of these, or the name of a Hugging Face
+    dataset, which is streamed (`allenai/c4`).
     A prefix settles a doubt: `./python` is a path, `hf:name` is a dataset."""
 
     subset: str | None = None

@@ -16,7 +16,7 @@ from typing import Any
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.reading import kind_of, opened
-from apollo_optim.data.readers import READERS, RECORDS, Document, Reading, reader
+from apollo_optim.data.readers import READERS, RECORDS, ROWS, Document, Reading, reader
 
 CODE_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages", "__pycache__"}
 PACKAGES = ("torch", "transformers")
@@ -34,7 +34,7 @@ def is_local(source: str) -> bool:
         or os.path.exists(os.path.expanduser(source))
         or source.startswith(("/", "./", "../", "~"))
         or source.count("/") > 1
-        or reader(Path(source)) is not None
+        or reader(Path(source), rows=True) is not None
     )
 
 
@@ -98,15 +98,15 @@ def _text_files(root: Path, reading: Reading) -> list[Path]:
                 why = LINKED
             elif name in inner:
                 continue
-            elif not reader(path):
-                why = f"other types than {_types()}"
+            elif not reader(path, rows=reading.records_only):
+                why = f"other types than {_types(reading)}"
             elif path.exists() and not path.is_file():  # a link to nothing is an error when it is read
                 why = IRREGULAR
             else:
                 found.append(path)
                 continue
             reading.leave_out(why, path.relative_to(root).as_posix())
-    records = any(reader(path) in RECORDS for path in found)
+    records = any(reader(path, rows=reading.records_only) in RECORDS for path in found)
     kept = []
     for path in sorted(found, key=lambda path: path.relative_to(root).as_posix()):
         if records and path.name.lower() == "readme.md":  # a data set's card is about it, not of it
@@ -150,20 +150,21 @@ def _files(source: str, reading: Reading, alone: bool) -> Iterator[Document]:
     elif root.is_dir():
         found = _text_files(root, reading)
         if not found:
-            raise InputError(f"{source}: no text in this directory; files of type {_types()} are read")
+            raise InputError(f"{source}: no text in this directory; files of type {_types(reading)} are read")
     elif root.is_file():
         found, root, nameless = [root], root.parent, alone
     elif root.exists():
         raise InputError(f"{source}: {kind_of(root)}, not a regular file")
     else:
         raise InputError(f"{source}: no such file or directory (a Hugging Face dataset is written hf:NAME)")
-    unknown = [path for path in found if not reader(path)]
+    readers = {path: reader(path, rows=reading.records_only) for path in found}
+    unknown = [path for path in found if not readers[path]]
     if unknown:
-        raise InputError(f"{unknown[0]}: unknown file type; {_types()} are read")
-    if reading.records_only and (texts := [path for path in found if reader(path) not in RECORDS]):
-        raise InputError(f"{texts[0]}: a text, and questions and answers are read from jsonl and parquet (data.format)")
+        raise InputError(f"{unknown[0]}: unknown file type; {_types(reading)} are read")
+    if reading.records_only and (texts := [path for path in found if readers[path] not in RECORDS]):
+        raise InputError(f"{texts[0]}: a text, and questions and answers are read from {_types(reading)} (data.format)")
     for path in found:
-        read: Any = reader(path)
+        read: Any = readers[path]
         key = "" if nameless else path.relative_to(root).as_posix()
         if reading.is_new(path, key):
             yield from read(path, key, reading)
@@ -218,5 +219,6 @@ def _is_link(path: Path, reading: Reading) -> bool:
     return False
 
 
-def _types() -> str:
-    return ", ".join(suffix[1:] for suffix in READERS)
+def _types(reading: Reading) -> str:
+    known = READERS | ROWS if reading.records_only else READERS
+    return ", ".join(s[1:] for s, read in known.items() if read in RECORDS or not reading.records_only)

@@ -5,9 +5,12 @@ Every call of a loader says `trust_remote_code` itself. Left out, transformers a
 
 import contextlib
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from apollo_optim.core import disk
 from apollo_optim.core.errors import InputError
@@ -35,6 +38,23 @@ def explained(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"{what}: {reason(error)}") from error
+
+
+def unreachable() -> str | None:
+    """Why the hub cannot be reached, where its name leads nowhere; None: it may be there (behind a proxy, who knows).
+
+    Its client would try for the better part of a minute.
+    """
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    if constants.HF_HUB_OFFLINE or getproxies() or host is None:
+        return None
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        return f"{host} cannot be reached ({error.strerror})"
+    return None
 
 
 def check_size(config: "PretrainedConfig", name: str) -> None:

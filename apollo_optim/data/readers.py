@@ -1,18 +1,22 @@
 """What is in a file: its documents, whatever its type, and what had to be left out."""
 
+import codecs
+import csv
 import gzip
+import io
 import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, ClassVar, Literal, NamedTuple
+from typing import IO, Any, ClassVar, Literal, NamedTuple
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.reading import opened
+from apollo_optim.core.reading import opened, read_json
 
 LONGEST = 64 << 20  # bytes of a line, a row or a file that is read in one piece
+ARRAY = 1 << 30  # bytes of a JSON array, which is read in one piece
 BATCH = 16 << 20  # bytes of a parquet file's column that are in memory at a time, about
 SECTION = 1 << 16  # bytes; a longer txt or md file becomes several documents of about this size, cut at line ends
 
@@ -220,6 +224,47 @@ def _parquet(path: Path, key: str, reading: Reading) -> Iterator[Document]:
         raise InputError(f"{path}: not a readable parquet file ({why})") from error
 
 
+def _json(path: Path, key: str, reading: Reading) -> Iterator[Document]:
+    """An array of objects; or, as many call it, a file of json lines."""
+    with opened(path) as file:
+        start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start[:1] != b"[":
+        yield from _jsonl(path, key, reading)
+        return
+    yield from _rows(enumerate(read_json(path, ARRAY), 1), path, key, reading)
+
+
+def _csv(path: Path, key: str, reading: Reading) -> Iterator[Document]:
+    """Rows under a line of names, quoted where they hold commas, quotes or line ends; UTF-8."""
+    with opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
+        csv.field_size_limit(LONGEST)
+        try:
+            yield from _rows(enumerate(csv.DictReader(file, strict=True), 1), path, key, reading)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not a readable csv file ({error}); it has to be UTF-8, with commas") from error
+
+
+def _rows(records: Iterable[tuple[int, Any]], path: Path, key: str, reading: Reading) -> Iterator[Document]:
+    keys: set[str] = set()
+    found = False
+    for number, record in records:
+        try:
+            if isinstance(record, dict) and None in record:
+                raise BadRecord(f"{len(record[None])} fields more than there are names")
+            if isinstance(record, dict):
+                keys.update(list(record)[:20])
+                found = found or bool(reading.wanted(record))
+            text = reading.text_of(record, f"{key}:{number}").encode()
+        except (BadRecord, UnicodeEncodeError) as error:
+            if keys and not found and reading.on_bad_line == "error":
+                raise reading.missing(f"{path}: row {number}", keys) from error
+            reading.bad(f"{path}: row {number}", error)
+            continue
+        yield Document(f"{key}:{number}", text)
+    if keys and not found:
+        raise reading.missing(str(path), keys)
+
+
 Reader = Callable[[Path, str, Reading], Iterator[Document]]
 READERS: dict[str, Reader] = {
     ".txt": _sections,
@@ -232,9 +277,15 @@ READERS: dict[str, Reader] = {
 }
 
 
-RECORDS = (_jsonl, _jsonl_gz, _parquet)
+RECORDS = (_jsonl, _jsonl_gz, _parquet, _json, _csv)
+ROWS: dict[str, Reader] = {
+    ".json": _json,
+    ".csv": _csv,
+}  # of questions and answers: among texts they are something else
 
 
-def reader(path: Path) -> Reader | None:
+def reader(path: Path, *, rows: bool = False) -> Reader | None:
+    """What reads a file of this name. `rows`: of questions and answers."""
     name = path.name.lower()
-    return next((read for suffix, read in READERS.items() if name.endswith(suffix)), None)
+    known = READERS | ROWS if rows else READERS
+    return next((read for suffix, read in known.items() if name.endswith(suffix)), None)

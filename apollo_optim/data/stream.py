@@ -4,10 +4,12 @@ A stream keeps the order it comes in, but for the rows of one block. A shuffle b
 resume; C4 comes shuffled.
 """
 
+from pathlib import Path
 from typing import Any
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.corpus import BLOCK, Text
+from apollo_optim.data.foreign import unreachable
 from apollo_optim.data.readers import BadRecord, Reading
 
 
@@ -15,10 +17,12 @@ def open_builder(name: str, subset: str | None) -> Any:
     """The dataset's description, or one line that says why it cannot be had."""
     from datasets import load_dataset_builder
 
+    own = "" if "/" in name else "; `python` and `packages` need no download"
+    if not Path(name).exists() and (why := unreachable()) is not None:
+        raise InputError(f"cannot open the dataset {name!r}: {why}{own}")
     try:
         return load_dataset_builder(name, subset)
     except Exception as error:  # no network, no such name, a gated or a scripted dataset: the hub's own words
-        own = "" if "/" in name else "; `python` and `packages` need no download"
         raise InputError(f"cannot open the dataset {name!r}: {_line(error)}{own}") from error
 
 

@@ -12,7 +12,7 @@ from apollo_optim.core import disk
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.manifest import NAME as MANIFEST
 from apollo_optim.core.manifest import Format, check_files, read_manifest, write_manifest
-from apollo_optim.data.foreign import reason
+from apollo_optim.data.foreign import reason, unreachable
 
 END = "<|endoftext|>"
 TOKENIZER = Format("apollo-optim tokenizer", 3, "a tokenizer that apollo-optim saved")
@@ -98,8 +98,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """A tokenizer by name or path, refused if it has no end-of-text token to put between documents."""
     from transformers import AutoTokenizer
 
+    away = not Path(name).is_dir() and unreachable() is not None  # then the cache is asked, and answers at once
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, local_files_only=away)
         encode(tokenizer, ["a"])  # what its files say may be seen only now
     except Exception as error:  # whatever the hub, the file or the parser says, in one line
         here = "" if Path(name).is_dir() else f"; there is no directory {name!r} here"

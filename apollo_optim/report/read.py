@@ -49,6 +49,11 @@ class Run:
         return max((x for x in self.steps.column(rate) if not math.isnan(x)), default=None)
 
     @property
+    def tunes(self) -> bool:
+        """Is it a fine-tuning run? Its tokens are those that are learnt: answers, not questions or padding."""
+        return self.setting("data", "format") not in (None, "text")
+
+    @property
     def optimizer(self) -> str:
         return str(self.setting("optim", "name"))
 
@@ -195,3 +200,11 @@ def corpus_of(run: Run) -> str:
 def tokenizer_of(run: Run) -> str:
     tokenizer = (run.start.get("corpus") or {}).get("tokenizer") or {}
     return f"{tokenizer.get('name', 'unknown')} (sha256 {str(tokenizer.get('sha256', 'unknown'))[:12]})"
+
+
+def token_word(runs: Sequence[Run]) -> str:
+    """What the tokens of these runs are called."""
+    kinds = {run.tunes for run in runs}
+    return {(True,): "learnt tokens", (False, True): "tokens (of fine-tuning: learnt ones)"}.get(
+        tuple(sorted(kinds)), "tokens"
+    )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from apollo_optim.core.printing import plain_markdown, printable
-from apollo_optim.report.read import Run, labels
+from apollo_optim.report.read import Run, labels, token_word
 from apollo_optim.report.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -58,8 +58,9 @@ NOTE = (
 
 
 def filled(runs: Sequence[Run]) -> list[Column]:
-    """The columns that any of the runs fills."""
-    return [column for column in COLUMNS if any(column.value(run) is not None for run in runs)]
+    """The columns that any of the runs fills, tokens called what they are."""
+    columns = [column._replace(title=token_word(runs)) if column.title == "tokens" else column for column in COLUMNS]
+    return [column for column in columns if any(column.value(run) is not None for run in runs)]
 
 
 def titles_of(runs: Sequence[Run]) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from apollo_optim.core import disk
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.reading import read_text
 from apollo_optim.core.runlog import Gaps, Log
+from apollo_optim.data.foreign import explained
 
 logger = logging.getLogger(__name__)
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -116,7 +118,11 @@ def check_trackers(names: list[str]) -> None:
 def open_trackers(names: list[str], run: Path, config: dict[str, Any], step: int) -> list[Tracker]:
     """Those that were asked for; `step` is the one that a resumed run continues from, else 0."""
     check_trackers(names)
-    return [TRACKERS[name](run, config, step) for name in names]
+    found: list[Tracker] = []
+    for name in names:
+        with explained(f"log.to={name}: it could not be opened"):
+            found.append(TRACKERS[name](run, config, step))
+    return found
 
 
 class TensorBoard:
@@ -147,7 +153,7 @@ class WandB:
         # One id for a run and its continuations, kept beside the results.
         note = run / "wandb-id"
         if not (step and note.exists()):
-            disk.write(note, wandb.util.generate_id())
+            disk.write(note, secrets.token_hex(4))
         project = os.environ.get("WANDB_PROJECT", "apollo-optim")
         self._run: Any = wandb.init(
             project=project, name=run.name, id=read_text(note), resume="allow", dir=str(run), config=config

@@ -9,7 +9,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("lm_eval", reason="lm-eval is the extra eval; make test-clients has an environment with it")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cli"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from chat_tiny import make_tuned
 
 from apollo_optim.cli.main import main

@@ -14,7 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from apollo_optim.core.errors import InputError
 from apollo_optim.data import DataConfig, open_data
 from apollo_optim.data.answers import Answers, Sample, packed
+from apollo_optim.data.chat import ChatReading
 from apollo_optim.data.corpus import Text
+from apollo_optim.data.files import local_documents
+from apollo_optim.data.readers import Reading
 
 ROLES, PLAIN = ["<system>", "<user>", "<assistant>"], ["be", "kind", "hi", "ho", "how", "are", "you", "fine", "?"]
 WORDS = ["</s>", *ROLES, *PLAIN, "<unk>"]
@@ -272,3 +275,63 @@ def test_a_position_is_exact_to_the_row_and_belongs_to_a_template(tmp_path, toke
     tokenizer.chat_template = MARKED
     with pytest.raises(InputError, match="template was"):
         data_of(tmp_path, rows, tokenizer).train.load_state_dict(position)
+
+
+ROWS = [{"prompt": "name, please:", "completion": f' "n{n}"'} for n in range(6)]
+
+
+def as_csv(rows: list[dict[str, str]]) -> str:
+    import csv
+    import io
+
+    out = io.StringIO()
+    writer = csv.DictWriter(out, ["prompt", "completion"])
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.json", json.dumps(ROWS, indent=1)),
+        ("rows.json", "".join(json.dumps(row) + "\n" for row in ROWS)),
+        ("rows.csv", as_csv(ROWS)),
+        ("rows.csv", "\ufeff" + as_csv(ROWS)),
+    ],
+    ids=["array", "lines called json", "csv", "csv of a spreadsheet"],
+)
+def test_arrays_and_csv_hold_the_rows_of_jsonl(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    mine, same = (
+        [json.loads(document.text)["plain"] for document in local_documents(str(tmp_path / file), ChatReading())]
+        for file in (name, "same.jsonl")
+    )
+    assert mine == same == [[row["prompt"], row["completion"]] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.json", "[1, 2]", r"a.json: row 1: a JSON object is expected, not int"),
+        ("a.json", "[{]", r"a.json.*not JSON"),
+        ("a.json", '[{"x": 1}]', r"a.json: row 1: no messages or prompt.*the keys are x"),
+        ("a.csv", "prompt,completion\na,b,c\n", r"a.csv: row 1: 1 fields more than there are names"),
+        ("a.csv", "prompt,completion\na\n", r"a.csv: row 1: 'completion' is null"),
+        ("a.csv", 'prompt,completion\n"a,b\n', r"a.csv: not a readable csv file"),
+    ],
+)
+def test_what_is_wrong_in_them_names_the_row(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=said):
+        list(local_documents(str(tmp_path / name), ChatReading(on_bad_line="error")))
+
+
+def test_among_texts_they_are_something_else(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "package.json").write_text("{}")
+    (tmp_path / "b.csv").write_text("1,2")
+    reading = Reading()
+    assert [document.text for document in local_documents(str(tmp_path), reading)] == [b"text"]
+    assert sum(reading.left_out.values()) == 2

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +26,8 @@ from apollo_optim.data.corpus import CorpusDocuments, open_corpus, pieces
 from apollo_optim.data.files import local_documents
 from apollo_optim.data.layout import Pack
 from apollo_optim.data.readers import SECTION, Reading
-from apollo_optim.data.tokenizer import END, encode, token_bytes, trained_bpe
+from apollo_optim.data.stream import open_builder
+from apollo_optim.data.tokenizer import END, encode, load_tokenizer, token_bytes, trained_bpe
 
 WORDS = ["def", "return", "self", "if", "else", "for", "in", "None", "True", "print", "class", "import", "the", "of"]
 
@@ -802,6 +804,30 @@ def test_rows_without_text_in_a_stream(tmp_path: Path, small: Callable[..., Data
         open_data(small(f"hf:{tmp_path}", on_bad_line="error")).train.next(1)
 
 
+def test_a_hub_that_is_not_there_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client would wait 1, 2, 4, 8 and 8 seconds, and that for every file that it asks for."""
+
+    def nobody(host: str, *_: Any) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    asked: list[Any] = []
+    monkeypatch.setattr("socket.getaddrinfo", nobody)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("apollo_optim.data.foreign.getproxies", dict)
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *words: asked.append(words))
+    with pytest.raises(
+        InputError, match=r"cannot open the dataset 'pythn': huggingface.co cannot be reached .*`python`"
+    ):
+        open_builder("pythn", None)
+    assert not asked
+    monkeypatch.setattr("apollo_optim.data.foreign.getproxies", lambda: {"https": "proxy"})
+    open_builder("pythn", None)
+    assert asked, "a proxy finds names by itself"
+    monkeypatch.setattr("apollo_optim.data.foreign.getproxies", dict)
+    with pytest.raises(InputError, match="cannot load the tokenizer 'no/where'"):
+        load_tokenizer("no/where")
+
+
 def test_bad_streams(dataset: str, small: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"no key 'body'; the keys are id, text; set data\.text_key"):
         open_data(
@@ -817,6 +843,7 @@ def test_bad_streams(dataset: str, small: Callable[..., DataConfig], monkeypatch
     def offline(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach 'allenai/c4' on the Hub\nand more")
 
+    monkeypatch.setattr("apollo_optim.data.stream.unreachable", lambda: None)
     monkeypatch.setattr("datasets.load_dataset_builder", offline)
     with pytest.raises(
         InputError, match=r"^cannot open the dataset 'allenai/c4': Couldn't reach 'allenai/c4' on the Hub$"

@@ -72,6 +72,20 @@ def test_the_table_holds_the_figures_of_the_log(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_tokens_of_fine_tuning_are_the_learnt_ones(tmp_path: Path) -> None:
+    """A loop counts what has a label: answers."""
+    events = log_of()
+    events[0]["config"]["data"] = {"format": "auto"}
+    tuned, text = read_run(write_log(tmp_path / "tuned", events)), read_run(write_log(tmp_path / "text", log_of()))
+    for runs, word in (
+        ([tuned], "learnt tokens"),
+        ([text], "tokens"),
+        ([tuned, text], "tokens (of fine-tuning: learnt ones)"),
+    ):
+        assert word in table_rows(runs)[0]
+        assert draw(runs).axes[0].get_xlabel() == f"thousands of {word}"
+
+
 def test_a_run_that_goes_on_is_drawn_and_marked(tmp_path: Path) -> None:
     run = read_run(write_log(tmp_path / "run", log_of()[:8], tail='{"event": "st'))
     titles, [row] = table_rows([run])

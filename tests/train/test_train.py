@@ -534,9 +534,7 @@ def fake_tracker(calls: list[Any]) -> types.SimpleNamespace:
         return lambda *args, **kwargs: calls.append((name, args, kwargs)) or run
 
     run = types.SimpleNamespace(log=note("log"), finish=note("finish"))
-    return types.SimpleNamespace(
-        init=note("init"), log=note("log"), finish=note("finish"), util=types.SimpleNamespace(generate_id=lambda: "abc")
-    )
+    return types.SimpleNamespace(init=note("init"), log=note("log"), finish=note("finish"))
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

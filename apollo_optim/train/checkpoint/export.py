@@ -14,6 +14,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.core.manifest import NAME as MANIFEST
 from apollo_optim.core.manifest import Format, check_files, read_manifest, strangers, write_manifest
 from apollo_optim.core.place import is_sharded
+from apollo_optim.core.reading import read_json
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.data.foreign import drop_code
 from apollo_optim.data.tokenizer import TOKENIZER, fingerprint, own_tokenizer
@@ -149,12 +150,45 @@ def write_model(
                     model.save_pretrained(folder)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
+                    _for_other_readers(folder, model, tokenizer)
                 if not keep_code:
                     drop_code(folder)
                 write_manifest(folder, EXPORT)
     finally:
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _for_other_readers(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say what generation and older readers ask for, where nobody has: transformers 4, pipelines, lm-eval, llama.cpp.
+
+    The class by the name that transformers 4 knows, too; special tokens under the key of both; a pad token, padding on
+    the left, the model's length; and to generate, the tokens that end and pad.
+    """
+    path = folder / "tokenizer_config.json"
+    words = read_json(path)
+    if words.get("tokenizer_class") == "TokenizersBackend":
+        words["tokenizer_class"] = "PreTrainedTokenizerFast"
+        words.setdefault("model_input_names", ["input_ids", "attention_mask"])  # in 4: token_type_ids as well
+    if isinstance(words.get("extra_special_tokens"), list):  # of transformers 5; in 4 this key is a table
+        words["additional_special_tokens"] = words.pop("extra_special_tokens")
+    if words.get("pad_token") is None and words.get("eos_token") is not None:
+        words["pad_token"] = words["eos_token"]
+        words["padding_side"] = "left"
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and words.get("model_max_length", 1e30) > 1e9:
+        words["model_max_length"] = context
+    disk.write(path, json.dumps(words, indent=2) + "\n")
+    path = folder / "generation_config.json"
+    if path.exists():
+        how = read_json(path)
+        found = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+        how |= {key: token for key, token in found.items() if how.get(key) is None and token is not None}
+        end = how.get("eos_token_id")
+        if how.get("pad_token_id") is None and end is not None:
+            pad = tokenizer.pad_token_id
+            how["pad_token_id"] = pad if pad is not None else end[0] if isinstance(end, list) else end
+        disk.write(path, json.dumps(how, indent=2) + "\n")
 
 
 def check_export(folder: Path) -> None:
