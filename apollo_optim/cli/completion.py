@@ -15,7 +15,7 @@ bash   echo 'eval "$(apollo-optim completion bash)"' >> ~/.bashrc
 zsh    echo 'eval "$(apollo-optim completion zsh)"' >> ~/.zshrc     (after compinit)
 fish   apollo-optim completion fish > ~/.config/fish/completions/apollo-optim.fish
 
-The script holds the words of this version; printing it takes some seconds, so that a shell starts faster from a file."""
+The script holds the words of this version. Printing it takes some seconds: a shell starts faster from a file."""
 BASH = """\
 _apollo_optim() {{
   local word=${{COMP_WORDS[COMP_CWORD]}} words=
