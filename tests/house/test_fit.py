@@ -212,7 +212,7 @@ def test_it_is_used_by_keys_alone(page: Path, browser: Browser, width: int) -> N
     first = browser.js("document.querySelector('[name=optimizer]').value")
     s = START | {"optimizer": first, "batch": 3, "checkpointing": True}
     total = Planner().at(s).total
-    assert browser.js(verdict) == f"{total / 1e9:.2f} GB: fits a card of {smallest_card(total)}" != before
+    assert browser.js(verdict) == f"{total / 1e6:.0f} MB: fits a card of {smallest_card(total)}" != before
     assert "model=llama-60m" in browser.js("location.hash")
     browser.tab_to(".copied button")
     assert browser.js("document.querySelector('.copied code').textContent").startswith("model:\n  name: llama-60m\n")
