@@ -33,6 +33,7 @@ MOVED = {
 }
 RULE_INDEX = "rules/index.md"
 EVIDENCE = (".md", ".jsonl", ".json", ".txt", ".log", ".png")
+FIT = '<div id="fit"></div>'
 FENCED = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(\))")
 
@@ -132,3 +133,14 @@ def on_page_content(content: str, **_: Any) -> str:
         return convert(text[2:-2].strip(), display="block" if display else "inline")
 
     return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', formula, content, flags=re.DOTALL)
+
+
+def on_post_page(output: str, page: Page, **_: Any) -> str:
+    """Put the figures of "Will it fit?" into its page: a page that is opened from a disk may not read another file."""
+    return output.replace(FIT, fit_block()) if page.file.src_uri == "will-it-fit.md" else output
+
+
+def fit_block() -> str:
+    """The place of the form, and what it computes from."""
+    data = (ROOT / "docs" / "assets" / "fit" / "data.json").read_text().replace("<", "\\u003c")
+    return f'{FIT}<script type="application/json" id="fit-data">{data}</script>'

@@ -150,8 +150,8 @@ class Budget:
         self.release, self.sharded = release, parallel is not None and parallel.kind == "fsdp2"
         self.keeps = not (release or accumulate or self.sharded or (parallel and parallel.bucket_view))
         self.followed = _followed(optimizer, parallel)
-        self.resting = _resting(model, optimizer, parallel)
-        self.held = _held(model, release, accumulate, parallel)
+        self.resting = resting(model, optimizer, parallel)
+        self.held = held(model, release, accumulate, parallel)
         self.updates = _updates(optimizer, model) if release or self.sharded else {"all": _update_bytes(optimizer)}
         if parallel and self.sharded:
             share = {key: rows_of(model.get_parameter(key), parallel.gpus) for key in self.updates}
@@ -183,7 +183,7 @@ class Budget:
         return {part: sum(rows.get(part, 0) for rows in (self.resting, *more)) for part in PARTS}
 
 
-def _resting(model: nn.Module, optimizer: RuleOptimizer, parallel: Parallel | None) -> dict[str, int]:
+def resting(model: nn.Module, optimizer: RuleOptimizer, parallel: Parallel | None) -> dict[str, int]:
     """What is there at every moment: weights, state and buffers."""
     mesh = _mesh(parallel)
     rows = dict.fromkeys(("weights", "state, matrices", "state, rest"), 0)
@@ -223,7 +223,7 @@ def _state_bytes(p: Tensor, group: Group, mesh: Any) -> int:
     return sum(local_bytes(t) for t in init_state(first_part(p, mesh), group).values() if isinstance(t, Tensor))
 
 
-def _held(model: nn.Module, release: bool, accumulate: bool, parallel: Parallel | None) -> tuple[dict[str, int], ...]:
+def held(model: nn.Module, release: bool, accumulate: bool, parallel: Parallel | None) -> tuple[dict[str, int], ...]:
     """What stays beside the trace during the forward, the backward and the update, by the way gradients are kept."""
     trained = [p for p in {id(p): p for p in model.parameters()}.values() if p.requires_grad]
     every = sum(p.numel() * p.element_size() for p in trained)
