@@ -25,7 +25,7 @@ CLIENTS := $(patsubst tests/clients/%.txt,$(VENV)/clients/%,$(sort $(wildcard te
 # A file is run by one process: its module fixtures are made once. Threads that wait do so asleep: each test process
 # has as many as there are cores.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
-SAY := printf '\n\033[1m==> %s\033[0m\n'
+SAY := printf $(if $(NO_COLOR),'\n==> %s\n','\n\033[1m==> %s\033[0m\n')
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-finetune test test-all test-clients lint bench gpu docs wheel clean distclean
@@ -111,6 +111,7 @@ test-clients: $(CLIENTS:=/.done)
 lint: $(VENV)/.dev
 	@$(SAY) "ruff"
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	@$(SAY) "mypy --strict"
 	$(BIN)/mypy
 

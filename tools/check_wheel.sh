@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds wheel and sdist, looks for the licence in both, installs the wheel in a clean environment with torch alone,
+# Builds wheel and sdist, looks for the licence in both, lets twine look at them, installs the wheel in a clean environment with torch alone,
 # and takes steps there with every optimizer of the registry. Usage: tools/check_wheel.sh [PYTHON with `build`]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,6 +18,13 @@ for name in LICENSE py.typed; do
 done
 if grep -q '^benchmarks/' "$work/wheel.txt"; then echo "error: the benchmarks are in the wheel" >&2; exit 1; fi
 grep -q '/benchmarks/kit.py$' "$work/sdist.txt" || { echo "error: no benchmarks in the sdist" >&2; exit 1; }
+
+# What a package index would say of both: their metadata, and whether the README is shown.
+"$python" -m venv "$work/twine"
+# shellcheck disable=SC2086  # PIP_ARGS is a list of words
+"$work/twine/bin/pip" install --quiet --disable-pip-version-check ${PIP_ARGS:-} 'twine>=6'
+"$work/twine/bin/twine" check --strict "$wheel" "$sdist"
+printf 'wheel %s kB, sdist %s kB\n' $(($(wc -c <"$wheel") / 1000)) $(($(wc -c <"$sdist") / 1000))
 
 "$python" -m venv "$work/venv"
 # shellcheck disable=SC2086  # PIP_ARGS is a list of words

@@ -30,6 +30,7 @@ COMMANDS = {
     "report": "draw loss and memory of one run or several, and print the table",
     "bench": "measure speed, memory and quality against other optimizers",
     "export": "write a checkpoint as a Hugging Face directory",
+    "completion": "print a script that completes these words in bash, zsh or fish",
     "env": "print what a bug report needs: versions, processor, GPU",
     "shim": "print a folder for PYTHONPATH that stands in for apollo-torch",
 }
@@ -41,6 +42,7 @@ Train language models with APOLLO: AdamW-level training at SGD-level memory.
 commands:
 {"".join(f"  {name:<12}{summary}{chr(10)}" for name, summary in COMMANDS.items())}
   apollo-optim COMMAND --help says more; --debug shows all of what went wrong.
+  It ends with 0 when done, 1 when a run failed, 2 when its input is wrong, 130 when interrupted. NO_COLOR is respected.
 
 examples:
   apollo-optim pretrain                                     a small LLaMA on Python source, nothing to download

@@ -5,6 +5,7 @@ self-contained HTML page of several of them. Runs are only put side by side wher
 the same corpus (by its hash) and the same tokenizer.
 """
 
+from apollo_optim.report.follow import follow
 from apollo_optim.report.page import Report, write_report
 from apollo_optim.report.picture import draw
 from apollo_optim.report.read import Run, check_comparable, read_events, read_run
@@ -17,6 +18,7 @@ __all__ = [
     "Run",
     "check_comparable",
     "draw",
+    "follow",
     "in_words",
     "markdown_table",
     "read_events",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from apollo_optim.core.printing import literal, printable
 from apollo_optim.report.read import PARTS, Run, labels, token_word
-from apollo_optim.report.units import byte_scale, unit_of
+from apollo_optim.report.units import byte_scale, time_scale, token_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,12 +31,9 @@ def draw(runs: Sequence[Run]) -> Figure:
     height = 0.32 * len(runs) + 1.1
     figure = Figure(figsize=(11, 4.2 + height), layout="constrained", dpi=140)
     (by_tokens, by_time), (resident, peak) = figure.subplots(2, 2, gridspec_kw={"height_ratios": [4, height]})
-    longest = max((run.seconds or 0.0 for run in runs), default=0.0)
-    time_unit, time_name = unit_of(longest / 2, ((3600, "hours"), (60, "minutes"), (1, "seconds")))
-    most = max((run.steps[-1]["tokens"] for run in runs if run.steps), default=0)
-    counts = ((1e9, "billions of tokens"), (1e6, "millions of tokens"), (1e3, "thousands of tokens"), (1, "tokens"))
-    token_unit, token_name = unit_of(most, counts)
+    token_unit, token_name = token_scale(max((run.steps[-1]["tokens"] for run in runs if run.steps), default=0))
     token_name = token_name.replace("tokens", token_word(runs))
+    time_unit, time_name = time_scale(max((run.seconds or 0.0 for run in runs), default=0.0))
 
     for run, name, (colour, style) in zip(runs, names, looks, strict=True):
         plot_loss(by_tokens, run, "tokens", token_unit, colour, style, label=f" {name}")  # `_x` would be left out
@@ -93,11 +90,16 @@ def plot_loss(axes: Axes, run: Run, key: str, unit: float, colour: str, style: s
 
 
 def zoom(axes: Axes, runs: Sequence[Run]) -> None:
-    """Look at the part that tells runs apart, not at the fall from the first step or at a run that diverged."""
+    """Look at the part that tells runs apart."""
+    if window := loss_window(runs):
+        axes.set_ylim(*window)
+
+
+def loss_window(runs: Sequence[Run]) -> tuple[float, float] | None:
+    """The losses that tell runs apart: neither the fall from the first step, nor a run that diverged. None: all one."""
     losses = [drawn(run) for run in runs if run.evals or run.steps]
     low, high = min(map(min, losses)), sorted(map(max, losses))[len(losses) // 2]
-    if high > low:
-        axes.set_ylim(low - 0.08 * (high - low), high + 0.12 * (high - low))
+    return (low - 0.08 * (high - low), high + 0.12 * (high - low)) if high > low else None
 
 
 def drawn(run: Run) -> list[float]:

@@ -67,6 +67,13 @@ class Run:
         known = (x for x in chain(self.steps.column("seconds"), self.evals.column("seconds")) if not math.isnan(x))
         return max(known, default=None)
 
+    def expected(self, key: str) -> float:
+        """Where this figure (tokens, seconds) will be when the run has made all its steps, as it went so far."""
+        planned, last = self.setting("train", "steps"), self.steps[-1] if self.steps else {}
+        now = float(last.get(key, 0.0))
+        goes_on = not self.end and isinstance(planned, int) and last.get("step", 0) > 0
+        return now * max(1.0, planned / last["step"]) if goes_on else now
+
     @property
     def tokens_per_second(self) -> float | None:
         last = self.steps[-1] if self.steps else {}
@@ -83,9 +90,7 @@ def read_run(path: str | Path) -> Run:
     path = Path(path)
     if path.name == "metrics.jsonl":
         path = path.parent
-    log = path / "metrics.jsonl" if path.is_dir() else path
-    if not log.is_file():
-        raise InputError(f"{path}: no metrics.jsonl there; name the directory of a run (what `pretrain --out` named)")
+    log = log_of(path)
     lines = Log(log)
     steps, evals = Series(STEP), Series(EVAL)
     starts, start, memory, end = 0, Event(), list[Event](), None
@@ -106,6 +111,14 @@ def read_run(path: str | Path) -> Run:
     if not starts:
         raise InputError(f"{log}: no start event in it, so it is not the log of a run")
     return Run(path, start, steps, evals, sizes_of(start, *memory), end, resumes=starts - 1)
+
+
+def log_of(path: Path) -> Path:
+    """The log of a run's directory, or one that was kept alone. Raises InputError where there is none."""
+    log = path / "metrics.jsonl" if path.is_dir() else path
+    if not log.is_file():
+        raise InputError(f"{path}: no metrics.jsonl there; name the directory of a run (what `pretrain --out` named)")
+    return log
 
 
 def read_events(log: Path) -> list[Event]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from apollo_optim.core.printing import plain_markdown, printable
 from apollo_optim.report.read import Run, labels, token_word
@@ -13,35 +13,41 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def number(format_: str, get: Callable[[Run], Any]) -> Callable[[Run], str]:
-    def cell(run: Run) -> str:
-        value = get(run)
-        return "-" if value is None else format_.format(value)
+class Column(NamedTuple):
+    """A figure of runs: what it is called, how a run's log tells it, and how it is written."""
 
-    return cell
+    title: str
+    value: Callable[[Run], Any]
+    """A number or a text; None where the log does not tell it."""
+    text: Callable[[Any], str] = str
+
+    def cell(self, run: Run) -> str:
+        """As it is written: "-" for what is not known."""
+        value = self.value(run)
+        return "-" if value is None else self.text(value)
 
 
-def memory_cell(part: str) -> Callable[[Run], str]:
-    return lambda run: human_bytes(run.memory[part]) if part in run.memory else "-"
+def size_of(part: str) -> Callable[[Run], int | None]:
+    return lambda run: run.memory.get(part)
 
 
-COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
-    ("model", lambda run: str(run.setting("model", "name"))),
-    ("params", number("{:,}", lambda run: run.start.get("params"))),
-    ("lr", number("{:.3g}", lambda run: run.peak("lr"))),
-    ("lr of the rest", number("{:.3g}", lambda run: run.peak("lr_rest"))),
-    ("steps", number("{:,}", lambda run: (run.steps or [{}])[-1].get("step"))),
-    ("tokens", number("{:,}", lambda run: (run.steps or [{}])[-1].get("tokens"))),
-    ("loss", number("{:.4f}", lambda run: run.final.get("loss"))),
-    ("perplexity", number("{:.2f}", lambda run: run.final.get("perplexity"))),
-    ("bits/byte", number("{:.3f}", lambda run: run.final.get("bits_per_byte"))),
-    ("ppl n/(n+1)*", number("{:.2f}", lambda run: run.final.get("perplexity_reference"))),
-    ("tokens/s", number("{:,.0f}", lambda run: run.tokens_per_second)),
-    ("time", number("{}", lambda run: None if run.seconds is None else human_seconds(run.seconds))),
-    ("weights", memory_cell("weights")),
-    ("gradients", memory_cell("gradients")),
-    ("optimizer", memory_cell("optimizer")),
-    ("peak", memory_cell("peak")),
+COLUMNS = (
+    Column("model", lambda run: str(run.setting("model", "name"))),
+    Column("params", lambda run: run.start.get("params"), "{:,}".format),
+    Column("lr", lambda run: run.peak("lr"), "{:.3g}".format),
+    Column("lr of the rest", lambda run: run.peak("lr_rest"), "{:.3g}".format),
+    Column("steps", lambda run: (run.steps or [{}])[-1].get("step"), "{:,}".format),
+    Column("tokens", lambda run: (run.steps or [{}])[-1].get("tokens"), "{:,}".format),
+    Column("loss", lambda run: run.final.get("loss"), "{:.4f}".format),
+    Column("perplexity", lambda run: run.final.get("perplexity"), "{:.2f}".format),
+    Column("bits/byte", lambda run: run.final.get("bits_per_byte"), "{:.3f}".format),
+    Column("ppl n/(n+1)*", lambda run: run.final.get("perplexity_reference"), "{:.2f}".format),
+    Column("tokens/s", lambda run: run.tokens_per_second, "{:,.0f}".format),
+    Column("time", lambda run: run.seconds, human_seconds),
+    Column("weights", size_of("weights"), human_bytes),
+    Column("gradients", size_of("gradients"), human_bytes),
+    Column("optimizer", size_of("optimizer"), human_bytes),
+    Column("peak", size_of("peak"), human_bytes),
 )
 NOTE = (
     "Loss and perplexity: token-weighted over the validation text. * the figure that the evaluation loop shared by "
@@ -51,14 +57,27 @@ NOTE = (
 )
 
 
-def table_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows. A column that no run fills is left out; a run that has not ended says so in its name."""
+def filled(runs: Sequence[Run]) -> list[Column]:
+    """The columns that any of the runs fills."""
     words = {"tokens": token_word(runs)}
-    columns = [(words.get(title, title), [cell(run) for run in runs]) for title, cell in COLUMNS]
-    columns = [(title, cells) for title, cells in columns if set(cells) != {"-"}]
-    names = [name + ("" if run.end else " (not ended)") for name, run in zip(labels(runs), runs, strict=True)]
-    rows = [[printable(cell) for cell in (name, *(cells[i] for _, cells in columns))] for i, name in enumerate(names)]
-    return ["run", *(title for title, _ in columns)], rows
+    found = [column for column in COLUMNS if any(column.value(run) is not None for run in runs)]
+    return [column._replace(title=words.get(column.title, column.title)) for column in found]
+
+
+def titles_of(runs: Sequence[Run]) -> list[str]:
+    """What a table calls the runs: one that has not ended says so."""
+    ended = zip(labels(runs), runs, strict=True)
+    return [printable(name + ("" if run.end else " (not ended)")) for name, run in ended]
+
+
+def table_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows. A column that no run fills is left out."""
+    columns = filled(runs)
+    rows = [
+        [name, *(printable(column.cell(run)) for column in columns)]
+        for name, run in zip(titles_of(runs), runs, strict=True)
+    ]
+    return ["run", *(column.title for column in columns)], rows
 
 
 def rich_table(runs: Sequence[Run]) -> Table:

@@ -14,6 +14,17 @@ def byte_scale(size: float) -> tuple[float, str]:
     return unit_of(size, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")))
 
 
+def token_scale(most: float) -> tuple[float, str]:
+    """What an axis of so many tokens counts in."""
+    counts = ((1e9, "billions of tokens"), (1e6, "millions of tokens"), (1e3, "thousands of tokens"), (1, "tokens"))
+    return unit_of(most, counts)
+
+
+def time_scale(longest: float) -> tuple[float, str]:
+    """What an axis of so many seconds counts in."""
+    return unit_of(longest / 2, ((3600, "hours"), (60, "minutes"), (1, "seconds")))
+
+
 def human_bytes(size: float) -> str:
     factor, unit = byte_scale(size)
     return f"{size / factor:.3g} {unit}"

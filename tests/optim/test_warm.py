@@ -10,6 +10,12 @@ from apollo_optim import Apollo
 from apollo_optim.train import build
 from apollo_optim.train.pretrain import pretrain
 
+FEW_SHAPES = {
+    "attention_dropout": 0.0,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}  # a graph is 10 s of compiling
+
 
 def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -36,7 +42,7 @@ def test_a_run_compiles_nothing_once_it_has_weights(tmp_path, monkeypatch, optim
         tmp_path,
         optim={**optim, "compile": True, "update_proj_gap": 200},
         quant=quant,
-        model={"dtype": "bfloat16", "config": {**MODEL, "attention_dropout": 0.0, "num_attention_heads": 2}},
+        model={"dtype": "bfloat16", "config": {**MODEL, **FEW_SHAPES}},
         train={"steps": 3, "release": True},
         schedule={"warmup": 2},
     )
