@@ -14,7 +14,7 @@ from typing import Any
 
 from apollo_optim.core.printing import printable
 from apollo_optim.report.picture import STYLES, loss_window, smoothed
-from apollo_optim.report.read import PARTS, Run, labels
+from apollo_optim.report.read import PARTS, Run, labels, token_word
 from apollo_optim.report.units import byte_scale, human_bytes, time_scale, token_scale
 
 FIELD = 1000
@@ -40,7 +40,8 @@ def losses(runs: Sequence[Run], *, to_the_end: bool = False) -> str:
     for figure, scale in charts:
         reached = max(max((*run.steps.column(figure), *run.evals.column(figure)), default=0.0) for run in runs)
         width = max([reached, *(run.expected(figure) for run in runs if to_the_end)])
-        told.append(_chart(runs, figure, width or 1.0, *scale(width)))
+        unit, name = scale(width)
+        told.append(_chart(runs, figure, width or 1.0, unit, name.replace("tokens", token_word(runs))))
     return "\n".join(told)
 
 
