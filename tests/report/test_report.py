@@ -12,6 +12,7 @@ import pytest
 from apollo_optim import build_optimizer, describe
 from apollo_optim.core.errors import InputError
 from apollo_optim.report import in_words, markdown_table, read_run, rich_table, table_rows, write_report
+from apollo_optim.report.curves import losses
 from apollo_optim.report.picture import draw, running_mean
 from apollo_optim.report.read import labels
 from apollo_optim.train.config import ModelConfig
@@ -84,6 +85,7 @@ def test_tokens_of_fine_tuning_are_the_learnt_ones(tmp_path: Path) -> None:
     ):
         assert word in table_rows(runs)[0]
         assert draw(runs).axes[0].get_xlabel() == f"thousands of {word}"
+        assert f"thousands of {word}<" in losses(runs)
 
 
 def test_a_run_that_goes_on_is_drawn_and_marked(tmp_path: Path) -> None:
