@@ -19,14 +19,8 @@ rank, processes = dist.get_rank(), dist.get_world_size()
 device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
 
 torch.manual_seed(0)  # the same weights everywhere
-<<<<<<< HEAD
-model = nn.Sequential(nn.Embedding(64, 32), nn.Flatten(), nn.Linear(8 * 32, 128), nn.GELU(), nn.Linear(128, 64)).to(
-    device
-)
-=======
 model = nn.Sequential(nn.Embedding(64, 32), nn.Flatten(), nn.Linear(8 * 32, 128), nn.GELU(), nn.Linear(128, 64))
 model.to(device)
->>>>>>> 22d86b58c73241c5c38deeefa111a647eded019a
 for layer in model:
     if isinstance(layer, nn.Linear):
         fully_shard(layer, mesh=dist.device_mesh.init_device_mesh(device.type, (processes,)))
