@@ -27,9 +27,12 @@ from torch import nn
 
 torch.manual_seed(0)
 text = torch.tensor(list(open(torch.__file__, "rb").read(200_000)))
-layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
-parts = {"embed": nn.Embedding(256, 64), "attn": nn.TransformerEncoder(layer, 2), "head": nn.Linear(64, 256)}
-model = nn.ModuleDict(parts)
+model = nn.ModuleDict({
+    "embed": nn.Embedding(256, 64),
+    "attn": nn.MultiheadAttention(64, 4, batch_first=True),
+    "mlp": nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)),
+    "head": nn.Linear(64, 256),
+})
 """
 TRAINED_BY_LIBRARY = """
 losses = []
@@ -37,7 +40,9 @@ mask = nn.Transformer.generate_square_subsequent_mask(64)
 for step in range(60):
     at = torch.randint(len(text) - 65, (32,)).tolist()
     rows = torch.stack([text[i : i + 65] for i in at])
-    hidden = model["attn"](model["embed"](rows[:, :-1]), mask=mask, is_causal=True)
+    hidden = model["embed"](rows[:, :-1])
+    hidden = hidden + model["attn"](hidden, hidden, hidden, attn_mask=mask, need_weights=False)[0]
+    hidden = hidden + model["mlp"](hidden)
     loss = nn.functional.cross_entropy(model["head"](hidden).flatten(0, 1), rows[:, 1:].flatten())
     loss.backward()
     optimizer.step()
@@ -53,7 +58,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
 small = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 model = LlamaForCausalLM(LlamaConfig(**small))
-text = list(open(torch.__file__, "rb").read(100_000))
+text = list(open(torch.__file__, "rb").read(16_000))
 rows = [{"input_ids": text[i : i + 64], "labels": text[i : i + 64]} for i in range(0, len(text) - 64, 64)]
 """
 TRAINED_BY_TRAINER = """
