@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself, once, and again when pyproject.toml or constraints.txt change.
-#   make demo     train a small LLaMA on real text with AdamW and with APOLLO: text, table, picture (about 5 minutes on 2 cores)
+#   make demo     train a small LLaMA on real text with AdamW and with APOLLO: text, table, picture (some 5 to 8 minutes on 2 cores)
 #   make demo-finetune  the same for fine-tuning: five instructions, exact match before and after (about 6 minutes)
 #   make test     the test suite (minutes)      make lint   ruff and mypy --strict
 #   make test-all the suite and what is marked slow (a quarter of an hour)
