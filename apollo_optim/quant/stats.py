@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from apollo_optim.core.matrix import Number
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.quant import format
 
@@ -46,8 +47,8 @@ def measured(
     tensor_rn: Tensor,
     factor: Tensor,
     finite: Tensor,
-    lr: Tensor,
-    weight_decay: Tensor,
+    lr: Number,
+    weight_decay: Number,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes changed, <moved, intended> and <intended, intended> of a block: codes and scales before and after."""
     n = tensor_rn.shape[-1]

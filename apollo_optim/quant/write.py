@@ -51,7 +51,7 @@ def write_rows(
     every = codes.shape[:-1]
     factor, finite = (_per_matrix(t, tensor) for t in (factor, finite))
     rates: Sequence[Number] = [lr, weight_decay]
-    if compile or stats is not None:
+    if compile:
         rates = [torch.as_tensor(number, dtype=torch.float32) for number in rates]
     some = min(r, _rows_at_a_time(every[-1], n, _block_size(codes.device, compile)))
     cuts = *at, *[slice(None)] * (len(every) - len(at))

@@ -265,6 +265,21 @@ def test_a_tally_tells_what_rounding_made_of_a_step(bits):
     assert w.stats is None
 
 
+@both_bits
+def test_a_tally_changes_nothing(bits):
+    """1 - lr decay is the same number whether a step is counted or not: here, made of fp32 numbers it is another."""
+    model = nn.ModuleDict({"mlp": nn.Linear(300, 800, bias=False)})
+    quantize_weights(model, bits, 64, targets="mlp")
+    counted, alone = model["mlp"].weight, model["mlp"].weight.detach().clone()
+    update = matrix(800, 300, seed=1) * 0.1
+    for t in range(3):  # after some more, decay has brought them together again
+        with rounding_stats(model):
+            write(counted, update, lr=0.7, decay=0.3, t=t)
+        write(alone, update, lr=0.7, decay=0.3, t=t)
+        assert torch.equal(counted.codes, alone.codes)
+        assert torch.equal(counted.scales, alone.scales)
+
+
 # --- as a tensor ---
 
 
