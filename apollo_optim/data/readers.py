@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal, NamedTuple
 
@@ -157,30 +158,41 @@ def _sections(path: Path, key: str, reading: Reading) -> Iterator[Document]:
 # ---- records
 
 
-def _json_lines(file: IO[bytes], path: Path, key: str, reading: Reading) -> Iterator[Document]:
+Record = tuple[int, str, Callable[[], object]]
+"""Of a line or row: its number, where it is, and what reads it."""
+
+
+def _documents(records: Iterable[Record], path: Path, key: str, reading: Reading) -> Iterator[Document]:
     keys: set[str] = set()
     found = False
-    number = 0
-    while line := file.readline(LONGEST + 1):
-        number += 1
-        if len(line) > LONGEST:
-            raise _too_long(f"{path}:{number}", "a line")
-        if not line.strip():
-            continue
+    for number, where, read in records:
         try:
-            record = json.loads(line)
+            record = read()
             if isinstance(record, dict):
                 keys.update(list(record)[:20])
                 found = found or bool(reading.wanted(record))
             text = reading.text_of(record, f"{key}:{number}").encode()  # a lone surrogate fails here
         except (BadRecord, ValueError, RecursionError) as error:
             if keys and not found and reading.on_bad_line == "error":
-                raise reading.missing(f"{path}:{number}", keys) from error
-            reading.bad(f"{path}:{number}", error if isinstance(error, BadRecord) else f"not JSON ({error})")
+                raise reading.missing(where, keys) from error
+            reading.bad(where, error if isinstance(error, BadRecord) else f"not JSON ({error})")
             continue
         yield Document(f"{key}:{number}", text)
     if keys and not found:  # not some bad lines but a wrong key
         raise reading.missing(str(path), keys)
+
+
+def _json_lines(file: IO[bytes], path: Path, key: str, reading: Reading) -> Iterator[Document]:
+    def lines() -> Iterator[Record]:
+        number = 0
+        while line := file.readline(LONGEST + 1):
+            number += 1
+            if len(line) > LONGEST:
+                raise _too_long(f"{path}:{number}", "a line")
+            if line.strip():
+                yield number, f"{path}:{number}", partial(json.loads, line)
+
+    return _documents(lines(), path, key, reading)
 
 
 def _jsonl(path: Path, key: str, reading: Reading) -> Iterator[Document]:
@@ -229,40 +241,33 @@ def _json(path: Path, key: str, reading: Reading) -> Iterator[Document]:
     with opened(path) as file:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     if start[:1] != b"[":
-        yield from _jsonl(path, key, reading)
-        return
-    yield from _rows(enumerate(read_json(path, ARRAY), 1), path, key, reading)
+        return _jsonl(path, key, reading)
+    rows = enumerate(read_json(path, ARRAY), 1)
+    records = ((number, f"{path}: row {number}", partial(_as_it_is, row)) for number, row in rows)
+    return _documents(records, path, key, reading)
 
 
 def _csv(path: Path, key: str, reading: Reading) -> Iterator[Document]:
     """Rows under a line of names, quoted where they hold commas, quotes or line ends; UTF-8."""
     with opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
         csv.field_size_limit(LONGEST)
+        rows = enumerate(csv.DictReader(file, strict=True), 1)
+        records = ((number, f"{path}: row {number}", partial(_named, row)) for number, row in rows)
         try:
-            yield from _rows(enumerate(csv.DictReader(file, strict=True), 1), path, key, reading)
+            yield from _documents(records, path, key, reading)
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not a readable csv file ({error}); it has to be UTF-8, with commas") from error
 
 
-def _rows(records: Iterable[tuple[int, Any]], path: Path, key: str, reading: Reading) -> Iterator[Document]:
-    keys: set[str] = set()
-    found = False
-    for number, record in records:
-        try:
-            if isinstance(record, dict) and None in record:
-                raise BadRecord(f"{len(record[None])} fields more than there are names")
-            if isinstance(record, dict):
-                keys.update(list(record)[:20])
-                found = found or bool(reading.wanted(record))
-            text = reading.text_of(record, f"{key}:{number}").encode()
-        except (BadRecord, UnicodeEncodeError) as error:
-            if keys and not found and reading.on_bad_line == "error":
-                raise reading.missing(f"{path}: row {number}", keys) from error
-            reading.bad(f"{path}: row {number}", error)
-            continue
-        yield Document(f"{key}:{number}", text)
-    if keys and not found:
-        raise reading.missing(str(path), keys)
+def _as_it_is(row: object) -> object:
+    return row
+
+
+def _named(row: dict[Any, Any]) -> object:
+    """A row of a csv file. Raises BadRecord for fields beyond the last name."""
+    if None in row:
+        raise BadRecord(f"{len(row[None])} fields more than there are names")
+    return row
 
 
 Reader = Callable[[Path, str, Reading], Iterator[Document]]
