@@ -60,7 +60,9 @@ def fitting(model: Any, tokenizer: Any, said: list[dict[str, str]], name: str) -
 
     Raises InputError where the last question alone is too long.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
+    from ..data.foreign import context_of
+
+    context = context_of(model.config)
     system = [message for message in said[:1] if message["role"] == "system"]
     turns = said[len(system) :]
     while True:

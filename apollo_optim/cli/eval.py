@@ -64,14 +64,14 @@ def run(argv: Sequence[str]) -> int:
 
 def score_text(model: Any, tokenizer: Any, source: str, seq_len: int | None, batch_size: int) -> dict[str, Any]:
     from ..data.files import is_local, local_documents
-    from ..data.foreign import explained
+    from ..data.foreign import context_of, explained
     from ..data.readers import Reading
     from ..train.evaluate import evaluate
 
     if not is_local(source):
         raise InputError(f"--text {source}: no such file or directory")
     texts = [document.text.decode() for document in local_documents(source, Reading(on_bad_line="error"))]
-    context = getattr(model.config, "max_position_embeddings", None) or 1024
+    context = context_of(model.config) or 1024
     length = seq_len or min(context, 1024)
     if length > context:
         raise InputError(f"--seq-len {length}: the model's context is {context} tokens")
@@ -111,10 +111,10 @@ def text_rows(tokenizer: Any, texts: list[str], length: int) -> "list[Batch]":
 
 
 def score_answers(model: Any, tokenizer: Any, source: str, limit: int | None, wrong_shown: int) -> dict[str, Any]:
-    from ..data.foreign import explained
+    from ..data.foreign import context_of, explained
 
     right, wrong = 0, 0
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    context = context_of(model.config) or math.inf
     for at, prompt, answer in questions(tokenizer, source):
         most = len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + SPARE
         if len(prompt) + most > context:

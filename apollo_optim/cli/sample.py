@@ -148,11 +148,13 @@ def generate(
     """The text after the prompt (or its tokens), piece by piece; it ends with the document or the model's context."""
     import torch
 
+    from ..data.foreign import context_of
+
     ends = end_tokens(model, tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) and prompt else prompt
     end = tokenizer.eos_token_id
     tokens = ids or [end if end is not None else 0]  # documents are divided by the end token: a new one begins after it
-    context = getattr(model.config, "max_position_embeddings", None) or len(tokens) + max_tokens
+    context = context_of(model.config) or len(tokens) + max_tokens
     if len(tokens) >= context:
         raise InputError(f"the prompt has {len(tokens)} tokens, the model's context only {context}: shorten the prompt")
     if len(tokens) + max_tokens > context:

@@ -57,6 +57,12 @@ def unreachable() -> str | None:
     return None
 
 
+def context_of(config: "PretrainedConfig") -> int | None:
+    """Most tokens of a row, where the model has a limit."""
+    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context
+
+
 def check_size(config: "PretrainedConfig", name: str) -> None:
     """Refuse a model that would take for ever, or all memory, to be described: a layer is an object of Python."""
     text = config.get_text_config()

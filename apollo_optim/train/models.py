@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.data.foreign import check_size, explained
+from apollo_optim.data.foreign import check_size, context_of, explained
 from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.quant.quantize import Chosen, choose_weights, quantize_module, quantize_weights
 from apollo_optim.quant.write import precompile
@@ -87,7 +87,7 @@ def build_model(
 
 def check_context(cfg: ModelConfig, config: PretrainedConfig, seq_len: int | None) -> None:
     """Refuse rows that are longer than the model's context."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(config)
     if seq_len is not None and context is not None and seq_len > context:
         raise InputError(
             f"data.seq_len={seq_len} is longer than the context of {cfg.name}, {context} tokens: shorten it, or, "

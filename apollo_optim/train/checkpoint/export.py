@@ -16,7 +16,7 @@ from apollo_optim.core.manifest import Format, check_files, read_manifest, stran
 from apollo_optim.core.place import is_sharded
 from apollo_optim.core.reading import read_json
 from apollo_optim.core.storage import writes_itself
-from apollo_optim.data.foreign import drop_code
+from apollo_optim.data.foreign import context_of, drop_code
 from apollo_optim.data.tokenizer import TOKENIZER, fingerprint, own_tokenizer
 from apollo_optim.train.checkpoint.shards import (
     SaveFailed,
@@ -175,7 +175,7 @@ def _for_other_readers(folder: Path, model: PreTrainedModel, tokenizer: PreTrain
     if words.get("pad_token") is None and words.get("eos_token") is not None:
         words["pad_token"] = words["eos_token"]
         words["padding_side"] = "left"
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.config)
     if context is not None and words.get("model_max_length", 1e30) > 1e9:
         words["model_max_length"] = context
     disk.write(path, json.dumps(words, indent=2) + "\n")
