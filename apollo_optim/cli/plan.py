@@ -158,8 +158,12 @@ def check_words(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} {value}: at least 1")
-    if args.choose and (not args.memory or args.optimizer or args.gpus > 1 or args.bits in (4, 8)):
-        raise InputError("--choose needs --memory 24GB, and chooses optimizer and bits for one device: leave those out")
+    beside = args.optimizer, args.rank, args.gpus > 1, args.bits in (4, 8), args.out
+    if args.choose and (not args.memory or any(beside)):
+        raise InputError(
+            "--choose needs --memory 24GB, and chooses optimizer and bits for one device: leave --optimizer, --rank, "
+            "--bits, --gpus and --out out"
+        )
     if args.bits in BITS and args.dtype not in (None, BITS[args.bits]):
         raise InputError(f"--bits {args.bits} and --dtype {args.dtype} contradict each other: leave one out")
 

@@ -124,10 +124,8 @@ def param_groups(
     for name, p in model.named_parameters():
         check_parameter(p, f"parameter {name!r}")  # before a flat one makes every target look like a typo
         kind = _kind(name, p, owners[p], output, model, targets, exclude, used)
-        decays = kind != "norms" and not (
-            getattr(p, "_no_weight_decay", False) or any(is_norm(module) for _, module in owners[p])
-        )
-        decays = decays and not any(matches(pattern, name) for pattern in no_decay)
+        marked = getattr(p, "_no_weight_decay", False) or any(is_norm(module) for _, module in owners[p])
+        decays = not (kind == "norms" or marked or any(matches(pattern, name) for pattern in no_decay))
         shaped = kind == "matrices" or (kind == "others" and choices["others"] != "adamw")
         conv = shaped and any(isinstance(module, nn.modules.conv._ConvNd) for _, module in owners[p])
         members.setdefault((kind, decays, conv), []).append((name, p))

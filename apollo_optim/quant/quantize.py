@@ -57,7 +57,8 @@ def choose_weights(model: nn.Module, targets: str | Sequence[str], exclude: str 
     """The weights that `quantize_weights` would take, found before any of them has a value."""
     chosen: Chosen = {}
     owners: dict[Tensor, str] = {}
-    head = head_of(model) if ALL_LINEAR in as_tuple(targets) else None
+    targets = as_tuple(targets)
+    head = head_of(model) if ALL_LINEAR in targets else None
     for module_name, module in model.named_modules():
         for own, p in module.named_parameters(recurse=False):
             name = f"{module_name}.{own}" if module_name else own
@@ -66,9 +67,9 @@ def choose_weights(model: nn.Module, targets: str | Sequence[str], exclude: str 
                 continue
             linear = module is not head and not isinstance(module, nn.RNNBase) and is_linear(module, module_name, p)
             names = module_name, other.rpartition(".")[0]
-            if not any(linear if t == ALL_LINEAR else any(matches(t, n) for n in names) for t in as_tuple(targets)):
+            if not any(linear if t == ALL_LINEAR else any(matches(t, n) for n in names) for t in targets):
                 continue
-            if is_router(module, module_name, model) and not any(map(is_pattern, as_tuple(targets))):
+            if is_router(module, module_name, model) and not any(map(is_pattern, targets)):
                 continue
             if any(matches(pattern, name) for pattern in as_tuple(exclude)):
                 continue
@@ -78,7 +79,7 @@ def choose_weights(model: nn.Module, targets: str | Sequence[str], exclude: str 
                 )
             chosen.setdefault(module, {})[own] = name
     modules = with_matrices(model.named_parameters(remove_duplicate=False))
-    for target in as_tuple(targets):
+    for target in targets:
         if not (chosen if target == ALL_LINEAR else any(matches(target, name) for name in modules)):
             raise InputError(unmatched(target, modules))
     return chosen

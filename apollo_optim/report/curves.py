@@ -10,6 +10,7 @@ import html
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from apollo_optim.core.printing import printable
@@ -35,13 +36,12 @@ def key(runs: Sequence[Run]) -> str:
 
 def losses(runs: Sequence[Run], *, to_the_end: bool = False) -> str:
     """Loss against tokens and against time. `to_the_end`: the axis reaches to where runs that go on will end."""
-    charts = (("tokens", token_scale), ("seconds", time_scale))
+    charts = (("tokens", partial(token_scale, word=token_word(runs))), ("seconds", time_scale))
     told = []
     for figure, scale in charts:
         reached = max(max((*run.steps.column(figure), *run.evals.column(figure)), default=0.0) for run in runs)
         width = max([reached, *(run.expected(figure) for run in runs if to_the_end)])
-        unit, name = scale(width)
-        told.append(_chart(runs, figure, width or 1.0, unit, name.replace("tokens", token_word(runs))))
+        told.append(_chart(runs, figure, width or 1.0, *scale(width)))
     return "\n".join(told)
 
 

@@ -31,8 +31,8 @@ def draw(runs: Sequence[Run]) -> Figure:
     height = 0.32 * len(runs) + 1.1
     figure = Figure(figsize=(11, 4.2 + height), layout="constrained", dpi=140)
     (by_tokens, by_time), (resident, peak) = figure.subplots(2, 2, gridspec_kw={"height_ratios": [4, height]})
-    token_unit, token_name = token_scale(max((run.steps[-1]["tokens"] for run in runs if run.steps), default=0))
-    token_name = token_name.replace("tokens", token_word(runs))
+    most = max((run.steps[-1]["tokens"] for run in runs if run.steps), default=0)
+    token_unit, token_name = token_scale(most, token_word(runs))
     time_unit, time_name = time_scale(max((run.seconds or 0.0 for run in runs), default=0.0))
 
     for run, name, (colour, style) in zip(runs, names, looks, strict=True):

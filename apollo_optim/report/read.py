@@ -205,6 +205,6 @@ def tokenizer_of(run: Run) -> str:
 def token_word(runs: Sequence[Run]) -> str:
     """What the tokens of these runs are called."""
     kinds = {run.tunes for run in runs}
-    return {(True,): "learnt tokens", (False, True): "tokens (of fine-tuning: learnt ones)"}.get(
-        tuple(sorted(kinds)), "tokens"
-    )
+    if kinds == {True}:
+        return "learnt tokens"
+    return "tokens (of fine-tuning: learnt ones)" if kinds == {True, False} else "tokens"

@@ -14,10 +14,11 @@ def byte_scale(size: float) -> tuple[float, str]:
     return unit_of(size, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")))
 
 
-def token_scale(most: float) -> tuple[float, str]:
-    """What an axis of so many tokens counts in."""
-    counts = ((1e9, "billions of tokens"), (1e6, "millions of tokens"), (1e3, "thousands of tokens"), (1, "tokens"))
-    return unit_of(most, counts)
+def token_scale(most: float, word: str) -> tuple[float, str]:
+    """What an axis of so many tokens counts in; `word`: what they are called."""
+    return unit_of(
+        most, ((1e9, f"billions of {word}"), (1e6, f"millions of {word}"), (1e3, f"thousands of {word}"), (1, word))
+    )
 
 
 def time_scale(longest: float) -> tuple[float, str]:

@@ -73,15 +73,9 @@ def choose(cfg: RunConfig, memory: float, plan_of: Callable[[RunConfig], Plan] =
         if plan.total <= memory:
             return Choice(one, candidate.why, plan, tuple(passed))
         passed.append(plan)
-    ways = [
-        way
-        for way, there in (
-            ("train.release true", cfg.train.release),
-            ("model.gradient_checkpointing true", cfg.model.gradient_checkpointing),
-            ("a smaller train.micro_batch or data.seq_len", False),
-        )
-        if not there
-    ]
+    ways = [] if cfg.train.release else ["train.release true"]
+    ways += [] if cfg.model.gradient_checkpointing else ["model.gradient_checkpointing true"]
+    ways += ["a smaller train.micro_batch or data.seq_len"]
     least, bits = passed[-1], CANDIDATES[-1].bits
     raise InputError(
         f"nothing fits in {memory / 1e9:.1f} GB: {least.optimizer} with weights of {bits} bits takes "
