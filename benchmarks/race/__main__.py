@@ -41,6 +41,7 @@ others are compared to.
 
   python -m benchmarks.race run --results results/race2
   python -m benchmarks.race run --results results/race2 --only adamw apollo --limit-minutes 60
+  python -m benchmarks.race run --results results/race2 --only adamw muon-8bit --setting 9m
   python -m benchmarks.race picture --results results/race2
   python -m benchmarks.race table --results results/race/llama-4m --only apollo-bf16 apollo-int8 apollo-int4
   python -m benchmarks.race config 4k-adamw-lr0.002-emb0.08-head0.02-knob1.152e+06-seed0-steps140 > run.yaml
@@ -61,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", nargs="+", metavar="METHOD", help="run these methods alone; former lines: of the table")
     made.add_argument("--limit-minutes", type=float, help="stop then; what is unfinished is saved and goes on later")
     made.add_argument("--max-trials", type=int, help="stop after so many")
-    made.add_argument("--setting", choices=[*SETTINGS], default="4k", help="of the table (%(default)s)")
+    made.add_argument("--setting", choices=[*SETTINGS], help="run this one alone; of the table (4k)")
     return made
 
 
@@ -72,7 +73,9 @@ def work_on(args: argparse.Namespace) -> int:
     from benchmarks.race.worker import work
 
     try:
-        return work(Store(args.results, args.work), args.only, args.limit_minutes, args.max_trials)
+        return work(
+            Store(args.results, args.work), args.only, args.limit_minutes, args.max_trials, setting=args.setting
+        )
     except Interrupted as error:
         print(f"{str(error).partition(';')[0]}; the same command goes on", flush=True)
         return 130
@@ -126,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.action == "status":
             print(report.status(store.board(), store.running()))
         elif args.action == "table":
-            print(report.table(store.board(), SETTINGS[args.setting]))
+            print(report.table(store.board(), SETTINGS[args.setting or "4k"]))
         elif args.action == "config":
             print(run_file(store.board().rows, args.trial, config_of), end="")
         else:

@@ -33,16 +33,17 @@ class Store:
         """The race as it stands."""
         return Board.of(self.lines(), self.methods)
 
-    def claim(self, only: list[str] | None = None) -> tuple[Trial | None, bool]:
+    def claim(self, only: list[str] | None = None, setting: str | None = None) -> tuple[Trial | None, bool]:
         """The first wanted trial that nobody runs, ours until `release`; and whether others run what is wanted.
 
         Args:
             only: Methods; None: all.
+            setting: The name of one; None: all.
         """
         busy = False
         with self.locked():
             for trial in self.board().wanted():
-                if only is not None and trial.method not in only:
+                if (only is not None and trial.method not in only) or setting not in (None, trial.setting):
                     continue
                 if self._take(trial):
                     return trial, busy

@@ -22,6 +22,7 @@ def work(
     limit_minutes: float | None = None,
     max_trials: int | None = None,
     runner: Runner | None = None,
+    setting: str | None = None,
 ) -> int:
     """Run what is wanted until nothing is; returns 0.
 
@@ -30,6 +31,7 @@ def work(
         limit_minutes: Stop then; a run that is not finished is saved and left to the next worker.
         max_trials: Stop after so many.
         runner: `trial.run`, or a stand-in for it.
+        setting: The name of one setting; None: all.
 
     Raises InputError where the text of this machine is not the one of the lines, and Interrupted when told to stop.
     """
@@ -37,10 +39,10 @@ def work(
     deadline = math.inf if limit_minutes is None else time.monotonic() + 60 * limit_minutes
     done = 0
     while time.monotonic() < deadline and (max_trials is None or done < max_trials):
-        trial, busy = store.claim(only)
+        trial, busy = store.claim(only, setting)
         if trial is None:
             if not busy:
-                say_why_nothing(store, only)
+                say_why_nothing(store, only, setting)
                 return 0
             time.sleep(min(PAUSE, max(0.0, deadline - time.monotonic())))
             continue
@@ -71,11 +73,12 @@ def keep_log(store: Store, trial: Trial) -> None:
         kept.write_text(log.read_text(encoding="utf-8").replace(f"{store.work}{os.sep}", ""), encoding="utf-8")
 
 
-def say_why_nothing(store: Store, only: list[str] | None) -> None:
-    """The queue is empty: of all, or of the chosen methods, which may wait for another's search."""
+def say_why_nothing(store: Store, only: list[str] | None, setting: str | None) -> None:
+    """The queue is empty: of all, or of what was chosen, which may wait for another's search."""
     waiting = next(store.board().wanted(), None)
-    if only and waiting is not None:
-        print(f"nothing to do for {', '.join(only)}; first in the queue of all methods: {waiting.name}", flush=True)
+    if (only or setting) and waiting is not None:
+        chosen = " ".join(only or ["all methods"]) + (f" in {setting}" if setting else "")
+        print(f"nothing to do for {chosen}; first in the whole queue: {waiting.name}", flush=True)
     else:
         print("the queue is empty", flush=True)
 

@@ -264,6 +264,16 @@ def test_final_runs_keep_their_log_without_the_folder_it_lay_in(tmp_path):
     assert not any((tmp_path / "work" / trial.name).exists() for trial in store.board().rows)
 
 
+def test_a_worker_may_take_one_setting_alone(tmp_path, capsys):
+    store = Store(tmp_path / "results", tmp_path / "work", TWO)
+    work(store, runner=runner, setting="9m")
+    assert store.lines() == []
+    assert "nothing to do for all methods in 9m; first in the whole queue: 4k-adamw" in capsys.readouterr().out
+    work(store, runner=runner, setting="4k")
+    work(store, runner=runner, setting="9m", max_trials=1)
+    assert [line["setting"] for line in store.lines()] == ["4k"] * (len(store.lines()) - 1) + ["9m"]
+
+
 def test_a_claim_goes_with_its_process(tmp_path):
     store = Store(tmp_path / "results", tmp_path / "work", TWO)
     trial, busy = store.claim()
