@@ -68,24 +68,24 @@ def backward(n: int, make: Make | None) -> Step:
     return step
 
 
-def cases(n: int) -> dict[str, Step]:
-    """What is timed; `(released)` less `backward alone` is a step."""
-    found = {
-        BASE: stepping(partial(torch.optim.AdamW, foreach=False), n),
-        "torch AdamW, foreach": stepping(partial(torch.optim.AdamW, foreach=True), n),
-        "backward alone": backward(n, None),
+def cases(n: int) -> dict[str, Callable[[], Step]]:
+    """What is timed, not made yet; `(released)` less `backward alone` is a step."""
+    found: dict[str, Callable[[], Step]] = {
+        BASE: partial(stepping, partial(torch.optim.AdamW, foreach=False), n),
+        "torch AdamW, foreach": partial(stepping, partial(torch.optim.AdamW, foreach=True), n),
+        "backward alone": partial(backward, n, None),
     }
     for name, make in OURS.items():
         for kind, choice in (("eager", False), ("compiled", True)):
-            found[f"{name}, {kind}"] = stepping(partial(make, compile=choice), n)
-            found[f"{name}, {kind} (released)"] = backward(n, partial(make, compile=choice))
+            found[f"{name}, {kind}"] = partial(stepping, partial(make, compile=choice), n)
+            found[f"{name}, {kind} (released)"] = partial(backward, n, partial(make, compile=choice))
     return found
 
 
 def measure(n: int, rounds: int, only: list[str]) -> dict[str, dict[str, list[float]]]:
     """Microseconds a parameter of every round, and ratios to the base of the same round."""
     words = [BASE, "backward alone", *only]
-    steps = {name: step for name, step in cases(n).items() if not only or any(word in name for word in words)}
+    steps = {name: make() for name, make in cases(n).items() if not only or any(word in name for word in words)}
     for name in [*steps, *steps]:  # what is compiled, what is allocated
         steps[name]()
     times: dict[str, list[float]] = {name: [] for name in steps}

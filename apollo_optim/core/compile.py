@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 COMPILED_FROM = 1 << 18  # entries of a parameter for which compiling (seconds a shape, then 2 ns an entry less) pays
+COMPILED_ON = ("cpu", "cuda")  # by default: elsewhere a compiler is young or missing
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

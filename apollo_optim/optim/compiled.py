@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_optim.core.compile import COMPILED_FROM, compiled, compiled_in_place
+from apollo_optim.core.compile import COMPILED_FROM, COMPILED_ON, compiled, compiled_in_place
 from apollo_optim.core.matrix import Number
 from apollo_optim.core.random import Key
 from apollo_optim.optim.apply import Inputs, Static, Tensors, apply_update, compute_update
@@ -23,7 +23,7 @@ Memo = dict[int, tuple[dict[str, Number], Tensor]]
 
 def is_compiled(choice: bool | None, p: Tensor, device_type: str) -> bool:
     """What `compile=` means for this parameter; None: with a CPU or CUDA, what is large enough for it to pay soon."""
-    return device_type in ("cpu", "cuda") and p.numel() >= COMPILED_FROM if choice is None else choice
+    return device_type in COMPILED_ON and p.numel() >= COMPILED_FROM if choice is None else choice
 
 
 def prepare_compiled(

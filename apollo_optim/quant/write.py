@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apollo_optim.core.blocks import Block, block_size, is_cpu
-from apollo_optim.core.compile import COMPILED_FROM, can_compile, compiled, compiled_in_place
+from apollo_optim.core.compile import COMPILED_FROM, COMPILED_ON, can_compile, compiled, compiled_in_place
 from apollo_optim.core.matrix import Number
 from apollo_optim.core.place import Place
 from apollo_optim.core.random import Dither
@@ -73,8 +73,8 @@ def write_rows(
 
 
 def is_compiled(shape: tuple[int, ...], device: torch.device) -> bool:
-    """Is the step of a weight of this shape compiled?"""
-    return prod(shape) >= COMPILED_FROM and can_compile(device.type)
+    """Is the step of a weight of this shape compiled? As other weights' is: with a CPU or CUDA."""
+    return device.type in COMPILED_ON and prod(shape) >= COMPILED_FROM and can_compile(device.type)
 
 
 def precompile(shape: tuple[int, ...], dtype: torch.dtype, bits: int, group_size: int, device: torch.device) -> None:
