@@ -1,4 +1,4 @@
-"""GPUs of other vendors: steps are eager there, need no dtype that Apple's lack, and a device that is missing is one line."""
+"""GPUs of other vendors: eager steps, no dtype that Apple's lack, and one line where there is none."""
 
 from typing import Any
 
