@@ -212,8 +212,8 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
         display.note(f"{job.world.size} processes, {job.cfg.parallel.mode}")
     if isinstance(job.optimizer, RuleOptimizer):
         display.note(describe(job.optimizer))
-    if told:
-        display.note(told)
+    for warning in filter(None, (told, measure.advice_on_dtype(job.state.model.dtype, job.state.device))):
+        display.note(warning)
     if job.released is not None:
         display.note(job.gradients.cost_of_release())
     if resumed_from is not None:
