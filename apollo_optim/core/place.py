@@ -56,6 +56,7 @@ class Place:
         own: The shape of this rank's part.
         starts: Where it begins, one index per dimension; None where the part is not one block.
         mesh, placements: Of a DTensor; None and () of a plain tensor.
+        stack: Is it a stack of parameters, stepped together, whose numbers are those of single steps?
     """
 
     shape: tuple[int, ...]
@@ -63,6 +64,7 @@ class Place:
     starts: tuple[int, ...] | None
     mesh: Any = None
     placements: tuple[Any, ...] = ()
+    stack: bool = False
 
     @staticmethod
     def of(t: Tensor) -> "Place":
@@ -83,9 +85,9 @@ class Place:
             ) from error
 
     @staticmethod
-    def plain(shape: tuple[int, ...]) -> "Place":
+    def plain(shape: tuple[int, ...], stack: bool = False) -> "Place":
         """The place of all of a plain tensor."""
-        return Place(shape, shape, (0,) * len(shape))
+        return Place(shape, shape, (0,) * len(shape), stack=stack)
 
     @property
     def offsets(self) -> tuple[int, ...]:
