@@ -71,7 +71,7 @@ def pretrain(cfg: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
 
     Rates that `cfg` leaves out are those known of its optimizer at its batch (`train.rates`), and the optimizer `auto`
     is the best that fits in the memory that is free (`train.choose`).
-    A resumed run is equal to the bit to one that was never stopped: weights, optimizer, text, random numbers, figures.
+    A resumed run is equal bit-for-bit to one that was never stopped: weights, optimizer, text, random numbers, figures.
     Raises InputError for what the user can put right, TrainingFailed if the run cannot go on, Interrupted after Ctrl-C.
     """
     if cfg.data.format != "text" and not resume:
@@ -223,7 +223,7 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
             f"the run has ended at step {resumed_from}: nothing is left to train, and only its model is written"
         )
     if job.changed:
-        display.note(f"not equal to the bit to the run so far, for it rounds otherwise: {', '.join(job.changed)}")
+        display.note(f"not bit-for-bit equal to the run so far, for it rounds otherwise: {', '.join(job.changed)}")
 
 
 def finish(job: Job, record: Record) -> Result:
