@@ -7,7 +7,7 @@ everything larger has a segment of its own, a multiple of 2 MiB.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 MIB = 1 << 20
 ROUND = 512
@@ -56,7 +56,7 @@ def overhead(sizes: list[int]) -> dict[str, int]:
     return {"allocator": reserved(sizes) - sum(sizes), "context": CONTEXT}
 
 
-def advice(sizes: list[int]) -> str:
+def advice(sizes: Sequence[int]) -> str:
     """One line: is `expandable_segments` worth it?"""
     saved = reserved(sizes) - reserved_expandable(sizes)
     words = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
