@@ -7,7 +7,7 @@ sums along r stay local. `torch.distributed.tensor` is imported only once a DTen
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -252,8 +252,7 @@ class Place:
 
         def redistributed() -> Tensor:
             result: Any = assembled(lambda _: own, shape, self.mesh, before).redistribute(placements=after).to_local()
-            waited: Tensor = getattr(result, "wait", lambda: result)()
-            return waited
+            return cast(Tensor, getattr(result, "wait", lambda: result)())
 
         return sent(redistributed)
 
