@@ -259,7 +259,7 @@ def print_followed(rows: list[list[str]]) -> None:
 
     head, *body = rows
     table = Table(
-        title="\nWhat follows what, and its state", title_justify="left", title_style="bold", header_style="bold"
+        title="\nRules and state of each group", title_justify="left", title_style="bold", header_style="bold"
     )
     for name in head:
         table.add_column(name, justify="right" if name == head[-1] else "left", overflow="fold")

@@ -8,12 +8,14 @@ too. The numbers are those of single steps, bit for bit.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from apollo_optim.core.blocks import CPU_BLOCK, is_cpu, is_planned
+from apollo_optim.core.lockstep import MEMBERS, side_by_side
 from apollo_optim.core.place import Place, lies_across
 from apollo_optim.core.random import Dither
 from apollo_optim.optim.apply import Inputs, Static, Tensors, apply_update, draw
@@ -23,6 +25,8 @@ DRAWN_TOGETHER = 1 << 16  # most numbers of a parameter that are drawn before it
 STACK = 1 << 22  # most entries of a stack on an accelerator; on a CPU, a block
 LITTLE = 1 << 15  # entries of a matrix from which torch has several threads sum it up, and a stack otherwise than that
 ALIGNED = 16  # entries: members of a stack begin where tensors of their own would, at 64 bytes
+WINDOW = 1 << 24
+"""Most entries of sharded gradients whose steps are side by side on a CPU; on an accelerator four times as many."""
 
 Drawn = dict[str, Any]
 
@@ -37,16 +41,43 @@ class Given(NamedTuple):
     inputs: Inputs
 
 
+Prepared = tuple[Given, Callable[[], None]]
+"""Of some steps that are taken at once the last one, and what takes them."""
+
+
 def alike(given: Given) -> tuple[Any, ...]:
     """Equal for steps that may be taken together."""
     static, weight, grad, _, inputs = given
     return id(static), id(inputs.numbers), weight.dtype, grad.dtype, grad.device
 
 
-def together(steps: list[Given]) -> list[Callable[[], None]]:
+def take_steps(steps: list[Prepared]) -> None:
+    """Take them, those of sharded parameters side by side: what they send to other processes goes together.
+
+    So many of these at a time as keep little in memory while they wait.
+    """
+    window: list[Callable[[], None]] = []
+    entries = 0
+    for given, take in steps:
+        place = given.static.place
+        if place.mesh is None or is_planned():
+            take()
+            continue
+        most = WINDOW if is_cpu(given.grad.device) else 4 * WINDOW
+        more = prod(place.shape) // place.mesh.size()  # (not this one's own: all of them must cut alike)
+        if window and (entries + more > most or len(window) == MEMBERS):
+            side_by_side(window, given.grad.device)
+            window, entries = [], 0
+        window.append(take)
+        entries += more
+    if window:
+        side_by_side(window, steps[-1][0].grad.device)
+
+
+def together(steps: list[Given]) -> list[Prepared]:
     """What is to be called to take these steps, which are `alike`."""
     if len(steps) == 1:
-        return [partial(apply_update, *steps[0])]
+        return [(steps[0], partial(apply_update, *steps[0]))]
     static, _, grad, _, _ = steps[0]
     most = CPU_BLOCK if is_cpu(grad.device) else STACK
     size = most // max(1, grad.numel()) if _stacks(static, grad) else 0
@@ -58,7 +89,9 @@ def together(steps: list[Given]) -> list[Callable[[], None]]:
         every = [partial(_step_one, given, steps, waiting) for given in steps]
     else:
         every = [partial(apply_update, *given) for given in steps]
-    return [every[0], *every[1:][-1:]] if is_planned() else every
+    if is_planned():
+        every = [every[0], *every[1:][-1:]]
+    return [(steps[-1], take) for take in every] if len(every) < len(steps) else list(zip(steps, every, strict=True))
 
 
 def _stacks(static: Static, grad: Tensor) -> bool:

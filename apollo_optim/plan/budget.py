@@ -30,7 +30,7 @@ PARTS = {
     "activations": "what the forward keeps for the backward, and what both make on the way",
     "logits": "whatever is as wide as the vocabulary",
     "buffers": "of the model",
-    "float copies": "of low-bit weights, while a product reads them",
+    "float copies": "of low-bit weights, while a matmul reads them",
     "update": "what the optimizer makes while it writes one parameter",
     "parallel": "gathered blocks (FSDP2), the reducer's copy of the gradients (DDP)",
     "allocator": "what CUDA's caching allocator rounds up (plan.cuda)",
@@ -231,7 +231,7 @@ def _followed(optimizer: RuleOptimizer, parallel: Parallel | None) -> tuple[Foll
 
 
 def _of_matrices(p: Tensor, group: Group) -> bool:
-    """The split that `param_groups` makes, so that AdamW's state is split, too; else, whether it follows the rule."""
+    """The split that `param_groups` makes, so that AdamW's state is split, too; else, whether it uses the rule."""
     return str(group["name"]).startswith("matrices") if "name" in group else chosen_rule(p, group).view != "any"
 
 

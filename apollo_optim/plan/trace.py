@@ -32,7 +32,7 @@ class Block(NamedTuple):
 
     kind: str
     """activations (whatever the forward and the backward make), logits (what is as wide as the vocabulary), gradients
-    (of parameters), float copies (of a low-bit weight, while a product reads it)."""
+    (of parameters), float copies (of a low-bit weight, while a matmul reads it)."""
     name: str
     """The parameter that a gradient belongs to."""
     size: int

@@ -23,7 +23,7 @@ class Adafactor(Rule):
 
     When: Embedding and head where memory is short (`rest="adafactor"`).
 
-    Evidence: As the rule of embedding and head beside APOLLO: +3.3 % perplexity against AdamW's there, one seed,
+    Evidence: As the rule of embedding and head together with APOLLO: +3.3 % perplexity against AdamW's there, one seed,
     for 3.6 instead of 16.1 MB (`docs/rest.md`). The step is the paper's (`tests/optim/test_rest.py`).
     """
 

@@ -19,7 +19,7 @@ class Foam(Rule):
 
     `F = fold(G)`, a mean for each block; Adam's moments M and V of F; `R = G - unfold(F)`, and of every entry
     `W <- (1 - lr wd) W - lr scale (unfold(M) + R) / (sqrt(unfold(V) + R^2) + eps)`. The paper has no bias correction.
-    A matrix whose rows blocks do not divide follows AdamW.
+    A matrix whose rows blocks do not divide uses AdamW.
 
     When: APOLLO's memory at rank d/4 without a projection, where rows divide into blocks.
 

@@ -21,7 +21,7 @@ class Scale(Rule):
 
     When: No state is to be kept but the head's momentum. Rates are far below AdamW's: search them.
 
-    Evidence: As the rule of embedding and head beside APOLLO: +14.5 % perplexity, one seed (`docs/rest.md`). The
+    Evidence: As the rule of embedding and head together with APOLLO: +14.5 % perplexity, one seed (`docs/rest.md`). The
     step is the paper's (`tests/optim/test_rest.py`).
     """
 

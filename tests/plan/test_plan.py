@@ -401,7 +401,7 @@ def test_a_plan_says_what_every_group_follows_and_keeps() -> None:
     said = {(row.group, row.rule, row.state) for row in plans[0].followed}
     assert said >= {("matrices", "APOLLO r=32", "8bit"), ("embedding", "AdamW", "8bit"), ("norms", "AdamW", "float32")}
     head, *body = followed_rows(plans)
-    assert head[:4] == ["optimizer", "group", "follows", "state"]
+    assert head[:4] == ["optimizer", "group", "rule", "state"]
     assert [row[0] for row in body if row[1] == "embedding"] == ["all"]
     assert [row[:3] for row in body if row[1] == "matrices"] == [
         ["apollo", "matrices", "APOLLO r=32"],
