@@ -50,4 +50,4 @@ def group_name(mesh: Any, dim: int) -> str:
 def sharing(t: Tensor) -> tuple[str, ...]:
     """The groups of processes that have a part of `t` each, by name; none of what is whole here."""
     split = [dim for dim, p in enumerate(getattr(t, "placements", ())) if hasattr(p, "dim")]
-    return tuple(group_name(t.device_mesh, dim) for dim in split)
+    return tuple(group_name(getattr(t, "device_mesh"), dim) for dim in split)  # noqa: B009
