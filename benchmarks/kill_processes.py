@@ -1,6 +1,6 @@
 """Kill processes of a run of several with `kill -9`, let torchrun start it again (or resume it), compare to the bit.
 
-    apollo-optim bench kill_processes [--runs 10] [--processes 2] [--mode fsdp2]
+    apollo-optim bench kill-processes [--runs 10] [--processes 2] [--mode fsdp2]
 
 Three kinds in turn: `one`: a process, at a random moment; `save`: a process, while a checkpoint is half-written; `all`:
 torchrun and all processes, at a random moment. After the first two torchrun (`--max-restarts 1`) starts all of them
@@ -130,7 +130,7 @@ def campaign(args: Any) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = Parser("apollo-optim bench kill_processes", __doc__)
+    parser = Parser("apollo-optim bench kill-processes", __doc__)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--mode", choices=("ddp", "fsdp2", "hsdp"), default="fsdp2")
