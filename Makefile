@@ -7,7 +7,7 @@
 #   make bench    the race of the optimizers on a small LLaMA (a queue of days; goes on where it was)
 #   make gpu      what a GPU is measured with, in eight minutes (docs/gpu.md)
 #   make docs     the documentation as a web site, which needs nothing from elsewhere
-#   make wheel    wheel and sdist, tried in a clean environment with torch alone
+#   make wheel    wheel and sdist, tried in a clean environment with torch alone, then with the command
 #   make clean    what the targets above made, .venv excepted; make distclean takes .venv, too
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -130,7 +130,7 @@ docs: $(VENV)/.dev
 	@echo "open out/site/index.html"
 
 wheel: $(VENV)/.dev
-	@$(SAY) "building wheel and sdist, and trying the wheel with torch alone"
+	@$(SAY) "building wheel and sdist, and trying the wheel with torch alone, then with [train]"
 	PIP_ARGS='$(PIP_ARGS)' bash tools/check_wheel.sh $(BIN)/python
 
 clean:

@@ -58,7 +58,7 @@ class Model(nn.Module):
         """Never called."""
 
 
-class Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collectives that this thread asks torch for, within it.
 
     Attributes:
@@ -66,10 +66,10 @@ class Counter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sent: list[tuple[str, int]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.__name__.partition(".")[0].removesuffix("_")
         if func.namespace in ("_c10d_functional", "c10d") and "wait" not in name and "wrap" not in name:
@@ -105,7 +105,8 @@ def counted(rule: str, layers: int = LAYERS) -> Line:
         with_gradients(model)
         with Counter() as counter:
             optimizer.step()
-    return counter.line()
+        found: Line = counter.line()
+    return found
 
 
 def with_gradients(model: nn.Module) -> None:

@@ -71,7 +71,7 @@ class Row:
     figures: int
     """How many recorded figures were compared."""
     different: int
-    """How many lines of the log were not the same to the bit, and one more if the last checkpoints are not."""
+    """How many lines of the log were not the same bit-for-bit, and one more if the last checkpoints are not."""
     first: str
     """The first of them."""
 
@@ -118,7 +118,7 @@ def compare(
                 flush=True,
             )
     expect(source == fingerprint(), "the package was edited meanwhile: these runs cannot be compared")
-    print(f"{runs - wrong} of {runs} killed and resumed runs are equal to the bit to the run that was never stopped")
+    print(f"{runs - wrong} of {runs} killed and resumed runs are equal bit-for-bit to the run that was never stopped")
     return 1 if wrong else 0
 
 

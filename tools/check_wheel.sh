@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds wheel and sdist, looks for the licence in both, lets twine look at them, installs the wheel in a clean environment with torch alone,
-# and takes steps there with every optimizer of the registry. Usage: tools/check_wheel.sh [PYTHON with `build`]
+# Builds wheel and sdist, looks for the licence in both, lets twine look at them, installs the wheel in a clean environment with torch alone
+# and takes steps there with every optimizer of the registry; then adds [train], and the command trains, writes and resumes.
+# Usage: tools/check_wheel.sh [PYTHON with `build`]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "${1:-python3}")
@@ -29,6 +30,10 @@ printf 'wheel %s kB, sdist %s kB\n' $(($(wc -c <"$wheel") / 1000)) $(($(wc -c <"
 "$python" -m venv "$work/venv"
 # shellcheck disable=SC2086  # PIP_ARGS is a list of words
 "$work/venv/bin/pip" install --quiet --disable-pip-version-check ${PIP_ARGS:-} --constraint constraints.txt "$wheel"
+size() { du -sm "$work/venv/lib" | cut -f1; }
+alone=$(size)
+own=$(du -sk "$work"/venv/lib/python*/site-packages/apollo_optim | cut -f1)
+constraints=$PWD/constraints.txt
 cd "$work" # so that the checkout is not importable
 # -W: torch without numpy warns once; "torch alone" is the point here.
 "$work/venv/bin/python" -W ignore - <<'PY'
@@ -80,3 +85,14 @@ code=0
 message=$(PYTHONWARNINGS=ignore "$work/venv/bin/apollo-optim" bench step 2>&1) || code=$?
 [[ $code == 2 && $message == *"not installed with the library"* ]] || { echo "error: bench said ($code): $message" >&2; exit 1; }
 echo "its benchmarks: $message"
+
+# And with them.
+# shellcheck disable=SC2086  # PIP_ARGS is a list of words
+"$work/venv/bin/pip" install --quiet --disable-pip-version-check ${PIP_ARGS:-} --constraint "$constraints" "$wheel[train]"
+printf 'installed: %s kB of its own, %s MB with torch (and pip), %s MB with [train]\n' "$own" "$alone" "$(size)"
+words=(--model.name llama-1m --train.batch_size 2 --eval.every null --out "$work/run")
+"$work/venv/bin/apollo-optim" pretrain "${words[@]}" --train.steps 3 >"$work/run.log" 2>&1 || { cat "$work/run.log" >&2; exit 1; }
+"$work/venv/bin/apollo-optim" pretrain --out "$work/run" --resume --train.steps 4 >"$work/run.log" 2>&1 || { cat "$work/run.log" >&2; exit 1; }
+"$work/venv/bin/apollo-optim" sample "$work/run" --prompt 'def ' --max-tokens 4 >"$work/sample.txt"
+[[ $(<"$work/sample.txt") == *'def '* ]] || { echo "error: sample wrote: $(<"$work/sample.txt")" >&2; exit 1; }
+echo "its command, with the extras: trained 3 steps, resumed to 4, and wrote"

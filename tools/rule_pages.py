@@ -135,10 +135,10 @@ def rule_page(rule: type[Rule]) -> str:
     step = "" if rule.blockwise else " It sees all of a matrix at once."
     kinds = {
         "any": "Of every tensor, whatever its shape." + step,
-        "matrix": "Of matrices, convolutions (outputs x the rest) and stacks of matrices; what is 1-D follows AdamW."
+        "matrix": "Of matrices, convolutions (outputs x the rest) and stacks of matrices; what is 1-D uses AdamW."
         + step,
         "channels": "Of matrices, convolutions and stacks of matrices whose small side is above the rank; "
-        "everything else follows AdamW." + step,
+        "everything else uses AdamW." + step,
     }
     return f"""# {rule.title}
 

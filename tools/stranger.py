@@ -3,8 +3,9 @@
     python tools/stranger.py [--log results/welcome/stranger.jsonl] [--python python3.12]
 
 The library with torch alone, then the command, then transformers' Trainer: what the README says is what is run, cut
-out of it. A line is one thing a stranger does; its seconds are by the clock, downloads included. `PIP_ARGS` goes to
-pip, and the pinned versions of constraints.txt are taken. Needs a registry of packages, and some 3 GB on the disk.
+out of it. A line is one thing a stranger does: its seconds by the clock, downloads included, those of a processor, and
+the load average when it was done (a busy machine's clock says little). `PIP_ARGS` goes to pip; the pinned versions of
+constraints.txt are taken. Needs a registry of packages, and some 3 GB on the disk.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -105,6 +107,12 @@ def ways(python: str, home: Path) -> list[tuple[str, list[str]]]:
     ]
 
 
+def processor_seconds() -> float:
+    """Of all that was run and has ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> int:
     """Do all of it; ends with 1 where something fails, and says what it said."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -124,11 +132,13 @@ def main() -> int:
         )
         clean = {key: os.environ[key] for key in kept if key in os.environ} | {"HOME": folder, "TMPDIR": folder}
         for name, words in ways(args.python, home):
-            start = time.monotonic()
+            start, before = time.monotonic(), processor_seconds()
             done = subprocess.run(words, cwd=home, env=clean, capture_output=True, text=True, check=False)
-            seconds = time.monotonic() - start
+            seconds, processor = time.monotonic() - start, processor_seconds() - before
             said = [line for line in done.stdout.splitlines() if line.strip()]
-            print(f"{seconds:6.1f} s  {name}{'' if done.returncode == 0 else ': FAILED'}", flush=True)
+            print(
+                f"{seconds:6.1f} s  {processor:6.1f} s  {name}{'' if done.returncode == 0 else ': FAILED'}", flush=True
+            )
             if done.returncode:
                 print(done.stdout[-2000:] + done.stderr[-4000:])
                 return 1
@@ -137,6 +147,8 @@ def main() -> int:
                 line = {
                     "did": name,
                     "seconds": round(seconds, 1),
+                    "processor_seconds": round(processor, 1),
+                    "load": round(os.getloadavg()[0], 1),
                     "said": said[-1] if "trained" in name and said else "",
                 }
                 with args.log.open("a") as log:

@@ -26,6 +26,6 @@ def run(argv: Sequence[str]) -> int:
         told = ", ".join(f"{key} {plain(value)}" for key, value in defaults.items())
         table.add_row(info.name, Text.assemble(f"{info.summary}\n{info.paper}\n", (told, "dim")))
     show(table)
-    say("a+b, as in muon+adamw: hidden matrices follow a; embedding, head and all matrices that a is not for follow b.")
+    say("a+b, as in muon+adamw: hidden matrices use a; embedding, head and all matrices that a is not for use b.")
     say("d, n: the small and the large side of a matrix; r: the rank. Every key: apollo-optim pretrain --help")
     return 0

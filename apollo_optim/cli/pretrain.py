@@ -101,9 +101,7 @@ def parse(argv: Sequence[str], story: Story = PRETRAIN) -> Asked:
         words += ["--out", given.out]
     lengths = {word.partition("=")[0] for word in words} & {"--train.steps", "--train.epochs"}
     if len(lengths) == 2:
-        raise InputError(
-            "--train.steps and --train.epochs: how long the run is follows from one of them; leave one out"
-        )
+        raise InputError("--train.steps and --train.epochs: one of them says how long the run is; leave one out")
     data: dict[str, Any] = {}
     for path in files:  # a later file changes keys of an earlier one
         for name, section in read_run_file(path).items():

@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
 
 def say_where(page: Path) -> None:
     """Once, when there is something to look at."""
-    say(f"page: {page} (open it: it follows the runs; Ctrl-C ends this, not the runs)", error=True)
+    say(f"page: {page} (open it: it is redrawn as the runs go on; Ctrl-C ends this, not the runs)", error=True)
 
 
 def planned_state(run: "Run", model: str) -> int:

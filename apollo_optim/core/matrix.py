@@ -225,6 +225,8 @@ def _own_products(grad_ck: Tensor, basis: Tensor, rank: int, place: Place) -> Te
         here = own[at[: grad_ck.ndim - 2]]
         if sketched:
             return _bucket_sums(block.float() * here.unsqueeze(-2), place.offsets[-1], rank)
+        if place.stack:  # one product of all is rounded otherwise
+            return torch.stack([one @ of_one for one, of_one in zip(block.float(), here, strict=True)])
         return block.float() @ here
 
     if torch.compiler.is_compiling() and not sketched and grad_ck.dtype is not torch.float32:

@@ -7,7 +7,7 @@ sums along r stay local. `torch.distributed.tensor` is imported only once a DTen
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class Place:
         own: The shape of this rank's part.
         starts: Where it begins, one index per dimension; None where the part is not one block.
         mesh, placements: Of a DTensor; None and () of a plain tensor.
+        stack: Is it a stack of parameters, stepped together, whose numbers are those of single steps?
     """
 
     shape: tuple[int, ...]
@@ -64,6 +65,7 @@ class Place:
     starts: tuple[int, ...] | None
     mesh: Any = None
     placements: tuple[Any, ...] = ()
+    stack: bool = False
 
     @staticmethod
     def of(t: Tensor) -> "Place":
@@ -84,9 +86,9 @@ class Place:
             ) from error
 
     @staticmethod
-    def plain(shape: tuple[int, ...]) -> "Place":
+    def plain(shape: tuple[int, ...], stack: bool = False) -> "Place":
         """The place of all of a plain tensor."""
-        return Place(shape, shape, (0,) * len(shape))
+        return Place(shape, shape, (0,) * len(shape), stack=stack)
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -251,8 +253,7 @@ class Place:
 
         def redistributed() -> Tensor:
             result: Any = assembled(lambda _: own, shape, self.mesh, before).redistribute(placements=after).to_local()
-            waited: Tensor = getattr(result, "wait", lambda: result)()
-            return waited
+            return cast(Tensor, getattr(result, "wait", lambda: result)())
 
         return sent(redistributed)
 

@@ -3,7 +3,7 @@ before a DTensor is there."""
 
 from collections.abc import Callable, Container
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -50,4 +50,4 @@ def group_name(mesh: Any, dim: int) -> str:
 def sharing(t: Tensor) -> tuple[str, ...]:
     """The groups of processes that have a part of `t` each, by name; none of what is whole here."""
     split = [dim for dim, p in enumerate(getattr(t, "placements", ())) if hasattr(p, "dim")]
-    return tuple(group_name(getattr(t, "device_mesh"), dim) for dim in split)  # noqa: B009
+    return tuple(group_name(cast("DTensor", t).device_mesh, dim) for dim in split)

@@ -88,7 +88,7 @@ class Batches:
     def ahead(self, rows: int) -> Iterator[None]:
         """While the next `rows` rows are asked for: make the next block in a thread, unless this one suffices.
 
-        The batches are the same to the bit. What goes wrong in the thread is raised by the `next` that needs the
+        The batches are the same bit-for-bit. What goes wrong in the thread is raised by the `next` that needs the
         block. The thread is over when this is left; `state_dict` says the position of the last batch all along.
         """
         self._wanted = rows

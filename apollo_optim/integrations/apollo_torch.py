@@ -28,8 +28,8 @@ _alone = count(1)
 class APOLLOAdamW(Apollo):
     """`Apollo`, called as apollo-torch's optimizer is.
 
-    A group that names a `rank` follows APOLLO, with apollo-torch's defaults for `proj` ("random"), `scale_type`
-    ("channel"), `scale` (1), `update_proj_gap` (200) and `proj_type` ("std"); one that does not follows AdamW. Weight
+    A group that names a `rank` uses APOLLO, with apollo-torch's defaults for `proj` ("random"), `scale_type`
+    ("channel"), `scale` (1), `update_proj_gap` (200) and `proj_type` ("std"); one that names none uses AdamW. Weight
     decay is that of each group, applied before the step. Keys that mean nothing here are left out, with a warning.
 
     Where each parameter has an optimizer of its own (layer-wise modes), each draws a projection of its own: their seeds
@@ -64,7 +64,7 @@ class APOLLOAdamW(Apollo):
         if not correct_bias:
             _warn_once("correct_bias=False: the moments' bias is always corrected")
         if size > 1 and all(group["rank"] is None for group in groups):
-            _warn_once("no group names a rank, so every parameter follows AdamW")
+            _warn_once("no group names a rank, so every parameter uses AdamW")
         super().__init__(
             groups, lr, (betas[0], betas[1]), eps, weight_decay, scale_front=scale_front, proj="gaussian",
             norm_growth=None if disable_nl else 1.01, seed=next(_alone) if size == 1 else 0,

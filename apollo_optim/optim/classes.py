@@ -15,10 +15,10 @@ class Apollo(RuleOptimizer):
 
     Args:
         params: `param_groups(model, rank=...)`, groups written for apollo-torch, or bare parameters with `rank`.
-            A group that *names* `rank` follows the rule with its 2-D parameters, convolutions (as `(out, -1)`) and
+            A group that *names* `rank` uses the rule with its 2-D parameters, convolutions (as `(out, -1)`) and
             3-D stacks of matrices (each with its own projection, ratios and limiter). Everything else - groups without
             a rank or a rule of their own, 0-D and 1-D parameters, matrices whose small side is no larger than the rank
-            - follows AdamW at the same `lr` inside this optimizer.
+            - uses AdamW at the same `lr` inside this optimizer.
         lr: The papers use 0.01 at every size from 60M to 7B, with a cosine to 10 %, 10 % of warm-up and no clipping.
             It is not AdamW's: an AdamW step has entries near +-lr, an APOLLO step only the same norm per channel before
             `scale`, so it takes about ten times AdamW's lr. The rest, AdamW, gets this lr too unless its groups name

@@ -1,4 +1,4 @@
-"""What follows what, and what it keeps."""
+"""Which group uses which rule, and what it keeps."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def rule_of(parameter: Tensor, group: Group) -> str:
 
 
 def describe(optimizer: RuleOptimizer) -> str:
-    """The table of what follows what: rule, storage and bytes of the optimizer state, per group and shape.
+    """The table of groups: rule, storage and bytes of the optimizer state, per group and shape.
 
     The bytes are counted on the state that the optimizer itself makes, on the meta device; what is frozen has none.
     """
-    head = ("group", "follows", "state", "tensors", "shape", "parameters", "state bytes", "lr")
+    head = ("group", "rule", "state", "tensors", "shape", "parameters", "state bytes", "lr")
     rows: list[tuple[str, ...]] = [head]
     totals = [0, 0, 0]
     for number, group in enumerate(optimizer.param_groups):
@@ -81,7 +81,7 @@ NOT_HIDDEN = ("embedding", "head", "norms")
 
 
 def warn_of_others(name: str, rule: str | None, groups: Sequence[Group]) -> None:
-    """Warn where more than half of the hidden weights do not follow the rule that was asked for.
+    """Warn where more than half of the hidden weights do not use the rule that was asked for.
 
     For the groups that `param_groups` makes, that is `rule`, or what `matrices` name; for all others - unless they
     follow what is there for the rest, as groups without a rank do - the one that the group names itself.
@@ -99,7 +99,7 @@ def warn_of_others(name: str, rule: str | None, groups: Sequence[Group]) -> None
             left += p.numel() if chosen_rule(p, group).name != asked else 0
     if left > total / 2:
         warnings.warn(
-            f"{name}: {left / total:.0%} of the hidden weights follow another rule than the one asked for (see "
+            f"{name}: {left / total:.0%} of the hidden weights use another rule than the one asked for (see "
             'apollo_optim.describe): widen targets, for example to "all-linear", or lower the rank',
             stacklevel=4,
         )

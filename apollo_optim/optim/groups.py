@@ -1,4 +1,4 @@
-"""Which parameter follows which rule: by name, first match wins, and an empty match is an error."""
+"""Which parameter uses which rule: by name, first match wins, and an empty match is an error."""
 
 import inspect
 from collections import Counter
@@ -64,7 +64,7 @@ def param_groups(
     others: str | None = None,
     **knobs: Any,
 ) -> list[Group]:
-    """Named groups for an optimizer of this library: `matrices` follow its rule, the rest AdamW (or `rest`).
+    """Named groups for an optimizer of this library: `matrices` use its rule, all else AdamW (or `rest`).
 
     Groups are `matrices`, `embedding` (a tied head is one), `head`, `norms` (everything 0-D and 1-D) and, if there is
     something left, `others`. Every parameter is in exactly one, frozen ones too, so that they can be unfrozen later; a
@@ -75,7 +75,7 @@ def param_groups(
             same groups without one, for AdamW and all rules that have no rank.
         rule: Of `matrices`; matrices that it does not apply to are `others` then. None: the rule is that of the
             optimizer that the groups are for, which looks at their shapes later.
-        targets: Which modules' matrices follow the rule. Each is matched against the module's full name: a plain word
+        targets: Which modules' matrices use the rule. Each is matched against the module's full name: a plain word
             as a substring, one with `* ? [` as a glob over the whole name, `re:...` as a regular expression that
             may match anywhere; `"all-linear"` is every matrix that activations are multiplied by - linear layers,
             convolutions, recurrent and attention weights, stacks of experts - but the head. A mixture's router is left
@@ -84,12 +84,12 @@ def param_groups(
         no_decay: Patterns over parameter names; what they match has `weight_decay=0`; so has, by what it is and not by
             what it is called, all that is 0-D or 1-D, the biases of experts, a normalisation's weights, and what its
             model marks (`_no_weight_decay`, as Mamba's `A_log`).
-        rest: What `embedding`, `head` and `others` follow (norms and all that is 1-D always follow AdamW): the name of
+        rest: What `embedding`, `head` and `others` use (norms and all that is 1-D always use AdamW): the name of
             a rule ("adamw"; "adafactor", second moments factored into rows and columns and no first; "scale", the
             gradient normalised - the head's rows after a momentum of 0.9, the embedding's columns, other matrices'
             rows; ...), with "8bit" or "4bit" after it if its state is to be stored so ("adamw8bit"). Where no `rule` is
             named, "apollo" is the optimizer's own, if it has a rank.
-        rest_rank: Their rank, if they follow a rule with one; None: the rule's own or, as "auto", a quarter of the most
+        rest_rank: Their rank, if they use a rule with one; None: the rule's own or, as "auto", a quarter of the most
             common small side of the matrices; with `rest="apollo"` the matrices'.
         rest_lr: Learning rate of all groups but `matrices`.
         embedding_lr: Of `embedding` apart; falls back to `rest_lr`, and that to the optimizer's `lr`.
@@ -169,7 +169,7 @@ ARGUMENTS = frozenset(inspect.signature(param_groups).parameters) - {"model", "k
 
 
 def _of_rest(kind: str, their: Group, knobs: Group, elsewhere: Group, quarter: int) -> Group:
-    """What a group says that does not follow the rule of the matrices, but `their` rule."""
+    """What a group says that does not use the rule of the matrices, but `their` rule."""
     cls = find_rule(their["rule"])
     known = cls.knobs().keys() & {"betas", "eps"} | GENERAL.keys() - {"rule"}
     group = {key: value for key, value in knobs.items() if key in known} | their
@@ -180,7 +180,7 @@ def _of_rest(kind: str, their: Group, knobs: Group, elsewhere: Group, quarter: i
 
 _INSTEAD = {
     "embedding": "No nn.Embedding has weights here: leave the key out",
-    "head": "A head tied to the embedding follows embedding_lr, one that is a target follows lr: leave the key out",
+    "head": "A head tied to the embedding uses embedding_lr, one that is a target uses lr: leave the key out",
     "norms": "No parameter of it is 0-D or 1-D: leave the key out",
 }
 
@@ -275,4 +275,4 @@ def _move_small(members: dict[tuple[str, bool, bool], list[tuple[str, Tensor]]],
     if not any(kind == "matrices" for kind, _, _ in members):
         why = ": every small side is no larger. Choose a smaller rank"
         why = f" at rank {group['rank']}{why}" if "rank" in group else ""
-        raise InputError(f"{rule.name}: no matrix follows the rule{why}")
+        raise InputError(f"{rule.name}: no matrix uses the rule{why}")

@@ -99,7 +99,7 @@ def check_keys(
             owners = [rule.name for rule in RULES.values() if key in rule.knobs()]
             hint = nearest(key, {*known, *arguments})
             if owners:
-                hint = f"It is a key of {', '.join(owners)}; this {what} follows {rules[0].name!r}. Leave it out"
+                hint = f"It is a key of {', '.join(owners)}; this {what} uses {rules[0].name!r}. Leave it out"
             raise InputError(f"{where}: unknown key {key!r}. {hint}")
         if not known[key].fits(value):
             raise InputError(f"{where}: {key}={value!r}, but it must be {known[key].wanted}")
@@ -145,12 +145,12 @@ def check_parameter(p: Any, where: str) -> None:
 def refuse_flat(p: Tensor, group: Group, owner: str) -> None:
     """Raise InputError where other tools have put flat partitions in the place of a group's matrices.
 
-    Their rule applies to none of them, so that everything would follow `otherwise` without a word.
+    Their rule applies to none of them, so that everything would use `otherwise` without a word.
     """
     if p.ndim > 1 or find_rule(group["rule"]).view == "any" or any(q.ndim > 1 for q in group["params"]):
         return
     raise InputError(
         f"{owner}: flat parameters (partitions of DeepSpeed ZeRO, FSDP1) took the place of the matrices of group "
         f"{group.get('name', '')!r}, and {group['rule']!r} needs rows and columns. Shard with FSDP2 instead "
-        "(torch.distributed.fsdp.fully_shard), or let the group follow adamw"
+        "(torch.distributed.fsdp.fully_shard), or let the group use adamw"
     )

@@ -19,7 +19,7 @@ State = dict[str, Any]
 def fit_groups(ours: list[Group], saved: list[Group], owner: str) -> list[Group]:
     """The saved groups, their parameters in our order where both sides have names, new keys at their present values.
 
-    Raises InputError for groups that are not of this library, or follow another rule.
+    Raises InputError for groups that are not of this library, or use another rule.
     """
     if len(saved) != len(ours):
         raise InputError(
@@ -32,7 +32,7 @@ def fit_groups(ours: list[Group], saved: list[Group], owner: str) -> list[Group]
             raise InputError(f"this state is not {owner}'s: its param_groups name no rule")
         if theirs["rule"] != mine["rule"]:
             raise InputError(
-                f"group {number} follows {mine['rule']!r} here and {theirs['rule']!r} in the saved state: build the "
+                f"group {number} uses {mine['rule']!r} here and {theirs['rule']!r} in the saved state: build the "
                 "optimizer as it was when it was saved"
             )
         if len(theirs["params"]) != len(mine["params"]):

@@ -22,7 +22,7 @@ from apollo_optim.optim.together import Given, Prepared, alike, take_steps, toge
 
 
 class RuleOptimizer(torch.optim.Optimizer):
-    """Every parameter follows the rule that its group names.
+    """Every parameter uses the rule that its group names.
 
     >>> RuleOptimizer([{"params": matrices, "rule": "muon"}, {"params": others, "rule": "adamw", "lr": 1e-3}], lr=2e-3)
 
@@ -136,7 +136,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             rule = self._otherwise if self._some_rank else None
             if rule is None:
                 raise InputError(
-                    f"{self.name} has no rank: no parameter group names one, so every parameter would follow "
+                    f"{self.name} has no rank: no parameter group names one, so every parameter would use "
                     f"{self._otherwise}. Use {self.name}(apollo_optim.param_groups(model, rank=...)), or pass rank= to "
                     "compress every matrix, embeddings included"
                 )

@@ -1,6 +1,6 @@
 """Every optimizer by name: to be registered is to be tested, planned, benched and documented.
 
-Every rule is one: matrices follow it, the rest AdamW. A recipe says more: other rules for the rest, low-bit weights.
+Every rule is one: matrices use it, all else AdamW. A recipe says more: other rules for the rest, low-bit weights.
 `a+b` is a recipe of two rules, made when it is asked for: see `combined`.
 """
 
@@ -98,10 +98,10 @@ def find_optimizer(name: str) -> Recipe:
 
 
 def combined(first: Recipe, second: str) -> Recipe:
-    """`a+b`: the hidden matrices follow `a`; embedding, head and all matrices that `a` is not for follow `b`.
+    """`a+b`: the hidden matrices use `a`; embedding, head and all matrices that `a` is not for use `b`.
 
     `a` is an optimizer by name; `b` a rule, with "8bit" or "4bit" after it if its state is to be stored so. What
-    neither is a rule for - norms, biases, all that is 1-D - follows AdamW. So `lr` is the rate of what follows `a`, and
+    neither is a rule for - norms, biases, all that is 1-D - uses AdamW. So `lr` is the rate of what uses `a`, and
     `rest_lr` that of all else. A knob that `a` has is its own (`betas` and `eps` are Adam's, wherever it is), and one
     that only `b` has is `b`'s; `rest_rank` is `b`'s rank.
     """
@@ -153,19 +153,19 @@ def build_optimizer(
     Args:
         name: One of `list_optimizers()`; two rules, as in "muon+adamw" (see `combined`); or a recipe of your own.
         lr: Of the matrices, and of everything else unless `rest_lr` says otherwise.
-        rest_lr: Of embedding, head, norms and all else that does not follow the optimizer's rule.
+        rest_lr: Of embedding, head, norms and all else that does not use the optimizer's rule.
         embedding_lr: Of the embedding apart; falls back to `rest_lr`, and that to `lr`. So do `head_lr` and `norm_lr`.
         head_lr: Of the head.
         norm_lr: Of norms and biases.
-        rest: What embedding, head and other matrices follow; see `param_groups`, also for the next three.
+        rest: What embedding, head and other matrices use; see `param_groups`, also for the next three.
         rest_rank: Their rank.
-        embedding: What the embedding follows.
-        head: What the head follows.
+        embedding: What the embedding uses.
+        head: What the head uses.
         rank: A whole number, or "auto" (a quarter of the most common small side).
         **knobs: Any group key of the optimizer; see its docstring.
 
     Raises InputError for an unknown name or knob (naming the nearest), a target that matches nothing, a rank at which
-    no matrix would follow the rule, a second rule that nothing follows, the rate of a group that the model does not
+    no matrix would use the rule, a second rule that nothing uses, the rate of a group that the model does not
     have, and for a float model where the optimizer is one for low-bit weights.
     """
     recipe = find_optimizer(name) if isinstance(name, str) else name
@@ -179,9 +179,9 @@ def build_optimizer(
     if rank is not None and not any("rank" in rule.knobs() for rule in recipe.rules):
         raise InputError(f"optimizer {name!r} has no rank: leave the key out")
     if rest is not None and "rest" in recipe.groups:
-        raise InputError(f"optimizer {name!r} says what the rest follows: leave rest={rest!r} out")
+        raise InputError(f"optimizer {name!r} says what embedding and head use: leave rest={rest!r} out")
     if not ranked and rest == "apollo":
-        raise InputError(f"optimizer {name!r} has no rank, so rest='apollo' has no rule to follow. Choose another rest")
+        raise InputError(f"optimizer {name!r} has no rank, so rest='apollo' has no rule to use. Choose another rest")
     check_knobs(recipe, knobs)
     asked = {
         "rest": rest, "embedding": embedding, "head": head, "rest_rank": rest_rank, "rest_lr": rest_lr,
@@ -197,12 +197,12 @@ def build_optimizer(
     if not _is_followed(recipe.rule, optimizer, ndim=2):
         rank = next((group["rank"] for group in optimizer.param_groups if "rank" in group), rank)
         why = f" at rank {rank}: every small side is no larger. Choose a smaller rank" if ranked else ""
-        raise InputError(f"{name}: no matrix follows the rule{why}")
+        raise InputError(f"{name}: no matrix uses the rule{why}")
     if "rest" in recipe.groups:
         rest = rule_and_codec(recipe.groups["rest"])["rule"]
         if not _is_followed(rest, optimizer):
             raise InputError(
-                f"{name}: nothing follows {rest}: there is no embedding, head or other matrix that it is a rule for. "
+                f"{name}: nothing uses {rest}: there is no embedding, head or other matrix that it is a rule for. "
                 f"Ask for {name.partition('+')[0]} alone"
             )
     return optimizer

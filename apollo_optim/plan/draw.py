@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CARDS = (8, 12, 16, 24, 40, 80)  # GB
-# Okabe and Ito's palette, which people with any colour vision tell apart, and its lighter shades.
+# Okabe and Ito's palette, which people with any colour vision tell apart, with lighter shades; violet for its black,
+# which a dark page hides.
 COLOURS = {
     "weights": "#0072B2",
     "gradients": "#D55E00",
@@ -25,15 +26,22 @@ COLOURS = {
     "state, rest": "#7FCEB9",
     "activations": "#E69F00",
     "logits": "#F0E442",
-    "buffers": "#000000",
+    "buffers": "#9467BD",
     "float copies": "#56B4E9",
     "update": "#CC79A7",
     "parallel": "#999999",
+    "allocator": "#C0C0C0",
+    "context": "#606060",
 }
 NOTE = (
     'Bytes of tensors at the fullest moment of a step ("peak in"): a part may be larger at another one. Not counted: '
     "Python and its libraries, the context of a GPU (half a GB each), what the allocator wastes, the scratch memory of "
     "single kernels. The update is the eager one; a compiled one takes less. GB = 1e9 bytes."
+)
+CUDA_NOTE = (
+    'As PyTorch reserves it on a GPU at the fullest moment of a step ("peak in"). allocator: what is rounded up to its '
+    "segments, without holes. context: not measured here, taken as 0.5 GB. Not counted: scratch memory of single "
+    "kernels. The update is the eager one; a compiled one takes less. GB = 1e9 bytes."
 )
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -79,7 +87,7 @@ def followed_rows(plans: Sequence[Plan]) -> list[list[str]]:
     for row, names in optimizers.items():
         whose = "all" if len(names) == len(plans) > 1 else ", ".join(names)
         rows.append([whose, *row[:3], f"{row.size / unit:.3f}"])
-    return [["optimizer", "group", "follows", "state", name], *rows]
+    return [["optimizer", "group", "rule", "state", name], *rows]
 
 
 def draw(plans: Sequence[Plan], title: str) -> Figure:
@@ -144,7 +152,7 @@ th:first-child, td:first-child {{ text-align: left }}
 <p><img alt="Memory by part, one bar for each optimizer. The figures are in the table below." src="data:image/png;base64,{image}"></p>
 {table}
 <p class="note">{note}</p>
-<h2>What follows what</h2>
+<h2>Rules and state</h2>
 {followed}
 </body></html>
 """  # noqa: E501

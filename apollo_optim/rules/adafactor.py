@@ -23,7 +23,7 @@ class Adafactor(Rule):
 
     When: Embedding and head where memory is short (`rest="adafactor"`).
 
-    Evidence: As the rule of embedding and head beside APOLLO: +3.3 % perplexity against AdamW's there, one seed,
+    Evidence: As the rule of embedding and head together with APOLLO: +3.3 % perplexity against AdamW's there, one seed,
     for 3.6 instead of 16.1 MB (`docs/rest.md`). The step is the paper's (`tests/optim/test_rest.py`).
     """
 
@@ -32,6 +32,7 @@ class Adafactor(Rule):
     paper: ClassVar[str] = "arXiv 1804.04235"
     summary: ClassVar[str] = "The gradient over the root of a factored second moment; state m + n per matrix."
     view: ClassVar = "matrix"
+    stacks: ClassVar = True
 
     def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
         *batch, m, n = shape  # fp32 whatever the group asks for: they decay by less than bf16 can see

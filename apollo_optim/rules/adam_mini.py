@@ -20,7 +20,7 @@ class AdamMini(AdamW):
     The paper's blocks are a row - an output's neuron, a token of embedding and head - and, of queries and keys, a head:
     `block_rows` is a head's rows there. (A group of their own, as no name says what is a query.) Each of a head's rows
     keeps the head's number, so that rows may be split over ranks anywhere: m numbers a matrix, whatever the blocks.
-    Norms and biases, one block each in the paper, follow AdamW.
+    Norms and biases, one block each in the paper, use AdamW.
 
     When: Half of AdamW's state at AdamW's rates.
 
@@ -33,6 +33,7 @@ class AdamMini(AdamW):
     paper: ClassVar[str] = "arXiv 2406.16793"
     summary: ClassVar[str] = "AdamW with one second moment a row; state dn + m per matrix."
     view: ClassVar = "matrix"
+    stacks: ClassVar = True
 
     block_rows: int = knob(count(1), "Neighbouring rows that share a second moment: a head's, of queries and keys.", 1)
 

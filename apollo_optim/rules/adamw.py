@@ -15,7 +15,7 @@ from apollo_optim.rules.knobs import BETAS, EPS
 class AdamW(Rule):
     """torch.optim.AdamW's arithmetic (algorithm 2 of the paper): eps after the bias correction.
 
-    When: Memory is no concern, and the baseline of every comparison; also what embedding, head and norms follow by
+    When: Memory is no concern, and the baseline of every comparison; also what embedding, head and norms use by
     default.
 
     Evidence: Of the methods whose final runs are in the logs it ends lowest: perplexity 21.61 +- 0.14 on `llama-4m`

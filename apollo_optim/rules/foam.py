@@ -19,7 +19,7 @@ class Foam(Rule):
 
     `F = fold(G)`, a mean for each block; Adam's moments M and V of F; `R = G - unfold(F)`, and of every entry
     `W <- (1 - lr wd) W - lr scale (unfold(M) + R) / (sqrt(unfold(V) + R^2) + eps)`. The paper has no bias correction.
-    A matrix whose rows blocks do not divide follows AdamW.
+    A matrix whose rows blocks do not divide uses AdamW.
 
     When: APOLLO's memory at rank d/4 without a projection, where rows divide into blocks.
 
@@ -32,6 +32,7 @@ class Foam(Rule):
     paper: ClassVar[str] = "arXiv 2512.07112"
     summary: ClassVar[str] = "Adam of the means of neighbours, and the gradient's rest; state 2dn / 4 per matrix."
     view: ClassVar = "matrix"
+    stacks: ClassVar = True
     per_step: ClassVar[frozenset[str]] = frozenset({"betas", "scale"})
     lr: ClassVar[float] = 1e-2
 

@@ -47,7 +47,7 @@ class Muon(Rule):
     )
     precision: str = knob(
         one_of("float32", "bfloat16"),
-        'Of the Newton-Schulz products. "bfloat16", the original\'s, is many times as fast on a GPU and on a CPU with '
+        'Of the Newton-Schulz matmuls. "bfloat16", the original\'s, is many times as fast on a GPU and on a CPU with '
         "bf16 units; processors round it differently, and compiled is then not eager.",
         "float32",
     )

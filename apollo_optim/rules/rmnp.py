@@ -22,7 +22,7 @@ class Rmnp(Scale):
     on a momentum of every matrix, with Muon's size: RMS 0.2, as AdamW's is about, so that rates can be compared. A row
     that is all noise is stepped as far as any other, so that the best rate is below Muon's.
 
-    When: Where Muon is and its products are too slow; search a lower rate than Muon's.
+    When: Where Muon is and its matmuls are too slow; search a lower rate than Muon's.
 
     Evidence: The paper's step (`tests/rules/test_rivals.py`). No quality run of it is in the logs yet; the race
     (`docs/race.md`) has it in its queue.

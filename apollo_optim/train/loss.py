@@ -44,7 +44,7 @@ def summed_loss(
         loss = summed_cross_entropy(logits, shifted)
     elif how == "chunked":
         raise InputError(
-            f"train.loss=chunked: the logits of {type(model).__name__} are not the plain product of its hidden states "
+            f"train.loss=chunked: the logits of {type(model).__name__} are not the plain matmul of its hidden states "
             "and its head (a bias, a scale, a soft cap, a compiled head): use auto or full"
         )
     else:

@@ -74,7 +74,7 @@ def nothing_to_resume(run: Path) -> str:
     what = "holds no run to resume" if run.is_dir() else "there is no such directory, so no run to resume"
     there = [path.parent for path in sorted(run.parent.parent.glob("*/*/config.yaml"))]
     beside = [str(path) for path in there if path.parent == run.parent][:3]
-    hint = nearest(run, there) or (f" (runs beside it: {', '.join(beside)})" if beside else "")
+    hint = nearest(run, there) or (f" (runs next to it: {', '.join(beside)})" if beside else "")
     return f"{run}: {what}{hint}; leave --resume out to start one"
 
 

@@ -152,7 +152,7 @@ def stepped(
     affine: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`format.stepped` for all four formats; for (symmetric, keep) the same to the bit."""
+    """`format.stepped` for all four formats; for (symmetric, keep) the same bit-for-bit."""
     (r, n), (old_rgs, scales_rg1, minima_rg1) = tensor_rn.shape, loaded(codes, scales, affine)
     s = old_rgs.shape[-1]
     update_rgs = grouped(tensor_rn.float() * (factor * lr), s)

@@ -30,7 +30,7 @@ class Case:
 
 
 def matrices(model: nn.Module, **rule: Any) -> list[dict[str, Any]]:
-    """Groups as the peers of the low-rank family want them: the matrices that follow the rule, and the rest."""
+    """Groups as the peers of the low-rank family want them: the matrices that use the rule, and the rest."""
     groups = param_groups(model, rank=rule["rank"])
     follows = [p for group in groups if "rank" in group for p in group["params"]]
     others = [p for group in groups if "rank" not in group for p in group["params"]]

@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
     "muon-8bit": Method(
         {"optim.name": "muon+adamw8bit", "optim.state_dtype": "8bit"}, {"lr": 4e-3}, start="adamw", knob=MOMENTUM
     ),
-    # Embedding, head and norms follow AdamW in these two: their search starts at AdamW's best rates for them.
+    # Embedding, head and norms use AdamW in these two: their search starts at AdamW's best rates for them.
     "apollo-mini": Method({"optim.name": "apollo-mini"}, {"lr": 1.25e-3}, start="adamw"),
     "apollo": Method({"optim.name": "apollo"}, {"lr": 5e-3}, start="adamw"),
     "apollo-rest-adamw8bit": apollo(rest="adamw8bit"),
@@ -78,7 +78,7 @@ METHODS: dict[str, Method] = {
     "flora": Method({"optim.name": "flora"}, start="adamw", knob=MOMENTUM),
     # Of everything, at AdamW's rates, as its authors recommend. (One v a row for queries and keys, too.)
     "adam-mini": Method({"optim.name": "adam-mini+adam-mini"}, start="adamw"),
-    # Other rules of the matrices; embedding, head and norms follow AdamW. RACS and SinkGD start at their papers' rates,
+    # Other rules of the matrices; embedding, head and norms use AdamW. RACS and SinkGD start at their papers' rates,
     # SGD where a step of this model is about as long as AdamW's (its gradient's norm is about 2).
     "normuon": Method({"optim.name": "normuon+adamw"}, start="muon-8bit", knob=MOMENTUM),
     # RMNP steps rows of noise as far as any other: an RMS of 1e-3 a step was far too much, and here it starts at 1e-4.

@@ -13,7 +13,7 @@ VERSION = 1
 """Of the protocol. A change that moves a figure raises it, and starts new results."""
 SEQ_LEN, MICRO_BATCH = 256, 8
 NORM_LR = 0.02
-"""Of everything 1-D, for every method: it follows AdamW in all of them, and is searched in none."""
+"""Of everything 1-D, for every method: it uses AdamW in all of them, and is searched in none."""
 SEARCH_SHARE, SEARCH_WARMUP, WARMUP = 5, 0.25, 0.1
 """A search run is a fifth of the horizon with its own cosine. A tenth of warm-up would be 14 steps there, and picks too
 low a rate (APOLLO-Mini at 1e-2 ended at 534 with 14 steps of it, at 294 with 35)."""

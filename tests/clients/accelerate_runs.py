@@ -82,7 +82,7 @@ def train(
 
 
 def followed(optimizer: Any, rule: str) -> str:
-    """How many matrices follow the rule, by the optimizer's type and what it keeps."""
+    """How many matrices use the rule, by the optimizer's type and what it keeps."""
     assert isinstance(optimizer, RuleOptimizer)
     pairs = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.ndim == 2]
     ruled = [p for p, group in pairs if rule_of(p, group) == rule and "prev_norm" in optimizer.state[p]]

@@ -102,7 +102,7 @@ class Result:
         return {f"{i}.{key}": v for i, state in self.optimizer["state"].items() for key, v in state.items()}
 
     def followed(self, rank: int, matrices: int = MATRICES) -> str:
-        """How many matrices follow APOLLO: in a group that names this library's rule, with a state of that rank."""
+        """How many matrices use APOLLO: in a group that names this library's rule, with a state of that rank."""
         saved = self.optimizer
         ruled = [i for group in saved["param_groups"] if group["rule"] == "apollo" for i in group["params"]]
         assert all(saved["state"][i]["exp_avg"].shape[1] == rank for i in ruled)

@@ -108,7 +108,7 @@ def _tensors(run: tuple[Module, Trainer]) -> dict[str, Any]:
 
 
 def followed(run: tuple[Module, Trainer], rule: str) -> str:
-    """How many of the four hidden matrices follow the rule, by the optimizer's type and their state."""
+    """How many of the four hidden matrices use the rule, by the optimizer's type and their state."""
     module, trainer = run
     optimizer = trainer.optimizers[0]
     assert isinstance(optimizer, RuleOptimizer)

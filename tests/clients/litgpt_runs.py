@@ -70,7 +70,7 @@ def tensors(saved: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def followed(saved: dict[str, Any]) -> str:
-    """How many matrices follow the rule: in a group that names it, with its state."""
+    """How many matrices use the rule: in a group that names it, with its state."""
     groups = saved["optimizer"]["param_groups"]
     pairs = ((group, zip(group["params"], group["param_names"], strict=True)) for group in groups)
     ruled = [pair for group, named in pairs if group["rule"] == "apollo-mini" for pair in named]

@@ -43,7 +43,7 @@ def difference(one: Run, other: Run) -> float:
 
 
 def followed(run: Run, rule: str) -> str:
-    """How many of the trained matrices follow the rule: by the type of the optimizer, and by what it keeps for each."""
+    """How many of the trained matrices use the rule: by the type of the optimizer, and by what it keeps for each."""
     optimizer = run.optimizer
     assert isinstance(optimizer, RuleOptimizer), type(optimizer)
     matrices, own = 0, 0

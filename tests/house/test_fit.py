@@ -12,8 +12,8 @@ import pytest
 
 from apollo_optim.cli import plan as command
 from apollo_optim.core.errors import InputError
-from apollo_optim.plan import PARTS, Parallel, Plan
-from apollo_optim.plan.draw import smallest_card
+from apollo_optim.plan import PARTS, Parallel, Plan, largest_batch
+from apollo_optim.plan.draw import COLOURS, smallest_card
 from apollo_optim.rules import RULES
 from apollo_optim.train.config import RunConfig, check
 from apollo_optim.train.plan import budget_of, micro_batch, planned
@@ -70,7 +70,7 @@ class Planner:
     def largest(self, s: Settings, limit: float) -> int | None:
         cfg, how = self._asked(s)
         model, traces = self._of(s, cfg)
-        return command.largest_batch(budget_of(cfg, model, parallel=how, batch=1), traces, limit)
+        return largest_batch(budget_of(cfg, model, parallel=how, batch=1), traces, limit)
 
     def _asked(self, s: Settings) -> tuple[RunConfig, Parallel | None]:
         words = ["--batch", str(s["batch"]), "--seq", str(s["seq"])]
@@ -233,12 +233,21 @@ def test_a_link_holds_the_settings(page: Path, browser: Browser) -> None:
     assert found[7:] == [False, False]
 
 
+def test_each_part_is_seen_on_a_light_and_on_a_dark_page(data: dict[str, Any]) -> None:
+    """A swatch differs from white and from the dark theme's background by a good part of one of its three lights."""
+    for part, colour in data["parts"].items():
+        lights = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        for page in ((255, 255, 255), (0x1E, 0x21, 0x29)):
+            assert max(abs(a - b) for a, b in zip(lights, page, strict=True)) > 90, part
+
+
 def test_the_figures_are_of_rules_that_are_there(data: dict[str, Any]) -> None:
     """A rule that was registered since is missing until `python tools/fit.py` is run again."""
     from apollo_optim import list_optimizers
 
     there = {info.name for info in list_optimizers()}
     assert {"llama-60m", "llama-7b"} <= set(data["models"]) <= set(fit.MODELS)
+    assert data["parts"] == COLOURS
     assert list(data["parts"]) == list(PARTS)
     for model in data["models"]:
         for bits in fit.BITS:

@@ -47,7 +47,7 @@ def test_ten_minutes_of_inputs():
         (2, "error: one\nerror: two\n", "", "traceback"),
         (0, "", "right", "right"),
         (0, "", "wrong", "silent"),
-        (0, "not equal to the bit to the run so far\n", "wrong", "said"),
+        (0, "not bit-for-bit equal to the run so far\n", "wrong", "said"),
     ],
 )
 def test_what_comes_of_an_input(code, said, digest, expected):

@@ -151,7 +151,7 @@ def test_no_limiter_parameters_and_groups_added_later(apollo_torch):
     assert [free.param_groups[1][key] for key in ("norm_growth", "scale_front")] == [None, True]
     free.add_param_group({"params": [nn.Parameter(torch.ones(8, 6))], "rank": 2, "scale": 32, "proj": "svd"})
     assert [free.param_groups[2][key] for key in ("rule", "proj", "scale")] == ["apollo", "svd", 32]
-    with pytest.warns(UserWarning, match="every parameter follows AdamW"):
+    with pytest.warns(UserWarning, match="every parameter uses AdamW"):
         plain = apollo_torch.APOLLOAdamW(model.parameters())
     assert [group["rule"] for group in plain.param_groups] == ["adamw"]
     with pytest.raises(InputError, match="rank=0, but it must be"):

@@ -1,4 +1,4 @@
-"""Which parameters follow the rule: targets, exclusions, tied heads, experts, and the printed table."""
+"""Which parameters use the rule: targets, exclusions, tied heads, experts, and the printed table."""
 
 import warnings
 
@@ -102,7 +102,7 @@ def test_adapters_follow_the_rule():
     optimizer = build_optimizer("apollo", model, targets="attn")
     assert optimizer.param_groups[0]["rank"] == 2
     assert "64 x 64" not in describe(optimizer)
-    with pytest.raises(InputError, match="no matrix follows the rule at rank 8"):
+    with pytest.raises(InputError, match="no matrix uses the rule at rank 8"):
         build_optimizer("apollo", model, targets="attn", rank=8)
 
 
@@ -122,13 +122,13 @@ def test_a_seed_is_the_names_whatever_else_is_there():
 
 
 def test_most_weights_on_another_rule_are_said():
-    with pytest.warns(UserWarning, match="of the hidden weights follow another rule"):
+    with pytest.warns(UserWarning, match="of the hidden weights use another rule"):
         build_optimizer("apollo-mini", llama(), targets="k_proj")
 
 
 def test_most_weights_on_another_rule_are_said_by_every_way_in():
-    """A rank that is too large, targets that are too few, groups written by hand: nothing follows AdamW in silence."""
-    model, said = llama(), "of the hidden weights follow another rule"
+    """A rank that is too large, targets that are too few, groups written by hand: nothing uses AdamW in silence."""
+    model, said = llama(), "of the hidden weights use another rule"
     weights = [p for p in model.parameters() if p.ndim > 1]
     for make in (
         lambda: Apollo(weights, rank=64),
@@ -242,8 +242,8 @@ def test_the_rate_of_a_group_that_is_not_there_is_an_error_that_says_what_to_nam
     bare = nn.Sequential(nn.Linear(8, 8, bias=False))
     tied = llama(tie_word_embeddings=True)
     for model, kwargs, message in [
-        (tied, {"head_lr": 1e-2}, "head_lr=0.01: .*tied to the embedding follows embedding_lr"),
-        (llama(), {"head_lr": 1e-2, "targets": ["lm_head", "mlp"]}, "one that is a target follows lr"),
+        (tied, {"head_lr": 1e-2}, "head_lr=0.01: .*tied to the embedding uses embedding_lr"),
+        (llama(), {"head_lr": 1e-2, "targets": ["lm_head", "mlp"]}, "one that is a target uses lr"),
         (bare, {"embedding_lr": 1e-2, "targets": "0"}, "embedding_lr=0.01: this model has no such group"),
         (bare, {"norm_lr": 1e-2, "targets": "0"}, "norm_lr=0.01: this model has no such group"),
     ]:
@@ -304,7 +304,7 @@ def test_every_registered_optimizer_is_built_by_name(info):
 def test_a_matrix_too_small_for_its_rank_is_said_to_follow_adamw():
     model = llama(num_key_value_heads=1)  # k and v: 16 x 8
     assert "AdamW (not apollo: too small)" in describe(build_optimizer("apollo", model, rank=8))
-    with pytest.raises(InputError, match="no matrix follows the rule at rank 16"):
+    with pytest.raises(InputError, match="no matrix uses the rule at rank 16"):
         build_optimizer("apollo", model, rank=16)
 
 
@@ -366,10 +366,10 @@ def test_two_rules_are_refused_where_they_make_no_sense():
         (lambda: build_optimizer("muon+scale", llama(), proj="svd"), "It is a key of apollo, apollo-mini, apollo-svd"),
         (
             lambda: build_optimizer("muon+scale", lone, targets="mlp"),
-            "nothing follows scale: there is no embedding, head or other",
+            "nothing uses scale: there is no embedding, head or other",
         ),
-        (lambda: build_optimizer("apollo+muon", llama(), rank=16), "no matrix follows the rule at rank 16"),
-        (lambda: param_groups(llama(), rank=16, rule="apollo"), "apollo: no matrix follows the rule at rank 16"),
+        (lambda: build_optimizer("apollo+muon", llama(), rank=16), "no matrix uses the rule at rank 16"),
+        (lambda: param_groups(llama(), rank=16, rule="apollo"), "apollo: no matrix uses the rule at rank 16"),
         (lambda: build_optimizer("muon", llama(), rule="adamw"), "has its rule: leave rule='adamw' out"),
     ]:
         with pytest.raises(InputError) as error:

@@ -405,7 +405,7 @@ def test_refusals():
         (lambda: build_optimizer("adamw", model, targets="mlp", rest="apollo"), "has no rank"),
         (lambda: build_optimizer("apollo", model, targets="mlp", rest_rank=2), "which has no rank"),
         (lambda: build_optimizer("apollo", model, targets="mlp", rest="apollo", rest_rank=0), "rank=0"),
-        (lambda: build_optimizer("apollo", model, targets="mlp", momentum=0.5), "this optimizer follows 'apollo'"),
+        (lambda: build_optimizer("apollo", model, targets="mlp", momentum=0.5), "this optimizer uses 'apollo'"),
         (lambda: param_groups(model, rank=None, targets="mlp", rest="apollo"), "name a rank"),
         (lambda: AdamW([{"params": [w], "rule": "apollo"}]), "needs rank"),
         (lambda: AdamW([{"params": [w], "rule": "adamv"}]), "no rule is called 'adamv'. Did you mean 'adamw'?"),
@@ -413,7 +413,7 @@ def test_refusals():
         (lambda: AdamW([{"params": [w], "rule": "scale", "momentum": 1.0}]), "momentum=1.0"),
         (
             lambda: AdamW([{"params": [w], "momentum": 0.5}]),
-            f"It is a key of {owners}; this group follows 'adamw'",
+            f"It is a key of {owners}; this group uses 'adamw'",
         ),
         (lambda: AdamW([w], momentum=0.5), "It is a key of scale"),
         (lambda: Apollo([{"params": [w], "rank": 2, "rest": "scale"}]), "unknown key 'rest'"),

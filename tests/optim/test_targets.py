@@ -71,7 +71,7 @@ OF_DIFFUSERS = ("UNet", "DiT", "Flux")
 
 
 def shares(model: nn.Module, **how: object) -> tuple[str, list[str]]:
-    """Of the matrices, without embeddings and the head, what share of the entries follows the rule; what does not."""
+    """Of the matrices, without embeddings and the head, what share of the entries uses the rule; what does not."""
     groups = {name: [] for name in ("matrices", "others")}
     for group in param_groups(model, rank=1, **how):
         kind = group["name"].partition("_")[0]

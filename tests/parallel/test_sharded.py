@@ -102,7 +102,7 @@ def test_bf16_weights_are_rounded_by_the_same_bits(two: Found) -> None:
 
 
 def test_a_projection_drawn_from_the_rank_is_noticed(two: Found) -> None:
-    """The mutant of what the tests above are for: they would fail, on every matrix that follows the rule."""
+    """The mutant of what the tests above are for: they would fail, on every matrix that uses the rule."""
     followers = {
         "tall",
         "wide",

@@ -606,7 +606,7 @@ def test_groups_written_for_apollo_torch_work_unchanged():
     w.grad, rest.grad = torch.randn(8, 4), torch.randn(8, 4)
     optimizer.step()
     assert optimizer.state[w]["exp_avg"].shape == (8, 2)
-    assert optimizer.state[rest]["exp_avg"].shape == (8, 4), "a group without a rank follows AdamW"
+    assert optimizer.state[rest]["exp_avg"].shape == (8, 4), "a group without a rank uses AdamW"
 
 
 def test_a_rank_in_the_constructor_applies_only_if_no_group_names_one():

@@ -327,7 +327,7 @@ def test_adam_mini_of_rows_of_one_entry_is_adamw():
 
 
 def test_adam_mini_takes_whole_blocks_only():
-    """A matrix whose rows a head does not divide follows AdamW, and the state is dn + m."""
+    """A matrix whose rows a head does not divide uses AdamW, and the state is dn + m."""
     even, odd = nn.Parameter(torch.zeros(12, 8)), nn.Parameter(torch.zeros(10, 8))
     optimizer = RuleOptimizer([even, odd], "adam-mini", block_rows=4)
     assert [rule_of(p, optimizer.param_groups[0]) for p in (even, odd)] == ["adam-mini", "adamw"]

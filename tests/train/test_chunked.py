@@ -219,7 +219,7 @@ def test_what_is_more_than_a_product_keeps_its_logits(build: Callable[[], nn.Mod
     assert torch.equal(loss, again)
     assert all(map(torch.equal, gradients, others))
     assert not parts_used
-    with pytest.raises(InputError, match=r"train.loss=chunked: the logits of \w+ are not the plain product.*use auto"):
+    with pytest.raises(InputError, match=r"train.loss=chunked: the logits of \w+ are not the plain matmul.*use auto"):
         summed_loss(model, *rows(), "chunked")
 
 

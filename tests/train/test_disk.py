@@ -266,7 +266,7 @@ def test_what_only_rounds_may_change_and_is_said_and_logged(tmp_path, capsys):
     pretrain(again, resume=True)
     changed = ["train.micro_batch (was None, is 2)"]
     assert [record.get("changed") for record in records(tmp_path / "run", "start")] == [None, changed]
-    assert f"not equal to the bit to the run so far, for it rounds otherwise: {changed[0]}" in capsys.readouterr().err
+    assert f"not bit-for-bit equal to the run so far, for it rounds otherwise: {changed[0]}" in capsys.readouterr().err
     pretrain(constant(tmp_path, "run", 12, train={"micro_batch": 2}), resume=True)
     assert "changed" not in records(tmp_path / "run", "start")[-1]
 

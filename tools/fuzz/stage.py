@@ -206,4 +206,4 @@ def outcome(case: Case, code: int | None, said: str) -> str:
         return "as it says"
     if case.judge() == case.wanted:
         return "right"
-    return "said" if "not equal to the bit" in said or "was a link" in said else "silent"
+    return "said" if "not bit-for-bit equal" in said or "was a link" in said else "silent"

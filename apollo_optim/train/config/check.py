@@ -34,7 +34,7 @@ MAY_CHANGE = (
 )
 
 # What computes the same in another order: a continued run may change it (after an out-of-memory, on another device),
-# but is not equal to the bit any more, and says so.
+# but is not bit-for-bit equal any more, and says so.
 ONLY_ROUNDS = (
     "model.attention",
     "model.compile",

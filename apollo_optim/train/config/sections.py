@@ -56,9 +56,10 @@ class OptimConfig:
     """The optimizer and its knobs. None is the optimizer's own default (`apollo-optim optimizers` prints them)."""
 
     name: str = "apollo-mini"
-    """A name from `apollo-optim optimizers`, or two rules: muon+adamw, the hidden matrices' and all others'."""
+    """A name from `apollo-optim optimizers`, or two rules: muon+adamw, the hidden matrices' and all others'; auto:
+    the best by the race (docs/choose.md) whose plan fits in the memory that is free, with its rates."""
     lr: float | None = None
-    """Peak learning rate of the matrices that follow the rule. None: what is known of the optimizer at the nearest
+    """Peak learning rate of the matrices that use the rule. None: what is known of the optimizer at the nearest
     number of tokens a step, and so `rest_lr` (docs/rates.md); where nothing is known, the optimizer's own default."""
     rest_lr: float | None = None
     """Peak learning rate of embedding, head and norms; None: the same `lr`, if that is said."""
@@ -69,14 +70,14 @@ class OptimConfig:
     norm_lr: float | None = None
     """Peak learning rate of norms, biases and all else that is 1-D apart; None: `rest_lr`."""
     rest: str | None = None
-    """What embedding and head follow (norms: always AdamW): a rule, such as adafactor, with 8bit or 4bit after it if
+    """What embedding and head use (norms: always AdamW): a rule, such as adafactor, with 8bit or 4bit after it if
     its state is to be stored so (adamw8bit); apollo: the rule of an optimizer with a rank. None: adamw."""
     embedding: str | None = None
-    """What the embedding follows; None: `rest`."""
+    """What the embedding uses; None: `rest`."""
     head: str | None = None
-    """What the head follows; None: `rest`."""
+    """What the head uses; None: `rest`."""
     rest_rank: int | str | None = None
-    """Rank of embedding and head, if they follow a rule with one; None: with `rest: apollo` the same `rank`."""
+    """Rank of embedding and head, if they use a rule with one; None: with `rest: apollo` the same `rank`."""
     weight_decay: float | None = None
     """Decoupled, as in AdamW: taken from the old weight, times the lr."""
     state_dtype: str | None = None
@@ -86,7 +87,7 @@ class OptimConfig:
     seed: int | None = None
     """Seed of the random projections and of the rounding."""
     targets: list[str] | None = None
-    """Module names (part of a name, glob or regex, or "all-linear") whose matrices follow the rule."""
+    """Module names (part of a name, glob or regex, or "all-linear") whose matrices use the rule."""
     exclude: list[str] | None = None
     """Module names that do not, whatever `targets` says."""
     no_decay: list[str] | None = None
@@ -141,7 +142,7 @@ class TrainConfig:
     steps: int = 700
     """Optimizer steps of the whole run."""
     epochs: float | None = None
-    """Fine-tuning: so many passes over the training rows; `steps` follows from it. None: `steps` is what counts."""
+    """Fine-tuning: so many passes over the training rows; `steps` is computed from it. None: `steps` is what counts."""
     batch_size: int = 16
     """Sequences per optimizer step."""
     micro_batch: int | None = None
@@ -152,22 +153,22 @@ class TrainConfig:
     """Clip the gradient of each parameter to this norm of its own; unlike `clip`, `release` can do this."""
     release: bool = False
     """Step every weight inside the backward pass and set its gradient free at once: one gradient in memory instead of
-    all of them, the same weights to the bit. Micro-batches are added up in all gradients again."""
+    all of them, the same weights, bit-for-bit. Micro-batches are added up in all gradients again."""
     loss: Literal["auto", "full", "chunked"] = "auto"
     """chunked: over a part of the vocabulary at a time, forward and backward, so that the logits (tokens x vocabulary)
-    never exist; the head's product is computed once more. auto: so if those of a micro-batch have more than 16,777,216
+    never exist; the head's matmul is computed once more. auto: so if those of a micro-batch have more than 16,777,216
     entries (64 MiB in float32) and the model does nothing else with them (soft caps, scales)."""
     seed: int = 0
     """Seed of the initial weights and of dropout."""
     threads: int | None = None
-    """CPU threads of torch; None: its default. Results are equal to the bit only for equal thread counts."""
+    """CPU threads of torch; None: its default. Results are equal bit-for-bit only for equal thread counts."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """torch.set_float32_matmul_precision: of fp32 products. "medium" multiplies in bf16 where the hardware can, which
+    """torch.set_float32_matmul_precision: of fp32 matmuls. "medium" multiplies in bf16 where the hardware can, which
     is faster on GPUs and on CPUs that have it; weights, sums and the optimizer stay fp32."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; None: the GPU if there is one."""
     deterministic: bool = False
-    """On a GPU: deterministic kernels only, which `--resume` needs to be exact to the bit there (a CPU always is)."""
+    """On a GPU: deterministic kernels only, which `--resume` needs there to be exact bit-for-bit (a CPU always is)."""
 
 
 @dataclass
@@ -199,7 +200,7 @@ class EvalConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints: all that is needed to go on, exact to the bit. There is always one at the end."""
+    """Checkpoints: all that is needed to go on bit-for-bit. There is always one at the end."""
 
     every: int | None = 100
     """Save every so many steps; None: only at the end and on Ctrl-C."""
