@@ -184,8 +184,7 @@ class Place:
         of = self if torch.compiler.is_compiling() else _placed(shape, self.mesh, tuple(final))
         if own_cx.shape[-1] > 1 or of is self or None in (channels.starts, of.starts) or not within:
             return self._redistributed(own_cx, shape, list(channels.placements), final)
-        # So few are sent with all other sums: what a rank has not is 0.
-        there = own_cx.new_zeros(of.own)
+        there = own_cx.new_zeros(of.own)  # what a rank has not is 0: so few are sent with all other sums
         there.narrow(-2, channels.offsets[-2] - of.offsets[-2], own_cx.shape[-2]).copy_(own_cx)
         for dim in dims:
             there = summed(there, group_name(self.mesh, dim))
