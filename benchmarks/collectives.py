@@ -5,7 +5,8 @@
 A LLaMA of 24 layers and little width, sharded by `fully_shard` (each layer, then the whole, as `pretrain` does it) over
 gloo processes of this machine; the gradients are random numbers that are there already. What is counted is one call of
 `optimizer.step()`, in one process, where torch is asked for it: collectives, and the bytes of each (of the larger of
-what goes in and what comes out), whatever an algorithm makes of them on the wire.
+what goes in and what comes out), whatever an algorithm makes of them on the wire. What is in the log already is not
+counted again.
 """
 
 from __future__ import annotations
@@ -150,8 +151,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--log", type=Path, default=LOG, help="a line a rule; the table lies beside it, as .md")
     parser.add_argument("--table", action="store_true", help="measure nothing, make the table of the log")
     args = parser.parse(argv)
-    if not args.table:
-        spawned(args.processes, work, args.rules, args.log)
+    there = {(line["rule"], line["processes"], line["layers"]) for line in kit.read(args.log)}
+    rules = [] if args.table else [rule for rule in args.rules if (rule, args.processes, LAYERS) not in there]
+    if rules:
+        spawned(args.processes, work, rules, args.log)
     text = table(kit.measured(args.log))
     args.log.with_suffix(".md").write_text(f"# Collectives of one step\n\n{text}\n", encoding="utf-8")
     print(text)

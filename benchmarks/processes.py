@@ -1,6 +1,6 @@
 """Is a run the same in one process and in several? Every optimizer, DDP and FSDP2, on gloo processes of this machine.
 
-    python -m benchmarks.processes [--optimizers NAME ...] [--processes 2 4] [--modes ddp fsdp2] [--steps 30]
+    python -m benchmarks.processes [--optimizers NAME ...] [--processes 2 4] [--modes ddp fsdp2 hsdp] [--steps 30]
 
 The command's own `pretrain`, with its default settings: the same global batch, one seed. For each run of several
 processes: the largest difference of a weight from the run of one process (of its norm, over all weights), the largest
@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("python -m benchmarks.processes", __doc__)
     parser.add_argument("--optimizers", nargs="+", default=names, choices=names, metavar="NAME")
     parser.add_argument("--processes", nargs="+", type=int, default=[2, 4])
-    parser.add_argument("--modes", nargs="+", choices=("ddp", "fsdp2"), default=["ddp", "fsdp2"])
+    parser.add_argument("--modes", nargs="+", choices=("ddp", "fsdp2", "hsdp"), default=["ddp", "fsdp2"])
     parser.add_argument("--model", default="llama-1m")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--log", type=Path, default=LOG, help="a line a run; table.md lies beside it")

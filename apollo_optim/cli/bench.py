@@ -24,6 +24,9 @@ BENCHES = {
     "kill": "runs killed with kill -9 and resumed, compared bitwise",
     "long-log": "memory that a long metrics.jsonl takes when it is read",
     "processes": "the same run in one process and in several, DDP and FSDP2",
+    "meshes": "every rule's step in one process and on meshes of several",
+    "collectives": "what one step sends to other processes, of every rule",
+    "kill-processes": "processes of a run killed with kill -9, which torchrun brings back, compared bitwise",
     "host": "the host time of a step where tensors are small, and of an import",
     "launches": "how many kernels a step of a whole model asks a GPU for, counted without one",
     "gpu": "what a GPU is measured with, in eight minutes",
@@ -35,7 +38,7 @@ Measure, and keep the log: what the documentation says of speed, memory and qual
 They are not installed with the library: run this in a checkout of the repository.
 
 benches:
-{"".join(f"  {name:<14}{summary}{chr(10)}" for name, summary in BENCHES.items())}
+{"".join(f"  {name:<16}{summary}{chr(10)}" for name, summary in BENCHES.items())}
   apollo-optim bench NAME --help says more; python -m benchmarks.NAME is the same.
 """
 

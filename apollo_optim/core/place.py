@@ -180,11 +180,11 @@ class Place:
         channels, dims = self.channels, [dim for dim, p in enumerate(self.placements) if cuts(p, [len(self.shape) - 1])]
         final = [Replicate() if dim in dims else p for dim, p in enumerate(self.placements)]
         shape = (*self.shape[:-1], own_cx.shape[-1])
-        if own_cx.shape[-1] > 1 or torch.compiler.is_compiling() or channels.starts is None:
+        within = all(dim < dims[0] for dim, p in enumerate(final) if cuts(p, [len(self.shape) - 2]))
+        of = self if torch.compiler.is_compiling() else _placed(shape, self.mesh, tuple(final))
+        if own_cx.shape[-1] > 1 or of is self or None in (channels.starts, of.starts) or not within:
             return self._redistributed(own_cx, shape, list(channels.placements), final)
-        # So few are sent with all other sums: what a rank has not is 0.
-        of = _placed(shape, self.mesh, tuple(final))
-        there = own_cx.new_zeros(of.own)
+        there = own_cx.new_zeros(of.own)  # what a rank has not is 0: so few are sent with all other sums
         there.narrow(-2, channels.offsets[-2] - of.offsets[-2], own_cx.shape[-2]).copy_(own_cx)
         for dim in dims:
             there = summed(there, group_name(self.mesh, dim))
