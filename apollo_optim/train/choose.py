@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.printing import say
 from apollo_optim.plan import Plan
-from apollo_optim.train.config import RunConfig
+from apollo_optim.train.build import choose_device
+from apollo_optim.train.config import RunConfig, load_config
 from apollo_optim.train.plan import planned
+from apollo_optim.train.run_dir import run_of
+
+AUTO = "auto"
+"""`optim.name` of a run whose optimizer is chosen when it starts."""
 
 
 class Candidate(NamedTuple):
@@ -81,3 +91,50 @@ def choose(cfg: RunConfig, memory: float, plan_of: Callable[[RunConfig], Plan] =
         f"nothing fits in {memory / 1e9:.1f} GB: {least.optimizer} with weights of {bits} bits takes "
         f"{least.total / 1e9:.1f} GB. What would help: {', '.join(ways)}"
     )
+
+
+def settled(cfg: RunConfig, resume: bool, plan_of: Callable[[RunConfig], Plan] = planned) -> RunConfig:
+    """The run with an optimizer: where its name is `auto`, the best whose plan fits in the free memory of its device.
+
+    A run that is resumed keeps the one that was chosen when it began. Raises InputError where nothing fits, where
+    nobody knows how much memory is free, and for several processes, of which each would choose for itself.
+    """
+    if cfg.optim.name != AUTO:
+        return cfg
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("optim.name=auto is for one process: name an optimizer (apollo-optim optimizers)")
+    said = {key for key, value in cfg.optim.flat().items() if value is not None}
+    if said := said - {"name", "targets", "exclude", "seed"}:
+        raise InputError(f"optim.name=auto brings its own rates and knobs: leave optim.{min(said)} out")
+    if resume:
+        if cfg.out is None:
+            raise InputError("optim.name=auto: name the run to go on with, --out RUN")
+        kept = load_config(run_of(cfg) / "config.yaml")
+        return dataclasses.replace(cfg, optim=kept.optim, quant=kept.quant)
+    memory = free_memory(choose_device(cfg))
+    choice = choose(cfg, memory, plan_of)
+    storage = f", weights of {choice.cfg.quant.bits} bits" if choice.cfg.quant.bits else ""
+    free = f"a plan of {choice.plan.total / 1e9:.2f} GB where {memory / 1e9:.1f} are free"
+    say(f"optimizer: {choice.cfg.optim.name}{storage}, {free}: {choice.why}")
+    return choice.cfg
+
+
+def free_memory(where: torch.device) -> int:
+    """Bytes that a new process may take, on a GPU or of this machine (and of the control group that it runs in).
+
+    Raises InputError where that is not known.
+    """
+    if where.type == "cuda":
+        return int(torch.cuda.mem_get_info(where)[0])
+    told = Path("/proc/meminfo")
+    if where.type != "cpu" or not told.exists():
+        raise InputError(
+            f"optim.name=auto: how much memory is free on {where.type} is not known here; "
+            "apollo-optim plan --memory SIZE --choose says what to name"
+        )
+    lines = dict(line.split(":", 1) for line in told.read_text().splitlines())
+    limits = [int(lines["MemAvailable"].split()[0]) * 1024]
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()) != "max":
+        limits.append(int(most) - int((group / "memory.current").read_text()))
+    return min(limits)

@@ -17,6 +17,7 @@ from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.parallel.world import ProcessLost, World, joined
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.build import Job, build
+from apollo_optim.train.choose import settled
 from apollo_optim.train.config import RunConfig, check, check_processes, load_config, to_dict
 from apollo_optim.train.display import duration
 from apollo_optim.train.events import Evaluate, Event, Log, Memory, Save, Tally, best_evaluation
@@ -68,12 +69,15 @@ def pretrain(cfg: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
     >>> result = pretrain(RunConfig(model=ModelConfig("llama-1m"), out="out/first"))
     >>> result.perplexity
 
-    Rates that `cfg` leaves out are those known of its optimizer at its batch (`train.rates`).
+    Rates that `cfg` leaves out are those known of its optimizer at its batch (`train.rates`), and the optimizer `auto`
+    is the best that fits in the memory that is free (`train.choose`).
     A resumed run is equal bit-for-bit to one that was never stopped: weights, optimizer, text, random numbers, figures.
     Raises InputError for what the user can put right, TrainingFailed if the run cannot go on, Interrupted after Ctrl-C.
     """
     if cfg.data.format != "text" and not resume:
         raise InputError(f"data.format={cfg.data.format}: questions and answers are for apollo-optim finetune")
+
+    cfg = settled(cfg, resume)
 
     def story(world: World) -> Result:
         kept = resume and began_without_rates(run_of(cfg))
@@ -208,8 +212,8 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
         display.note(f"{job.world.size} processes, {job.cfg.parallel.mode}")
     if isinstance(job.optimizer, RuleOptimizer):
         display.note(describe(job.optimizer))
-    if told:
-        display.note(told)
+    for warning in filter(None, (told, measure.advice_on_dtype(job.state.model.dtype, job.state.device))):
+        display.note(warning)
     if job.released is not None:
         display.note(job.gradients.cost_of_release())
     if resumed_from is not None:

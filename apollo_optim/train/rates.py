@@ -38,18 +38,19 @@ class Rate(NamedTuple):
 
 
 RACE, RACE2, SMALL_BATCH, PAPER = "race/llama-4m", "race2", "llama-60m", "the papers' (arXiv 2412.05270, 2403.03507)"
+NORMS = {"norm_lr": 0.02}  # of all methods there
 RATES = (
     Rate("apollo-mini", 1_024, 0.001, 0.005, SMALL_BATCH, "adafactor"),
     Rate("q-apollo-mini", 1_024, 0.001, 0.005, SMALL_BATCH, "adafactor"),
-    Rate("adamw", 4_096, 0.002, 0.08, RACE),
     Rate("apollo", 4_096, 0.005, 0.08, RACE),
-    Rate("apollo-mini", 4_096, 0.00125, 0.02, RACE),
     Rate("q-apollo", 4_096, 0.005, 0.08, RACE),
     Rate("q-apollo-mini", 4_096, 0.00125, 0.02, RACE),
     Rate("apollo", 4_096, 0.005, 0.04, RACE, "adafactor"),
     Rate("apollo", 4_096, 0.005, 0.005, RACE, "scale"),
-    # its average's half-life is 13,840 tokens
-    Rate("muon+adamw8bit", 4_096, 0.008, 0.04, RACE2, more={"embedding_lr": 0.32, "norm_lr": 0.02, "momentum": 0.8145}),
+    # beta2 is a half-life of 72,000 tokens, Muon's momentum one of 13,840
+    Rate("adamw", 4_096, 0.002, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.16, "betas": (0.9, 0.9613)}),
+    Rate("apollo-mini", 4_096, 0.005, 0.02, RACE2, more={**NORMS, "embedding_lr": 0.08, "betas": (0.9, 0.9613)}),
+    Rate("muon+adamw8bit", 4_096, 0.008, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.32, "momentum": 0.8145}),
     Rate("adamw", 131_072, 0.001, 0.001, PAPER),
     Rate("apollo", 131_072, 0.01, 0.01, PAPER),
     Rate("apollo-mini", 131_072, 0.01, 0.01, PAPER),
@@ -76,11 +77,12 @@ def with_known_rates(cfg: RunConfig) -> RunConfig:
     row = known(cfg)
     if cfg.optim.lr is not None or row is None:
         return cfg
-    rest_lr = row.rest_lr if cfg.optim.rest_lr is None and row.rest == _rest(cfg.optim) else cfg.optim.rest_lr
+    same_rest = row.rest == _rest(cfg.optim) and cfg.optim.rest_lr is None
+    rest_lr = row.rest_lr if same_rest else cfg.optim.rest_lr
     said = cfg.optim.flat()
     near = _within(NEAR, row.tokens / tokens_a_step(cfg))
     more = {key: value for key, value in row.more.items() if near and said.get(key) is None}
-    if said["rest_lr"] is not None:
+    if not same_rest:
         more = {key: value for key, value in more.items() if not key.endswith("_lr")}
     return dataclasses.replace(cfg, optim=cfg.optim.changed(lr=row.lr, rest_lr=rest_lr, **more))
 
@@ -123,7 +125,7 @@ def _pair(lr: float, rest_lr: float) -> str:
 
 
 def _cell(row: Rate) -> str:
-    more = "".join(f"; `{key}` {value:g}" for key, value in row.more.items())
+    more = "".join(f"; `{key}` {value}" for key, value in row.more.items())
     return f"{row.lr:g} / {row.rest_lr:g}{more}"
 
 

@@ -1,8 +1,10 @@
 """Which optimizer for this memory: the best that fits, and why."""
 
+import os
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from train_tiny import tiny
 
@@ -10,10 +12,11 @@ from apollo_optim import InputError
 from apollo_optim.cli.plan import run
 from apollo_optim.optim.describe import state_bytes
 from apollo_optim.plan import Moment, Plan
-from apollo_optim.train.choose import CANDIDATES, choose
-from apollo_optim.train.config import RunConfig, check
+from apollo_optim.train.choose import CANDIDATES, choose, free_memory, settled
+from apollo_optim.train.config import RunConfig, check, load_config
 from apollo_optim.train.optimizer import make_optimizer
 from apollo_optim.train.plan import model_of
+from apollo_optim.train.pretrain import pretrain
 
 
 def falling(cfg: RunConfig) -> Plan:
@@ -75,3 +78,46 @@ def test_the_command_names_it_and_its_run_file(capsys: pytest.CaptureFixture[str
 def test_a_choice_needs_a_memory_and_leaves_the_rest_open(more: list[str]) -> None:
     with pytest.raises(InputError, match="--choose needs --memory 24GB"):
         run(["llama-1m", "--choose", *more])
+
+
+def test_auto_is_the_best_that_fits_in_what_is_free(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("apollo_optim.train.choose.free_memory", lambda device: 33e9)
+    cfg = tiny(tmp_path, optim={**dict.fromkeys(tiny(tmp_path).optim.flat()), "name": "auto", "seed": 3})
+    found = settled(cfg, False, falling)
+    assert (found.optim.name, found.optim.flat()["rest"], found.optim.seed) == ("apollo-mini", "adamw8bit", 3)
+    assert "optimizer: apollo-mini, a plan of 30.00 GB where 33.0 are free: next to no state" in capsys.readouterr().out
+    assert settled(found, False) is found
+    monkeypatch.setattr("apollo_optim.train.choose.free_memory", lambda device: 19e9)
+    assert settled(cfg, False, falling).quant.bits == 4
+    assert "q-apollo-mini, weights of 4 bits, a plan of 10.00 GB" in capsys.readouterr().out
+
+
+def test_auto_trains_and_goes_on_with_what_it_chose(tmp_path: Any) -> None:
+    nothing = {**dict.fromkeys(tiny(tmp_path).optim.flat()), "name": "auto"}
+    cfg = tiny(tmp_path, optim=nothing, train={"steps": 2})
+    pretrain(cfg)
+    kept = load_config(tmp_path / "run" / "config.yaml")
+    assert (kept.optim.name, kept.optim.flat()["state_dtype"]) == ("muon+adamw8bit", "8bit")
+    assert pretrain(cfg, resume=True).step == 2
+
+
+def test_auto_is_said_to_be_for_one_process_without_knobs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = RunConfig()
+    cfg.optim.name, cfg.optim.lr = "auto", 0.1
+    with pytest.raises(InputError, match=r"its own rates and knobs: leave optim\.lr out"):
+        settled(cfg, False)
+    cfg.optim.lr = None
+    with pytest.raises(InputError, match="name the run to go on with"):
+        settled(cfg, True)
+    with pytest.raises(InputError, match="how much memory is free on meta is not known"):
+        free_memory(torch.device("meta"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="is for one process"):
+        settled(cfg, False)
+
+
+def test_free_memory_is_no_more_than_there_is() -> None:
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < free_memory(torch.device("cpu")) < there

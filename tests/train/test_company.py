@@ -9,7 +9,7 @@ import pytest
 from train_tiny import records, tiny
 
 from apollo_optim.cli.waiting import SPINS, WORDS
-from apollo_optim.train import company
+from apollo_optim.train import company, measure
 from apollo_optim.train.company import Others
 from apollo_optim.train.display import step_figures
 from apollo_optim.train.pretrain import pretrain
@@ -76,6 +76,22 @@ def test_where_nothing_is_known_nothing_is_said(tmp_path, monkeypatch, capsys) -
     assert "other" not in capsys.readouterr().err
     record = {"step": 2, "loss": 1.0, "lr": 0.1, "lr_rest": 0.1, "grad_norm": 1.0, "tokens_per_s": 1.0, "others": 0.05}
     assert "others' CPU" not in dict(step_figures(record, 1.0))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_processor_without_bfloat16_is_said(fast, dtype, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(measure, "multiplies_bfloat16", lambda: fast)
+    pretrain(tiny(tmp_path, log={"display": "plain"}, train={"steps": 2}, model={"dtype": dtype}))
+    assert records(tmp_path / "run", "start")[0]["hardware"]["bfloat16"] == fast
+    slow = dtype == "bfloat16" and not fast
+    assert capsys.readouterr().err.count("has no products in bfloat16: they take seven to forty times") == slow
+
+
+def test_what_torch_does_not_say_is_taken_as_fast(monkeypatch) -> None:
+    assert measure.multiplies_bfloat16() in (True, False)
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert measure.multiplies_bfloat16()
 
 
 def test_the_bench_takes_ratios_round_by_round() -> None:

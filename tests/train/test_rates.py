@@ -36,15 +36,16 @@ def test_the_table_of_the_docs_is_that_of_the_code() -> None:
 def test_what_is_known_was_run(row: Rate) -> None:
     folder = RESULTS / row.log
     if row.log == RACE2:
-        name, _, storage = row.optimizer.partition("+adamw")
+        method = row.optimizer.replace("+adamw", "-")
         lines = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if line["method"] == f"{name}-{storage}"]
+        lines = [line for line in lines if (line["method"], line["setting"]) == (method, "4k")]
         best = min((line for line in lines if line["search"]), key=lambda line: line["loss"])
         whole = next(line for line in lines if not line["search"])
         for line in (best, whole):
             assert (line["lr"], line["head_lr"]) == (row.lr, row.rest_lr)
             assert all(line[key] == row.more[key] for key in ("embedding_lr", "norm_lr"))
-            assert 0.5 ** (row.tokens / line["knob"]) == pytest.approx(row.more["momentum"], abs=1e-4)
+            average = row.more["momentum"] if "momentum" in row.more else row.more["betas"][1]
+            assert 0.5 ** (row.tokens / line["knob"]) == pytest.approx(average, abs=1e-4)
         return
     if (folder / "trials.jsonl").exists():
         mini, bits = "-mini" * ("mini" in row.optimizer), "-int8" * row.optimizer.startswith("q-")
@@ -79,18 +80,21 @@ def test_keys_that_were_tuned_with_a_rate_come_with_it() -> None:
     assert more("--optim.rest_lr", "0.01") == [0.008, 0.01, None, None, None, 0.8145]
     assert more("--optim.lr", "0.004") == [0.004, None, None, None, None, None]
     assert more("--train.batch_size", "512") == [0.008, 0.04, None, None, None, None]  # averages belong to a batch
+    mini = ("--optim.name", "apollo-mini", "--optim.rest")
+    assert more(*mini, "adamw8bit") == [0.005, 0.02, 0.08, None, 0.02, None]
+    assert more(*mini, "scale") == [0.005, None, None, None, None, None]  # rates of another rule
 
 
 def test_a_run_that_says_no_rate_has_a_known_one() -> None:
     assert tokens_a_step(asked()) == 4096
-    assert rates() == (0.00125, 0.02)
-    assert rates("--optim.name", "adamw") == (0.002, 0.08)
+    assert rates() == (0.005, 0.02)
+    assert rates("--optim.name", "adamw") == (0.002, 0.04)
     assert rates("--optim.name", "apollo", "--optim.rest", "adafactor") == (0.005, 0.04)
-    assert rates("--optim.rest", "adamw8bit") == (0.00125, 0.02)  # AdamW's, in another storage
+    assert rates("--optim.rest", "adamw8bit") == (0.005, 0.02)  # AdamW's, in another storage
     assert rates("--train.batch_size", "512") == (0.01, 0.01)
     assert rates("--optim.lr", "0.003") == (0.003, None)  # as ever: the rest's is the same
-    assert rates("--optim.rest_lr", "0.003") == (0.00125, 0.003)
-    assert rates("--optim.rest", "scale") == (0.00125, None)  # not known with this rest: the same for all
+    assert rates("--optim.rest_lr", "0.003") == (0.005, 0.003)
+    assert rates("--optim.rest", "scale") == (0.005, None)  # not known with this rest: the same for all
     assert rates("--optim.name", "muon") == (None, None)  # its own
     assert rates("--model.pretrained", "true", "--model.name", "./some") == (None, None)  # all of it is for new weights
 
@@ -100,11 +104,11 @@ def test_a_run_that_says_no_rate_has_a_known_one() -> None:
     [
         ("", None),
         (
-            "--optim.lr 0.01",
-            "lr 0.01 (rest 0.01) is far from 0.00125 (rest 0.02), which is known of apollo-mini at 4,096",
+            "--optim.lr 0.04",
+            "lr 0.04 (rest 0.04) is far from 0.005 (rest 0.02), which is known of apollo-mini at 4,096",
         ),
-        ("--optim.lr 0.00125 --optim.rest_lr 0.3", "far from 0.00125 (rest 0.02)"),
-        ("--optim.lr 0.00125 --optim.rest_lr 0.3 --optim.rest scale", None),  # another rule, other rates
+        ("--optim.lr 0.005 --optim.rest_lr 0.3", "far from 0.005 (rest 0.02)"),
+        ("--optim.lr 0.005 --optim.rest_lr 0.3 --optim.rest scale", None),  # another rule, other rates
         ("--optim.lr 0.0025 --optim.rest_lr 0.01", None),
         ("--optim.lr 0", None),
         ("--optim.lr 0.01 --train.batch_size 512", None),
@@ -132,10 +136,10 @@ def test_the_line_is_shown_and_logged_and_a_run_says_what_it_took(tmp_path, caps
     cfg = tiny(tmp_path, optim=SAYS_NO_RATE, train={"steps": 2}, log={"display": "plain"})
     pretrain(cfg)
     optim = load_config(tmp_path / "run" / "config.yaml").optim
-    assert (optim.lr, optim.rest_lr) == (0.002, 0.08)
+    assert (optim.lr, optim.rest_lr) == (0.002, 0.04)
     (start,) = records(tmp_path / "run", "start")
-    assert start["peak_lr"] == {"lr": 0.002, "lr_rest": 0.08}
-    assert start["advice"].startswith("lr 0.002 (rest 0.08) is known of adamw at 4,096 tokens a step, and this run's")
+    assert start["peak_lr"] == {"lr": 0.002, "lr_rest": 0.04}
+    assert start["advice"].startswith("lr 0.002 (rest 0.04) is known of adamw at 4,096 tokens a step, and this run's")
     assert capsys.readouterr().err.count(start["advice"]) == 1
     pretrain(cfg, resume=True)  # from a config that says no rate
 

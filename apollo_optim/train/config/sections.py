@@ -56,7 +56,8 @@ class OptimConfig:
     """The optimizer and its knobs. None is the optimizer's own default (`apollo-optim optimizers` prints them)."""
 
     name: str = "apollo-mini"
-    """A name from `apollo-optim optimizers`, or two rules: muon+adamw, the hidden matrices' and all others'."""
+    """A name from `apollo-optim optimizers`, or two rules: muon+adamw, the hidden matrices' and all others'; auto:
+    the best by the race (docs/choose.md) whose plan fits in the memory that is free, with its rates."""
     lr: float | None = None
     """Peak learning rate of the matrices that use the rule. None: what is known of the optimizer at the nearest
     number of tokens a step, and so `rest_lr` (docs/rates.md); where nothing is known, the optimizer's own default."""
