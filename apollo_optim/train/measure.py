@@ -155,6 +155,6 @@ def advice_on_dtype(dtype: torch.dtype, device: torch.device) -> str | None:
     if dtype != torch.bfloat16 or device.type != "cpu" or multiplies_bfloat16():
         return None
     return (
-        "this processor has no products in bfloat16: they take seven to forty times as long as in float32. "
+        "this processor has no matmuls in bfloat16: they take seven to forty times as long as in float32. "
         "model.dtype float32 is faster wherever it fits (docs/troubleshooting.md)"
     )

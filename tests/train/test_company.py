@@ -85,7 +85,7 @@ def test_a_processor_without_bfloat16_is_said(fast, dtype, tmp_path, monkeypatch
     pretrain(tiny(tmp_path, log={"display": "plain"}, train={"steps": 2}, model={"dtype": dtype}))
     assert records(tmp_path / "run", "start")[0]["hardware"]["bfloat16"] == fast
     slow = dtype == "bfloat16" and not fast
-    assert capsys.readouterr().err.count("has no products in bfloat16: they take seven to forty times") == slow
+    assert capsys.readouterr().err.count("has no matmuls in bfloat16: they take seven to forty times") == slow
 
 
 def test_what_torch_does_not_say_is_taken_as_fast(monkeypatch) -> None:
