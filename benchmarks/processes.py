@@ -47,12 +47,25 @@ def config_of(name: str, args: Any, mode: str, out: Path) -> RunConfig:
     return cfg
 
 
-def work(rank: int, size: int, port: int, jobs: Sequence[tuple[Path, bool]]) -> None:
-    """One process of several, which have to meet only once: it trains (or resumes) one run file after the other."""
+def meet(rank: int, size: int, port: int) -> None:
+    """One process of several, of one thread: it meets the others."""
     meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in meeting.items()}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
+
+
+def spawned(size: int, work: Callable[..., None], *args: Any) -> None:
+    """`work(rank, size, port, *args)` in `size` new processes. An exception in one of them is raised here."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(work, args=(size, port, *args), nprocs=size)  # type: ignore[no-untyped-call]
+
+
+def work(rank: int, size: int, port: int, jobs: Sequence[tuple[Path, bool]]) -> None:
+    """One process of several, which have to meet only once: it trains (or resumes) one run file after the other."""
+    meet(rank, size, port)
     for file, resume in jobs:
         pretrain(load_config(file), resume=resume)
     torch.distributed.destroy_process_group()
@@ -67,10 +80,7 @@ def train(size: int, runs: Sequence[tuple[RunConfig, bool]], work: Callable[...,
     for cfg, resume in runs:
         jobs.append((Path(f"{cfg.out}.yaml"), resume))
         save_config(cfg, jobs[-1][0])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(work, args=(size, port, jobs), nprocs=size)  # type: ignore[no-untyped-call]
+    spawned(size, work, jobs)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from .choice import print_choice
 from .words import CONSENT, CONSENT_HELP, Parser, console, show
 
 if TYPE_CHECKING:
-    from ..plan import Budget, Plan, Traces
+    from ..plan import Plan, Traces
     from ..train.config import RunConfig
 
 PROG = "apollo-optim plan"
@@ -46,27 +45,31 @@ def run(argv: Sequence[str]) -> int:
     cfg, limit = config_of(args, keys), memory_of(args.memory) if args.memory else None
     if args.choose:
         assert limit is not None  # check_words
-        models = Models(args.trust_remote_code)
+        models = Models(args.trust_remote_code, args.device)
         print_choice(cfg, limit, lambda one: models.plan_of(one, args.batch), lambda one, n: title_of(args, one, n))
         return 0
-    from ..plan import Parallel
-    from ..plan.draw import NOTE, followed_rows, table_rows, write_plan
+    from ..plan import Parallel, largest_batch
+    from ..plan.cuda import advice
+    from ..plan.draw import CUDA_NOTE, NOTE, followed_rows, table_rows, write_plan
     from ..train.plan import budget_of, micro_batch
 
     batch = args.batch or micro_batch(cfg)
     parallel = Parallel(args.parallel, args.gpus, not args.copy_buckets) if args.gpus > 1 else None
-    models, plans, largest = Models(args.trust_remote_code), [], []
+    models, plans, largest = Models(args.trust_remote_code, args.device), [], []
     for name in names_of(args):
         if limit is not None:  # this takes a while
             say(f"{name}: looking for the largest micro-batch within {args.memory} ...", error=True)
         one = with_optimizer(cfg, name, args.rank)
         model, traces = models.of(one)
-        budget = budget_of(one, model, parallel=parallel, batch=batch)
+        budget = budget_of(one, model, parallel=parallel, batch=batch, device=args.device)
         plans.append(budget.at(traces.at(batch)))
         if limit is not None:
             largest.append(largest_batch(budget, traces, limit))
     title = title_of(args, cfg, batch)
-    print_table(title, table_rows(plans, largest or None), NOTE)
+    cuda = args.device == "cuda"
+    print_table(title, table_rows(plans, largest or None), CUDA_NOTE if cuda else NOTE)
+    if cuda:
+        show(advice(max(plans, key=lambda one: one.total).peak.sizes), style="dim")
     print_followed(followed_rows(plans))
     if args.out:
         written = write_plan(plans, title, args.out, largest or None)
@@ -77,8 +80,8 @@ def run(argv: Sequence[str]) -> int:
 class Models:
     """The models to plan and their traces: one for every number of bits."""
 
-    def __init__(self, trust_remote_code: bool = False) -> None:
-        self._trust_remote_code = trust_remote_code
+    def __init__(self, trust_remote_code: bool = False, device: str = "cpu") -> None:
+        self._trust_remote_code, self._device = trust_remote_code, device
         self._made: dict[int | None, tuple[Any, Traces]] = {}
 
     def of(self, cfg: "RunConfig") -> "tuple[Any, Traces]":
@@ -89,7 +92,7 @@ class Models:
         bits = low_bit(cfg).bits
         if bits not in self._made:
             model = model_of(cfg, trust_remote_code=self._trust_remote_code)
-            traces = Traces(lambda batch: trace_of(cfg, model, batch))
+            traces = Traces(lambda batch: trace_of(cfg, model, batch, self._device))
             self._made[bits] = model, traces
         return self._made[bits]
 
@@ -99,7 +102,7 @@ class Models:
 
         model, traces = self.of(cfg)
         batch = batch or micro_batch(cfg)
-        return budget_of(cfg, model, batch=batch).at(traces.at(batch))
+        return budget_of(cfg, model, batch=batch, device=self._device).at(traces.at(batch))
 
 
 def names_of(args: argparse.Namespace) -> list[str]:
@@ -138,6 +141,9 @@ def make_parser() -> Parser:
     parser.add_argument("--seq", type=int, help="tokens of a row (256)")
     parser.add_argument("--release", action="store_true", help="step inside the backward, gradients freed at once")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: with its allocator and context (cpu)"
+    )
     parser.add_argument("--gpus", type=int, default=1, help="plan the first of so many (1)")
     parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp", help="how they share (ddp)")
     copies = "ddp without gradient_as_bucket_view: the reducer copies every gradient"
@@ -216,37 +222,12 @@ def memory_of(text: str) -> float:
     return size
 
 
-def largest_batch(budget: "Budget", traces: "Traces", limit: float) -> int | None:
-    """The largest micro-batch within the limit; None if not even one row is.
-
-    What was traced for another optimizer is where the search begins. A total is almost linear in the batch, so that the
-    line through its neighbours says where to look; now and then the middle is taken, so that no bend costs many traces.
-    """
-
-    def beyond(batch: int) -> float:
-        return budget.at(traces.at(batch)).total - limit
-
-    points = {batch: beyond(batch) for batch in sorted({1, *traces.made})}
-    turn = 0
-    while True:
-        turn += 1
-        high = min((batch for batch in points if points[batch] > 0), default=None)
-        low = max((batch for batch in points if high is None or batch < high), default=0)
-        if high is not None and high <= low + 1:
-            return low or None
-        left, right = (low, high) if high else (max([0, *(batch for batch in points if batch < low)]), low)
-        middle = (low + high) // 2 if high else 2 * low
-        rise = (points[right] - points[left]) / (right - left) if left else 0
-        line = left - points[left] / rise if rise > 0 and turn % 7 else middle
-        guess = max(low + 1, min(math.floor(line), high - 1 if high else 16 * low))
-        points[guess] = beyond(guess)
-
-
 def title_of(args: argparse.Namespace, cfg: "RunConfig", batch: int) -> str:
     words = [f"{args.what or args.config}: {cfg.model.dtype}"]
     words += [f"weights of {cfg.quant.bits} bits"] if cfg.quant.bits else []
     words += [f"micro-batch {batch} x {cfg.data.seq_len} tokens"]
     words += ["step inside backward"] if cfg.train.release else []
+    words += ["on a GPU"] if args.device == "cuda" else []
     words += ["activations recomputed"] if cfg.model.gradient_checkpointing else []
     if args.gpus > 1:
         view = (

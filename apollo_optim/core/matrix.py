@@ -214,29 +214,36 @@ def svd_basis(grad_ck: Tensor, rank: int) -> Tensor:
 
 def project(grad_ck: Tensor, basis: Tensor, rank: int, place: Place) -> Tensor:
     """R = G P, (.., c, k) -> (.., c, r), fp32: of this rank's channels, if G is split at all."""
+    return place.to_channels(_own_products(grad_ck, basis, rank, place))
+
+
+def _own_products(grad_ck: Tensor, basis: Tensor, rank: int, place: Place) -> Tensor:
+    """G P of what this rank has of G: where the compressed side is split, a part of each sum."""
     sketched, own = basis.ndim < grad_ck.ndim, _own_rows(basis, grad_ck, place)
 
     def rows(block: Tensor, at: Block) -> Tensor:
         here = own[at[: grad_ck.ndim - 2]]
         if sketched:
             return _bucket_sums(block.float() * here.unsqueeze(-2), place.offsets[-1], rank)
+        if place.stack:  # one product of all is rounded otherwise
+            return torch.stack([one @ of_one for one, of_one in zip(block.float(), here, strict=True)])
         return block.float() @ here
 
     if torch.compiler.is_compiling() and not sketched and grad_ck.dtype is not torch.float32:
         # a product wants its operands in memory: the fp32 copy of an eighth at a time
-        low_cr = torch.cat([rows(block, ()) for block in grad_ck.chunk(8, -2)], -2)
-    else:
-        low_cr = by_rows(rows, grad_ck)
-    return place.to_channels(low_cr)
+        return torch.cat([rows(block, ()) for block in grad_ck.chunk(8, -2)], -2)
+    return by_rows(rows, grad_ck)
 
 
 def project_with_norms(grad_ck: Tensor, basis: Tensor, rank: int, place: Place) -> tuple[Tensor, Tensor, Tensor]:
     """R = G P, the norms of its channels and those of G's: compiled one pass over G where that is possible."""
     sketched = basis.ndim < grad_ck.ndim
     if place.mesh is not None or not torch.compiler.is_compiling() or not (sketched or rank == 1):
-        low_cr, grad_c1 = project(grad_ck, basis, rank, place), channel_norms(grad_ck)
-        if place.mesh is not None:
-            grad_c1 = place.to_channels(grad_c1.square()).sqrt()
+        low_cr, grad_c1 = _own_products(grad_ck, basis, rank, place), channel_norms(grad_ck)
+        if place.splits(-1):  # both in one
+            both = place.to_channels(torch.cat([low_cr, grad_c1.square()], -1))
+            low_cr, square_c1 = both[..., :rank], both[..., rank:]
+            grad_c1 = square_c1.sqrt()
         return low_cr, channel_norms(low_cr), grad_c1
     grad, across = grad_ck.float(), lies_across(grad_ck)
     if sketched:

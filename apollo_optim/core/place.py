@@ -7,13 +7,14 @@ sums along r stay local. `torch.distributed.tensor` is imported only once a DTen
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.placements import assembled, cuts, moved
+from apollo_optim.core.lockstep import sent, summed
+from apollo_optim.core.placements import assembled, cuts, group_name, moved
 from apollo_optim.core.random import Dither, Key, dither
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Place:
         own: The shape of this rank's part.
         starts: Where it begins, one index per dimension; None where the part is not one block.
         mesh, placements: Of a DTensor; None and () of a plain tensor.
+        stack: Is it a stack of parameters, stepped together, whose numbers are those of single steps?
     """
 
     shape: tuple[int, ...]
@@ -63,6 +65,7 @@ class Place:
     starts: tuple[int, ...] | None
     mesh: Any = None
     placements: tuple[Any, ...] = ()
+    stack: bool = False
 
     @staticmethod
     def of(t: Tensor) -> "Place":
@@ -83,9 +86,9 @@ class Place:
             ) from error
 
     @staticmethod
-    def plain(shape: tuple[int, ...]) -> "Place":
+    def plain(shape: tuple[int, ...], stack: bool = False) -> "Place":
         """The place of all of a plain tensor."""
-        return Place(shape, shape, (0,) * len(shape))
+        return Place(shape, shape, (0,) * len(shape), stack=stack)
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -174,8 +177,18 @@ class Place:
             return own_cx
         from torch.distributed.tensor import Replicate
 
-        final = [Replicate() if cuts(p, [len(self.shape) - 1]) else p for p in self.placements]
-        return self._redistributed(own_cx, (*self.shape[:-1], own_cx.shape[-1]), list(self.channels.placements), final)
+        channels, dims = self.channels, [dim for dim, p in enumerate(self.placements) if cuts(p, [len(self.shape) - 1])]
+        final = [Replicate() if dim in dims else p for dim, p in enumerate(self.placements)]
+        shape = (*self.shape[:-1], own_cx.shape[-1])
+        if own_cx.shape[-1] > 1 or torch.compiler.is_compiling() or channels.starts is None:
+            return self._redistributed(own_cx, shape, list(channels.placements), final)
+        # So few are sent with all other sums: what a rank has not is 0.
+        of = _placed(shape, self.mesh, tuple(final))
+        there = own_cx.new_zeros(of.own)
+        there.narrow(-2, channels.offsets[-2] - of.offsets[-2], own_cx.shape[-2]).copy_(own_cx)
+        for dim in dims:
+            there = summed(there, group_name(self.mesh, dim))
+        return there
 
     def along(self, dim: int) -> "Place":
         """The place of sums along `dim`, of size 1 there, of which every rank has all."""
@@ -221,7 +234,8 @@ class Place:
         """This rank's part, of `own`'s shape, of a tensor that is whole on every rank."""
         if self.mesh is None:
             return t
-        return t[tuple(slice(start, start + size) for start, size in zip(self.offsets, own.shape, strict=True))]
+        part = t[tuple(slice(start, start + size) for start, size in zip(self.offsets, own.shape, strict=True))]
+        return part.clone()  # or the whole one stayed in memory with it
 
     def _redistributed(self, own: Tensor, shape: tuple[int, ...], before: list[Any], after: list[Any]) -> Tensor:
         """This rank's part (own) of a tensor of `shape` that lies as `before` -> as `after`.
@@ -232,14 +246,15 @@ class Place:
         if not changed:
             return own
         if all(before[dim].is_partial() and after[dim].is_replicate() for dim in changed):
-            from torch.distributed._functional_collectives import all_reduce
-
             for dim in changed:
-                own = all_reduce(own, before[dim].reduce_op, (self.mesh, dim))
-            result = own
-        else:
-            result = assembled(lambda _: own, shape, self.mesh, before).redistribute(placements=after).to_local()
-        return getattr(result, "wait", lambda: result)()
+                own = summed(own, group_name(self.mesh, dim), before[dim].reduce_op)
+            return own
+
+        def redistributed() -> Tensor:
+            result: Any = assembled(lambda _: own, shape, self.mesh, before).redistribute(placements=after).to_local()
+            return cast(Tensor, getattr(result, "wait", lambda: result)())
+
+        return sent(redistributed)
 
     # --- state ---
 

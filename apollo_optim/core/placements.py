@@ -3,7 +3,7 @@ before a DTensor is there."""
 
 from collections.abc import Callable, Container
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -38,3 +38,16 @@ def assembled(
     return DTensor.from_local(
         make(tuple(size)), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
+
+
+def group_name(mesh: Any, dim: int) -> str:
+    """What torch calls the group of processes along a dimension of a mesh. (By its attribute: compiled, too.)"""
+    names: Any = getattr(mesh, "_dim_group_names", None)
+    name: str = mesh._dim_group_infos[dim][2] if names is None else names[dim]  # until torch 2.8
+    return name
+
+
+def sharing(t: Tensor) -> tuple[str, ...]:
+    """The groups of processes that have a part of `t` each, by name; none of what is whole here."""
+    split = [dim for dim, p in enumerate(getattr(t, "placements", ())) if hasattr(p, "dim")]
+    return tuple(group_name(cast("DTensor", t).device_mesh, dim) for dim in split)

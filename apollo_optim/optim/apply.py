@@ -202,7 +202,7 @@ def _update(static: Static, seen: _Seen, tensors: Tensors, at: Block) -> Step:
 
 def _grad_norm(static: Static, view: Tensor) -> Tensor:
     """One number a matrix; for a rule that knows no matrices, one a parameter."""
-    if static.stack:
+    if static.stack and static.rule.view == "any":
         norms: Tensor = vector_norm(view.reshape(len(view), -1), dim=1, dtype=torch.float32)
         return norms
     if view.ndim < 3 or static.rule.view == "any":

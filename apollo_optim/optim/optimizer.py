@@ -18,7 +18,7 @@ from apollo_optim.optim.describe import warn_of_others
 from apollo_optim.optim.knobs import GENERAL, PASSED, Group, check_group, find_rule, known_keys, refuse_flat
 from apollo_optim.optim.loading import fit_groups, fit_state
 from apollo_optim.optim.parameter import Known, Shared, chosen_rule, init_state, static_of
-from apollo_optim.optim.together import Given, alike, together
+from apollo_optim.optim.together import Given, Prepared, alike, take_steps, together
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -189,7 +189,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                     raise InputError(
                         f"no dense gradient of the parameter {tuple(p.shape)}; nn.Embedding(sparse=False) gives one"
                     )
-        steps: list[Callable[[], None]] = []
+        steps: list[Prepared] = []
         eager: defaultdict[Any, list[Given]] = defaultdict(list)
         memo: Memo = {}
         for group, params in pairs:
@@ -200,13 +200,12 @@ class RuleOptimizer(torch.optim.Optimizer):
                     known = self._learn(p, group, knobs, state)
                 given = known.next_step(p)
                 if is_compiled(self.compile, p, p.device.type) and can_compile(p.device.type):
-                    steps.append(prepare_compiled(self.graphs, known.shared.graphs, memo, *given))
+                    steps.append((given, prepare_compiled(self.graphs, known.shared.graphs, memo, *given)))
                 else:
                     eager[alike(given)].append(given)
         for some in eager.values():
             steps += together(some)
-        for take in steps:
-            take()
+        take_steps(steps)
 
     def _learn(self, p: Tensor, group: Group, knobs: list[Any], state: dict[str, Any]) -> Known:
         """What stays of a parameter from step to step; its state, where there is none yet."""

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.place import is_sharded, whole
+from apollo_optim.core.place import is_sharded, local, whole
 from apollo_optim.optim.knobs import Group
 from apollo_optim.optim.optimizer import RuleOptimizer
 
@@ -130,7 +130,10 @@ class Released:
         order: dict[Tensor, int] = {p: i for i, p in enumerate(self._model.parameters())}
         norms = sorted(self._norms.items(), key=lambda item: order.get(item[0], len(order)))  # sums have an order, too
         self._norms = {}
-        return get_total_norm([whole(norm) for _, norm in norms])
+        total = get_total_norm([whole(norm) for _, norm in norms])
+        for _, norm in norms:
+            read_here(norm)
+        return total
 
     def remove(self) -> None:
         """Take the hooks off: from here on `step()` steps, as ever."""
@@ -205,6 +208,8 @@ class Released:
         if self.track_norm:
             self._norms[p] = norm.detach()
         self._optimizer.step_one(p, self._group(p))
+        if p.grad is not None:
+            read_here(p.grad)
         p.grad = None
 
     def _group(self, p: Tensor) -> Group:
@@ -224,6 +229,17 @@ class Released:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         several = distributed and torch.distributed.get_world_size() > 1
         return several and not all(is_sharded(p) for p in self._parameters())
+
+
+def read_here(t: Tensor) -> None:
+    """Said of what is freed next: this stream may still be reading it.
+
+    A hook runs on the stream of its parameter's accumulation, while a gradient's memory is of the stream that made it:
+    given back to that one at once, it could be written anew before the step has read it. (Where both are one stream,
+    torch notes nothing.)
+    """
+    if t.device.type == "cuda":
+        local(t).record_stream(torch.cuda.current_stream(t.device))
 
 
 def _weak(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:

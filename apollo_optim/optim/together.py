@@ -1,26 +1,32 @@
 """Eager steps of many parameters that are alike, in fewer calls: an accelerator waits for each, and so does Python.
 
 Alike are those of one group, shape, dtype and step: their steps differ in tensors and seeds alone. What they draw is
-drawn for all of them at a time. Where a rule looks at one entry at a time and they are small, they are stepped as one
-stack, too. The numbers are those of single steps, bit for bit.
+drawn for all of them at a time. Where they are small and their rule can (`Rule.stacks`), they are stepped as one stack,
+too. The numbers are those of single steps, bit for bit.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from apollo_optim.core.blocks import CPU_BLOCK, is_cpu, is_planned
-from apollo_optim.core.place import Place
+from apollo_optim.core.lockstep import MEMBERS, side_by_side
+from apollo_optim.core.place import Place, lies_across
 from apollo_optim.core.random import Dither
 from apollo_optim.optim.apply import Inputs, Static, Tensors, apply_update, draw
 from apollo_optim.rules import Rule
 
 DRAWN_TOGETHER = 1 << 16  # most numbers of a parameter that are drawn before its turn
 STACK = 1 << 22  # most entries of a stack on an accelerator; on a CPU, a block
+LITTLE = 1 << 15  # entries of a matrix from which torch has several threads sum it up, and a stack otherwise than that
+ALIGNED = 16  # entries: members of a stack begin where tensors of their own would, at 64 bytes
+WINDOW = 1 << 24
+"""Most entries of sharded gradients whose steps are side by side on a CPU; on an accelerator four times as many."""
 
 Drawn = dict[str, Any]
 
@@ -35,19 +41,46 @@ class Given(NamedTuple):
     inputs: Inputs
 
 
+Prepared = tuple[Given, Callable[[], None]]
+"""Of some steps that are taken at once the last one, and what takes them."""
+
+
 def alike(given: Given) -> tuple[Any, ...]:
     """Equal for steps that may be taken together."""
     static, weight, grad, _, inputs = given
     return id(static), id(inputs.numbers), weight.dtype, grad.dtype, grad.device
 
 
-def together(steps: list[Given]) -> list[Callable[[], None]]:
+def take_steps(steps: list[Prepared]) -> None:
+    """Take them, those of sharded parameters side by side: what they send to other processes goes together.
+
+    So many of these at a time as keep little in memory while they wait.
+    """
+    window: list[Callable[[], None]] = []
+    entries = 0
+    for given, take in steps:
+        place = given.static.place
+        if place.mesh is None or is_planned():
+            take()
+            continue
+        most = WINDOW if is_cpu(given.grad.device) else 4 * WINDOW
+        more = prod(place.shape) // place.mesh.size()  # (not this one's own: all of them must cut alike)
+        if window and (entries + more > most or len(window) == MEMBERS):
+            side_by_side(window, given.grad.device)
+            window, entries = [], 0
+        window.append(take)
+        entries += more
+    if window:
+        side_by_side(window, steps[-1][0].grad.device)
+
+
+def together(steps: list[Given]) -> list[Prepared]:
     """What is to be called to take these steps, which are `alike`."""
     if len(steps) == 1:
-        return [partial(apply_update, *steps[0])]
+        return [(steps[0], partial(apply_update, *steps[0]))]
     static, _, grad, _, _ = steps[0]
     most = CPU_BLOCK if is_cpu(grad.device) else STACK
-    size = most // max(1, grad.numel()) if _stacks(static) else 0
+    size = most // max(1, grad.numel()) if _stacks(static, grad) else 0
     every: list[Callable[[], None]]
     if size > 1:
         every = [partial(_step_stack, steps[first : first + size]) for first in range(0, len(steps), size)]
@@ -56,13 +89,19 @@ def together(steps: list[Given]) -> list[Callable[[], None]]:
         every = [partial(_step_one, given, steps, waiting) for given in steps]
     else:
         every = [partial(apply_update, *given) for given in steps]
-    return [every[0], *every[1:][-1:]] if is_planned() else every
+    if is_planned():
+        every = [every[0], *every[1:][-1:]]
+    return [(steps[-1], take) for take in every] if len(every) < len(steps) else list(zip(steps, every, strict=True))
 
 
-def _stacks(static: Static) -> bool:
-    """May many be one? Of a rule that sees one entry at a time."""
-    elementwise = static.rule.view == "any" and type(static.rule).observe is Rule.observe
-    return elementwise and static.place.mesh is None and not (static.own or static.conv)
+def _stacks(static: Static, grad: Tensor) -> bool:
+    """May many be one? On an accelerator, whose sums have an order for every shape, only of what has no sums."""
+    rule = static.rule
+    if static.place.mesh is not None or static.own or static.conv:
+        return False
+    if rule.view == "any":
+        return type(rule).observe is Rule.observe
+    return rule.stacks and is_cpu(grad.device) and grad.numel() < LITTLE and grad.numel() % ALIGNED == 0
 
 
 def _step_one(given: Given, steps: list[Given], waiting: list[Drawn]) -> None:
@@ -81,20 +120,27 @@ def _step_stack(steps: list[Given]) -> None:
         apply_update(*steps[0])
         return
     static, _, _, tensors, inputs = steps[0]
-    drawn = {name: _of_stack(dither) for name, dither in (_draw(steps) if inputs.keys else {}).items()}
-    stacks = [torch.stack([given.weight for given in steps])]
-    stacks += [torch.stack([given.tensors[name] for given in steps]) for name in tensors]
-    grads = torch.stack([given.grad for given in steps])
+    drawn = {name: _of_stack(batch) for name, batch in (_draw(steps) if inputs.keys else {}).items()}
+    stacks = [_stack([given.weight for given in steps])]
+    stacks += [_stack([given.tensors[name] for given in steps]) for name in tensors]
+    grads = _stack([given.grad for given in steps])
     of_names = dict(zip(tensors, stacks[1:], strict=True))
     apply_update(_stacked(static, len(steps)), stacks[0], grads, of_names, Inputs(inputs.numbers, {}, drawn))
     places = [given.weight for given in steps] + [given.tensors[name] for name in tensors for given in steps]
-    torch._foreach_copy_([p.detach() for p in places], [t for stack in stacks for t in stack.unbind()])
+    torch._foreach_copy_(places, [t for stack in stacks for t in stack.unbind()])
+
+
+def _stack(members: list[Tensor]) -> Tensor:
+    """As they lie: sums along what lies across have an order of their own."""
+    if members[0].ndim > 1 and lies_across(members[0]):
+        return torch.stack([t.mT for t in members]).mT
+    return torch.stack(members)
 
 
 @lru_cache(1 << 10)
 def _stacked(static: Static, size: int) -> Static:
     def place(of: Place) -> Place:
-        return Place.plain((size, *of.shape))
+        return Place.plain((size, *of.shape), stack=True)
 
     slots = tuple(
         (name, replace(stored, slot=stored.slot._replace(shape=(size, *stored.slot.shape)), place=place(stored.place)))
@@ -103,8 +149,10 @@ def _stacked(static: Static, size: int) -> Static:
     return replace(static, place=place(static.place), seen=place(static.seen), slots=slots, small=True, stack=True)
 
 
-def _of_stack(batch: Dither) -> Dither:
-    """The noise of a stack, from that of its members: columns have no rows."""
+def _of_stack(batch: Dither | Tensor) -> Dither | Tensor:
+    """The noise of a stack, from that of its members: columns have no rows. What a rule draws is one already."""
+    if not isinstance(batch, Dither):
+        return batch
     missing = batch.a_m1.ndim - batch.t_n.ndim
     return batch._replace(t_n=batch.t_n[(slice(None), *[None] * missing)])
 

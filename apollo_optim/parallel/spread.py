@@ -1,4 +1,4 @@
-"""A module over the processes of a run: copied (DDP) or sharded (FSDP2), by torch's own engine."""
+"""A module over the processes of a run: copied (DDP) or sharded (FSDP2, HSDP), by torch's own engine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import nn
 
 from apollo_optim.parallel.world import World
@@ -31,15 +32,27 @@ def replicated(learner: nn.Module, *, unused: bool) -> nn.Module:
     )
 
 
-def sharded(learner: nn.Module, blocks: Iterable[nn.Module], world: World) -> nn.Module:
+def sharded(
+    learner: nn.Module, blocks: Iterable[nn.Module], world: World, device: torch.device, replicas: int = 1
+) -> nn.Module:
     """Every process has a part of each weight, along its first dimension; `blocks` are gathered when they compute.
 
-    To be called before there is an optimizer: the parameters become DTensors.
+    To be called before there is an optimizer: the parameters become DTensors. Best of all before there are weights, on
+    the meta device: no process then has more than its part of them (`draw_weights` fills them in).
+
+    Args:
+        device: That they will be on.
+        replicas: Groups of processes that have all weights between them (HSDP): gradients are summed within a group,
+            and then over the groups.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(next(learner.parameters()).device.type, (world.size,))
+    if replicas == 1:
+        mesh = init_device_mesh(device.type, (world.size,))
+    else:
+        names = "replicate", "shard"
+        mesh = init_device_mesh(device.type, (replicas, world.size // replicas), mesh_dim_names=names)
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(learner, mesh=mesh)  # in place

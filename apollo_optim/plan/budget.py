@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from apollo_optim.core.blocks import few_blocks
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.storage import parts
+from apollo_optim.core.storage import nbytes, parts
 from apollo_optim.optim.describe import what_follows
 from apollo_optim.optim.knobs import Group
 from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.optim.parameter import chosen_rule, init_state
 from apollo_optim.optim.recipes import build_optimizer
+from apollo_optim.plan import cuda
 from apollo_optim.plan.shards import Parallel, distinct_bytes, first_part, local_bytes, mesh_of, rows_of, units
-from apollo_optim.plan.trace import Block, Trace, most_alive, recorded
+from apollo_optim.plan.trace import Block, Trace, alive, largest, most_alive, recorded
 
 PARTS = {
     "weights": "parameters, in the form they are trained in",
@@ -32,6 +33,8 @@ PARTS = {
     "float copies": "of low-bit weights, while a matmul reads them",
     "update": "what the optimizer makes while it writes one parameter",
     "parallel": "gathered blocks (FSDP2), the reducer's copy of the gradients (DDP)",
+    "allocator": "what CUDA's caching allocator rounds up (plan.cuda)",
+    "context": "of a process on a GPU",
 }
 """The parts of a plan, in the order of its table."""
 
@@ -43,6 +46,8 @@ class Moment:
     when: str
     rows: dict[str, int]
     """Bytes by part: every key of ``PARTS``."""
+    sizes: Sequence[int] = ()
+    """Of the single tensors, where a GPU's allocator is planned, too."""
 
     @property
     def total(self) -> int:
@@ -85,7 +90,8 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak: tensors alone, without the process, the device's context and what an allocator wastes."""
+        """Bytes at the peak. On a CPU tensors alone, without the process; on a GPU also its context and what the
+        allocator rounds up, without holes."""
         return self.peak.total
 
     @property
@@ -103,6 +109,7 @@ def plan(
     release: bool = False,
     accumulate: bool = False,
     parallel: Parallel | None = None,
+    device: str = "cpu",
     **knobs: Any,
 ) -> Plan:
     """What ``optimizer`` (its name, or built on ``model``) takes to train ``model``, which is on the meta device.
@@ -115,6 +122,7 @@ def plan(
         release: The step is made inside the backward, and every gradient freed at once.
         accumulate: The step has several micro-batches: all gradients are there before the last backward begins.
         parallel: Of several GPUs, the first one (batch: its own micro-batch).
+        device: "cpu" or "cuda": where blocks are larger, and an allocator and a context take memory besides.
         **knobs: For ``build_optimizer``.
 
     Raises InputError for an unknown name or knob, for a model that is not on the meta device, and for a step inside
@@ -122,7 +130,8 @@ def plan(
     """
     if isinstance(optimizer, str):
         name, optimizer = name or optimizer, build_optimizer(optimizer, model, **knobs)
-    return Budget(model, optimizer, name=name, release=release, accumulate=accumulate, parallel=parallel).at(trace)
+    ways: dict[str, Any] = {"release": release, "accumulate": accumulate, "parallel": parallel, "device": device}
+    return Budget(model, optimizer, name=name, **ways).at(trace)
 
 
 class Budget:
@@ -137,6 +146,7 @@ class Budget:
         release: bool = False,
         accumulate: bool = False,
         parallel: Parallel | None = None,
+        device: str = "cpu",
     ) -> None:
         if release and parallel and parallel.kind == "ddp":
             raise InputError(
@@ -150,9 +160,11 @@ class Budget:
         self.release, self.sharded = release, parallel is not None and parallel.kind == "fsdp2"
         self.keeps = not (release or accumulate or self.sharded or (parallel and parallel.bucket_view))
         self.followed = _followed(optimizer, parallel)
-        self.resting = resting(model, optimizer, parallel)
+        self.resting, self.sizes = resting(model, optimizer, parallel)
+        self.cuda = device == "cuda"
         self.held = held(model, release, accumulate, parallel)
-        self.updates = _updates(optimizer, model) if release or self.sharded else {"all": _update_bytes(optimizer)}
+        each = release or self.sharded
+        self.updates = _updates(optimizer, model, device) if each else {"all": _update_bytes(optimizer, device)}
         if parallel and self.sharded:
             share = {key: rows_of(model.get_parameter(key), parallel.gpus) for key in self.updates}
             self.updates = {key: math.ceil(size * share[key]) for key, size in self.updates.items()}
@@ -166,36 +178,46 @@ class Budget:
             blocks = [b._replace(died=trace.end + 2) if b.kind == "gradients" else b for b in blocks]
         forward, backward, update = self.held
         moments = [
-            Moment("forward", self._rows(forward, largest(blocks, 0, trace.backward))),
-            Moment("backward", self._rows(backward, largest(blocks, trace.backward, trace.end))),
+            self._moment("forward", forward, largest(blocks, 0, trace.backward)),
+            self._moment("backward", backward, largest(blocks, trace.backward, trace.end)),
         ]
         when = {key: trace.complete.get(key, trace.end) if self.release else trace.end for key in self.updates}
         beside = {moment: alive(blocks, moment) for moment in set(when.values())}
-        updates = [
-            Moment(f"update of {key}", self._rows(update, beside[when[key]], {"update": size}))
-            for key, size in self.updates.items()
+        full = {moment: sum(block.size for block in there) for moment, there in beside.items()}
+        fullest = sorted(self.updates, key=lambda key: full[when[key]] + self.updates[key])[-1:]
+        moments += [
+            self._moment(f"update of {key}", {**update, "update": self.updates[key]}, beside[when[key]])
+            for key in fullest
         ]
-        return Plan(
-            self.name, trace.batch, moments + sorted(updates, key=lambda moment: moment.total)[-1:], self.followed
-        )
+        return Plan(self.name, trace.batch, moments, self.followed)
 
-    def _rows(self, *more: dict[str, int]) -> dict[str, int]:
-        return {part: sum(rows.get(part, 0) for rows in (self.resting, *more)) for part in PARTS}
+    def _moment(self, when: str, held: dict[str, int], there: list[Block]) -> Moment:
+        rows = {part: self.resting.get(part, 0) + held.get(part, 0) for part in PARTS}
+        for block in there:
+            rows[block.kind] += block.size
+        if not self.cuda:
+            return Moment(when, rows)
+        sizes = [*self.sizes, *held.values(), *(block.size for block in there)]
+        return Moment(when, rows | cuda.overhead(sizes), sizes)
 
 
-def resting(model: nn.Module, optimizer: RuleOptimizer, parallel: Parallel | None) -> dict[str, int]:
-    """What is there at every moment: weights, state and buffers."""
-    mesh = _mesh(parallel)
+def resting(model: nn.Module, optimizer: RuleOptimizer, parallel: Parallel | None) -> tuple[dict[str, int], list[int]]:
+    """What is there at every moment, by part and one by one: weights, state and buffers."""
+    mesh, sizes = _mesh(parallel), [distinct_bytes([b]) for b in model.buffers()]
     rows = dict.fromkeys(("weights", "state, matrices", "state, rest"), 0)
     for p in {id(p): p for p in model.parameters()}.values():
         if mesh is not None and len(parts(p)) > 1:
             raise InputError("low-bit weights with fsdp2: they can't be sharded; plan one GPU, or ddp")
-        rows["weights"] += local_bytes(first_part(p, mesh))
+        own = first_part(p, mesh)
+        rows["weights"] += local_bytes(own)
+        sizes += [nbytes(t) for t in parts(p).values()] if mesh is None else [local_bytes(own)]
     for group in optimizer.param_groups:
         for p in group["params"]:
             kind = "state, matrices" if _of_matrices(p, group) else "state, rest"
-            rows[kind] += _state_bytes(p, group, mesh)
-    return {**rows, "buffers": distinct_bytes(model.buffers())}
+            every = _state_sizes(p, group, mesh)
+            rows[kind] += sum(every)
+            sizes += every
+    return {**rows, "buffers": distinct_bytes(model.buffers())}, sizes
 
 
 def _followed(optimizer: RuleOptimizer, parallel: Parallel | None) -> tuple[Followed, ...]:
@@ -204,7 +226,7 @@ def _followed(optimizer: RuleOptimizer, parallel: Parallel | None) -> tuple[Foll
     for number, group in enumerate(optimizer.param_groups):
         for p in (p for p in group["params"] if p.requires_grad):
             key = str(group.get("name", number)), *what_follows(p, group)
-            sizes[key] = sizes.get(key, 0) + _state_bytes(p, group, mesh)
+            sizes[key] = sizes.get(key, 0) + sum(_state_sizes(p, group, mesh))
     return tuple(Followed(*key, size) for key, size in sizes.items())
 
 
@@ -218,9 +240,9 @@ def _mesh(parallel: Parallel | None) -> Any:
     return mesh_of(parallel.gpus) if parallel and parallel.kind == "fsdp2" else None
 
 
-def _state_bytes(p: Tensor, group: Group, mesh: Any) -> int:
-    """As `optim.describe.state_bytes`, of this rank."""
-    return sum(local_bytes(t) for t in init_state(first_part(p, mesh), group).values() if isinstance(t, Tensor))
+def _state_sizes(p: Tensor, group: Group, mesh: Any) -> list[int]:
+    """Bytes of each tensor of `optim.describe.state_bytes`, of this rank."""
+    return [local_bytes(t) for t in init_state(first_part(p, mesh), group).values() if isinstance(t, Tensor)]
 
 
 def held(model: nn.Module, release: bool, accumulate: bool, parallel: Parallel | None) -> tuple[dict[str, int], ...]:
@@ -245,7 +267,7 @@ def held(model: nn.Module, release: bool, accumulate: bool, parallel: Parallel |
     return held, held, held
 
 
-def _updates(optimizer: RuleOptimizer, model: nn.Module) -> dict[str, int]:
+def _updates(optimizer: RuleOptimizer, model: nn.Module, device: str) -> dict[str, int]:
     """Bytes that each parameter's step makes and frees again, by the parameter's name: a real step on the meta device.
 
     Parameters of one group, shape and form take the same step: it is made once.
@@ -256,45 +278,22 @@ def _updates(optimizer: RuleOptimizer, model: nn.Module) -> dict[str, int]:
         for p in (p for p in group["params"] if p.requires_grad):
             key = number, p.shape, p.dtype, type(p)
             if key not in sizes:
-                sizes[key] = _update_bytes(optimizer, p)
+                sizes[key] = _update_bytes(optimizer, device, p)
             found[names[id(p)]] = sizes[key]
     return found
 
 
-def _update_bytes(optimizer: RuleOptimizer, *only: Tensor) -> int:
+def _update_bytes(optimizer: RuleOptimizer, device: str, *only: Tensor) -> int:
     """Of a step of these parameters, or of all together."""
     params = only or [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for p in params:
         optimizer.state[p] = init_state(p, optimizer.locate(p)[0])
         p.grad = torch.empty(p.shape, dtype=p.dtype, device="meta")
     try:
-        with few_blocks(), recorded() as recorder:
+        with few_blocks(device), recorded() as recorder:
             optimizer.step()
         return most_alive(recorder.finished())
     finally:
         for p in params:
             p.grad = None
             del optimizer.state[p]
-
-
-def alive(blocks: Iterable[Block], moment: int) -> dict[str, int]:
-    """Bytes by part at a moment."""
-    rows: dict[str, int] = {}
-    for block in blocks:
-        if block.born <= moment < block.died:
-            rows[block.kind] = rows.get(block.kind, 0) + block.size
-    return rows
-
-
-def largest(blocks: Sequence[Block], start: int, end: int) -> dict[str, int]:
-    """Bytes by part at the largest of the moments ``start <= moment < end``, the latest if there are several."""
-    changes: dict[int, int] = {}
-    for block in blocks:
-        changes[block.born] = changes.get(block.born, 0) + block.size
-        changes[block.died] = changes.get(block.died, 0) - block.size
-    total, most, when = 0, -1, start
-    for moment in range(end):
-        total += changes.get(moment, 0)
-        if moment >= start and total >= most:
-            most, when = total, moment
-    return alive(blocks, when)

@@ -30,11 +30,18 @@ COLOURS = {
     "float copies": "#56B4E9",
     "update": "#CC79A7",
     "parallel": "#999999",
+    "allocator": "#C0C0C0",
+    "context": "#606060",
 }
 NOTE = (
     'Bytes of tensors at the fullest moment of a step ("peak in"): a part may be larger at another one. Not counted: '
     "Python and its libraries, the context of a GPU (half a GB each), what the allocator wastes, the scratch memory of "
     "single kernels. The update is the eager one; a compiled one takes less. GB = 1e9 bytes."
+)
+CUDA_NOTE = (
+    'As PyTorch reserves it on a GPU at the fullest moment of a step ("peak in"). allocator: what is rounded up to its '
+    "segments, without holes. context: not measured here, taken as 0.5 GB. Not counted: scratch memory of single "
+    "kernels. The update is the eager one; a compiled one takes less. GB = 1e9 bytes."
 )
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 

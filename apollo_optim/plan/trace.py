@@ -10,7 +10,7 @@ import contextlib
 import copy
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -111,12 +111,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return [Block(kind, name, size, born, died or self.now + 2) for kind, name, size, born, died in self.blocks]
 
 
-def trace_step(model: nn.Module, loss: Loss, batch: int, seq: int) -> Trace:
+def trace_step(model: nn.Module, loss: Loss, batch: int, seq: int, device: str = "cpu") -> Trace:
     """One forward and backward of ``model`` (on the meta device), ``batch`` rows of ``seq`` tokens.
 
     Runs on fake CPU tensors, whose operations are chosen as on a real device (the meta device has no attention kernel
     of its own). Takes seconds for 7B, all layers. Gradients are freed when they are complete; ``Plan`` decides how long
-    they would live. Raises InputError for a model whose shapes depend on values, which no plan can know.
+    they would live. What is made in blocks is cut as on ``device``, "cpu" or "cuda".
+
+    Raises InputError for a model whose shapes depend on values, which no plan can know.
     """
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
@@ -142,7 +144,7 @@ def trace_step(model: nn.Module, loss: Loss, batch: int, seq: int) -> Trace:
             p.register_post_accumulate_grad_hook(hook(name))  # type: ignore[no-untyped-call]
     twin.train()
     try:
-        with ordinary_positions(), few_blocks(), mode, recorder:
+        with ordinary_positions(), few_blocks(device), mode, recorder:
             rows = torch.zeros((batch, seq), dtype=torch.int64)
             total = loss(twin, rows, torch.zeros_like(rows))
             backward = recorder.now + 1
@@ -218,6 +220,25 @@ def most_alive(blocks: list[Block]) -> int:
         alive += changes[moment]
         most = max(most, alive)
     return most
+
+
+def alive(blocks: Iterable[Block], moment: int) -> list[Block]:
+    """Those alive at a moment."""
+    return [block for block in blocks if block.born <= moment < block.died]
+
+
+def largest(blocks: Sequence[Block], start: int, end: int) -> list[Block]:
+    """Those at the largest of the moments ``start <= moment < end``, the latest if there are several."""
+    changes: dict[int, int] = {}
+    for block in blocks:
+        changes[block.born] = changes.get(block.born, 0) + block.size
+        changes[block.died] = changes.get(block.died, 0) - block.size
+    total, most, when = 0, -1, start
+    for moment in range(end):
+        total += changes.get(moment, 0)
+        if moment >= start and total >= most:
+            most, when = total, moment
+    return alive(blocks, when)
 
 
 @contextlib.contextmanager

@@ -6,12 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apollo_optim.core.blocks import blocks
+from apollo_optim.core.blocks import blocks, is_cpu
 from apollo_optim.core.errors import InputError
 from apollo_optim.quant import format
 from apollo_optim.quant.weight import LowBitWeight, implements
 
 PRODUCT_BLOCK = 1 << 20  # 2 MB of bf16: what a product reads comes out of the cache, and no memory has to be fetched
+
+
+def _cuts(device: torch.device) -> bool:
+    """Is there anything to cut? (What is planned, a compiler cannot trace; `blocks` cuts nothing for it.)"""
+    return torch.compiler.is_compiling() or is_cpu(device)
 
 
 def _times_transposed(x: Tensor, weight: LowBitWeight, bias: Tensor | None) -> Tensor:
@@ -20,7 +25,7 @@ def _times_transposed(x: Tensor, weight: LowBitWeight, bias: Tensor | None) -> T
     (New memory for it has to be fetched from the system page by page, and 4 bits are unpacked in several passes.)
     """
     m, n = weight.shape
-    cuts = blocks((m, n), x.device, whole=1, size=PRODUCT_BLOCK) if x.device.type == "cpu" else [()]
+    cuts = blocks((m, n), x.device, whole=1, size=PRODUCT_BLOCK) if _cuts(x.device) else [()]
     if len(cuts) == 1:
         return F.linear(x, weight.dequantize(x.dtype), bias)
     y, scratch = x.new_empty(*x.shape[:-1], m), _scratch(weight.scales[cuts[0]], weight, x.dtype)
@@ -34,7 +39,7 @@ def _times(y: Tensor, weight: LowBitWeight) -> Tensor:
     """y W, likewise, in blocks of columns, whole groups: each number comes out of one product, as it would of W."""
     m, n = weight.shape
     groups, size, share = weight.scales.shape[-1], weight.group_size, 8 // weight.bits
-    cuts = blocks((groups, m * size), y.device, whole=1, size=PRODUCT_BLOCK) if y.device.type == "cpu" else [()]
+    cuts = blocks((groups, m * size), y.device, whole=1, size=PRODUCT_BLOCK) if _cuts(y.device) else [()]
     if len(cuts) == 1:
         return y @ weight.dequantize(y.dtype)
     x, scratch = y.new_empty(*y.shape[:-1], n), _scratch(weight.scales[:, cuts[0][0]], weight, y.dtype)

@@ -32,6 +32,7 @@ class Adafactor(Rule):
     paper: ClassVar[str] = "arXiv 1804.04235"
     summary: ClassVar[str] = "The gradient over the root of a factored second moment; state m + n per matrix."
     view: ClassVar = "matrix"
+    stacks: ClassVar = True
 
     def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
         *batch, m, n = shape  # fp32 whatever the group asks for: they decay by less than bf16 can see

@@ -33,6 +33,7 @@ class AdamMini(AdamW):
     paper: ClassVar[str] = "arXiv 2406.16793"
     summary: ClassVar[str] = "AdamW with one second moment a row; state dn + m per matrix."
     view: ClassVar = "matrix"
+    stacks: ClassVar = True
 
     block_rows: int = knob(count(1), "Neighbouring rows that share a second moment: a head's, of queries and keys.", 1)
 

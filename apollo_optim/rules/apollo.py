@@ -45,6 +45,7 @@ class Apollo(Projected):
     summary: ClassVar[str] = (
         "The gradient, each channel rescaled as Adam would have rescaled its random sketch; state 2nr per matrix."
     )
+    stacks: ClassVar = True
     per_step: ClassVar[frozenset[str]] = frozenset({"betas"})
     lr: ClassVar[float] = 1e-2
 

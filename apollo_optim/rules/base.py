@@ -131,6 +131,9 @@ class Rule:
     view: ClassVar[View] = "any"
     blockwise: ClassVar[bool] = True
     """May `update` see a block of the weight's rows at a time? (Of a transposed view that is a block of columns.)"""
+    stacks: ClassVar[bool] = False
+    """May small matrices of one shape be stepped as one stack, each with the very numbers of a step of its own? Only if
+    no product of matrices is made but `core.matrix.project`'s: that of a stack is rounded otherwise."""
     per_step: ClassVar[frozenset[str]] = frozenset()
     """Knobs that only `scalars` reads: a compiled step is not made anew for another value of them."""
     lr: ClassVar[float] = 1e-3

@@ -32,6 +32,7 @@ class Foam(Rule):
     paper: ClassVar[str] = "arXiv 2512.07112"
     summary: ClassVar[str] = "Adam of the means of neighbours, and the gradient's rest; state 2dn / 4 per matrix."
     view: ClassVar = "matrix"
+    stacks: ClassVar = True
     per_step: ClassVar[frozenset[str]] = frozenset({"betas", "scale"})
     lr: ClassVar[float] = 1e-2
 

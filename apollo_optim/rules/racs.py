@@ -41,6 +41,7 @@ class Racs(Rule):
     paper: ClassVar[str] = "arXiv 2502.07752"
     summary: ClassVar[str] = "The gradient, each row and column over the root of its scale; state m + n per matrix."
     view: ClassVar = "matrix"
+    stacks: ClassVar = True
     per_step: ClassVar[frozenset[str]] = frozenset({"beta", "alpha"})
     lr: ClassVar[float] = 0.02
 

@@ -33,6 +33,7 @@ class SinkGd(Rule):
     paper: ClassVar[str] = "arXiv 2502.06742"
     summary: ClassVar[str] = "The gradient, rows and columns brought to one size in turns; state 0."
     view: ClassVar = "matrix"
+    stacks: ClassVar = True
     per_step: ClassVar[frozenset[str]] = frozenset({"alpha", "base_width"})
     lr: ClassVar[float] = 0.02
 

@@ -110,10 +110,19 @@ def build(
     vocabulary = usable_vocabulary(data.tokenizer)
     mode = cfg.parallel.mode if world.size > 1 else None
     graphs: Graphs = {}
-    if mode != "fsdp2":  # what is sharded has other shapes
+    shards = mode in ("fsdp2", "hsdp")
+    if not shards:  # what is sharded has other shapes
         graphs = compiled_beforehand(cfg, device, vocabulary, config, trust_remote_code=trust_remote_code)
     torch.manual_seed(cfg.train.seed)
     random.seed(cfg.train.seed)
+    learner: torch.nn.Module | None = None
+
+    def spread(model: PreTrainedModel) -> None:
+        nonlocal learner
+        replicas = cfg.parallel.replicas if mode == "hsdp" else 1
+        learner = sharded(Learner(model, cfg.train.loss), blocks_of(model), world, device, replicas)
+
+    packs = cfg.data.format != "text" and cfg.data.mode == "pack"
     model = build_model(
         cfg.model,
         vocabulary,
@@ -122,17 +131,17 @@ def build(
         low_bit(cfg),
         config,
         trust_remote_code=trust_remote_code,
+        spread=spread if shards and not packs else None,  # (a sharded model cannot be asked what it sees)
     )
     torch.nn.Module.to(model, device)
     model.train()
-    if cfg.data.format != "text" and cfg.data.mode == "pack":
+    if packs:
         check_packing(model)
     if cfg.model.compile and can_compile(device.type):
         # In place: the names of the parameters stay. Without the head: its loss may be made in parts.
         model.base_model.compile()
-    learner = None
-    if mode == "fsdp2":  # before there is an optimizer: it is given other parameters
-        learner = sharded(Learner(model, cfg.train.loss), blocks_of(model), world)
+    if shards and learner is None:  # before there is an optimizer: it is given other parameters
+        spread(model)
     optimizer = make_optimizer(cfg.optim, model, graphs)
     released = release(model, optimizer, clip=cfg.train.clip_tensor) if cfg.train.release else None
     if mode == "ddp":

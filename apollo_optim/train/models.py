@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,7 @@ def build_model(
     config: PretrainedConfig | None = None,
     *,
     trust_remote_code: bool = False,
+    spread: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """A causal language model with new weights from torch's global generator, or, if `pretrained`, those of `cfg.name`.
 
@@ -70,6 +72,7 @@ def build_model(
     With `quant.bits`, weights are quantised as they are drawn or read, one by one: the float model never exists.
     `config`: that of a checkpoint, whose weights will replace these: nothing is looked up elsewhere, nothing is read.
     `trust_remote_code`: a model that is not transformers' own may run the Python code of its repository.
+    `spread`: called with a model that gets new weights before it has them, to make its parameters DTensors.
     """
     read = cfg.pretrained and config is None
     if config is None:
@@ -79,7 +82,7 @@ def build_model(
     if read:
         model = load_pretrained(cfg, config, quant, trust_remote_code=trust_remote_code)
     else:
-        model = with_new_weights(cfg, config, quant, to_train=True, trust_remote_code=trust_remote_code)
+        model = with_new_weights(cfg, config, quant, to_train=True, trust_remote_code=trust_remote_code, spread=spread)
     if cfg.gradient_checkpointing:
         recompute(model)
     return model
@@ -124,12 +127,15 @@ def with_new_weights(
     *,
     to_train: bool = False,
     trust_remote_code: bool = False,
+    spread: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """The model on the CPU, its weights drawn and, if `quant.bits`, quantised one module at a time.
 
-    `to_train`: the step of low-bit weights is compiled before they take memory.
+    `to_train`: the step of low-bit weights is compiled before they take memory. `spread`: see `build_model`.
     """
     model = skeleton(cfg, config, trust_remote_code=trust_remote_code)
+    if spread is not None:
+        spread(model)
     finish = None
     if quant.bits is not None:
         chosen = choose_weights(model, quant.targets, quant.exclude)

@@ -29,15 +29,23 @@ def planned(cfg: RunConfig, *, vocab_size: int | None = None, trust_remote_code:
     return budget_of(cfg, model).at(trace_of(cfg, model, micro_batch(cfg)))
 
 
-def trace_of(cfg: RunConfig, model: PreTrainedModel, batch: int) -> Trace:
-    """Forward and backward of so many rows, with the run's loss."""
-    return trace_step(model, functools.partial(summed_loss, how=cfg.train.loss), batch, cfg.data.seq_len)
+def trace_of(cfg: RunConfig, model: PreTrainedModel, batch: int, device: str = "cpu") -> Trace:
+    """Forward and backward of so many rows, with the run's loss, in the blocks of a "cpu" or of "cuda"."""
+    return trace_step(model, functools.partial(summed_loss, how=cfg.train.loss), batch, cfg.data.seq_len, device)
 
 
 def budget_of(
-    cfg: RunConfig, model: PreTrainedModel, *, parallel: Parallel | None = None, batch: int | None = None
+    cfg: RunConfig,
+    model: PreTrainedModel,
+    *,
+    parallel: Parallel | None = None,
+    batch: int | None = None,
+    device: str = "cpu",
 ) -> Budget:
-    """All of a run's plan but for the trace of `model` (`model_of`); `batch`: of its micro-batch, if not the run's."""
+    """All of a run's plan but for the trace of `model` (`model_of`); `batch`: of its micro-batch, if not the run's.
+
+    `device`: "cpu" or "cuda", of which the trace must be, too.
+    """
     return Budget(
         model,
         make_optimizer(cfg.optim, model),
@@ -45,6 +53,7 @@ def budget_of(
         release=cfg.train.release,
         accumulate=(batch or micro_batch(cfg)) < cfg.train.batch_size,
         parallel=parallel,
+        device=device,
     )
 
 

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 
-from apollo_optim.core.place import is_sharded, local, whole
-from apollo_optim.parallel.world import ALONE, World
+from apollo_optim.core.lockstep import summed
+from apollo_optim.core.place import local, whole
+from apollo_optim.core.placements import sharing
 
 PATIENCE = 10  # steps in a row of which nothing is left, until a run stops
 
 
-def total_norm(gradients: list[torch.Tensor], world: World = ALONE) -> torch.Tensor:
-    """The norm (0-D) of all gradients that are finite: those that are not are skipped, and must not clip the others."""
+def norms_of(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The norm of each, (n,): one sum over processes for all that are sharded alike."""
     norms = torch.stack(torch._foreach_norm([local(grad) for grad in gradients]))
-    if any(map(is_sharded, gradients)):  # each process has a part of each
-        norms = world.total(norms.square()).sqrt()
+    parts: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+    for i, grad in enumerate(gradients):
+        parts[sharing(grad)].append(i)
+    for groups, own in parts.items():
+        if groups:
+            squares = norms[own].square()
+            for group in groups:
+                squares = summed(squares, group)
+            norms[own] = squares.sqrt()
+    return norms
+
+
+def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The norm (0-D) of all gradients that are finite: those that are not are skipped, and must not clip the others."""
+    norms = norms_of(gradients)
     total: torch.Tensor = torch.linalg.vector_norm(torch.where(norms.isfinite(), norms, 0.0))
     return total
+
+
+def clip_each(gradients: list[torch.Tensor], clip: float) -> None:
+    """Scale each gradient to a norm of at most `clip`, as torch's clip_grad_norm_ does with one."""
+    factors = (clip / (norms_of(gradients) + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local(grad) for grad in gradients], list(factors.unbind()))
 
 
 class Skips:

@@ -21,7 +21,7 @@ from apollo_optim.train.config import TrainConfig
 from apollo_optim.train.failures import TrainingFailed
 from apollo_optim.train.loss import summed_loss, targets
 from apollo_optim.train.schedule import set_lr
-from apollo_optim.train.skips import total_norm
+from apollo_optim.train.skips import clip_each, total_norm
 from apollo_optim.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -159,13 +159,12 @@ class TrainStep:
         cfg, parameters = self.cfg, [p for p in self.state.model.parameters() if p.grad is not None]
         found = None
         if norm or cfg.clip is not None:
-            total = total_norm([p.grad for p in parameters if p.grad is not None], self.world)
+            total = total_norm([p.grad for p in parameters if p.grad is not None])
             found = AsyncScalar(total)
             if cfg.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, cfg.clip, total)
         if cfg.clip_tensor is not None:
-            for p in parameters:
-                torch.nn.utils.clip_grad_norm_([p], cfg.clip_tensor)
+            clip_each([p.grad for p in parameters if p.grad is not None], cfg.clip_tensor)
         return found
 
 

@@ -134,6 +134,14 @@ def train(setup: Setup) -> list[Case]:
     return [Case("train", name, "benchmarks.gpu.training:train", {**shared, "optimizer": name}) for name in RATES]
 
 
+def graph(setup: Setup) -> list[Case]:
+    """Of one size; on a CPU it says that there are none."""
+    size: Line = {"size": "llama-1m" if setup.tiny else "llama-350m", "layers": 1 if setup.tiny else None}
+    shared = {"device": setup.device, "dtype": "bfloat16", "blocks_only": False, "rounds": 3 if setup.tiny else 10}
+    config = {**shared, **size, "optimizers": ["apollo-mini", "adamw"]}
+    return [Case("graph", "step", "benchmarks.gpu.graph:measure", config)]
+
+
 def race(setup: Setup) -> list[Case]:
     """The same tokens for both, each with its whole schedule."""
     config = {**run_configs(setup), "schedule": "cosine", "rates": RATES, "optimizers": ["adamw", "apollo-mini"]}
@@ -149,5 +157,6 @@ PARTS = [
     Part("train", "llama-60m with AdamW, APOLLO and APOLLO-Mini", 120, train, together=True),
     Part("plan", "what apollo_optim.plan says of the part 7b", 60, plan, background=True),
     Part("race", "llama-60m, AdamW and APOLLO-Mini at equal tokens", 360, race, by_default=False),
+    Part("graph", "a whole step as one CUDA graph", 60, graph, by_default=False),
     Part("contract-full", "the test suite's -m gpu", 600, suite, by_default=False),
 ]

@@ -59,6 +59,7 @@ def tables(lines: Lines) -> list[Table]:
         compiled_table(lines),
         training_table(lines, "train"),
         training_table(lines, "race"),
+        graph_table(lines),
         others(lines),
     ]
 
@@ -203,6 +204,20 @@ def training_table(lines: Lines, part: str) -> Table:
             *(f"{line['validation']:.3f}" if line["validation"] else "-", gb(line.get("allocated"))),
         )
         table.rows.append(cells)
+    return table
+
+
+def graph_table(lines: Lines) -> Table:
+    """Medians of a step and of its graph."""
+    head = ("step as a CUDA graph", "ms", "of the graph", "host ms", "of the graph", "note")
+    table = Table("CUDA graphs", head, note="rates and keys are those of the capture: a measurement, no way to train")
+    for line in of(lines, "graph", what="graph", status="ok"):
+        name = line["optimizer"] + (", compiled" if line["compile"] else ", eager")
+        pairs = (
+            [line[key][which] for key in ("device", "host") for which in ("step", "graph")] if line["captured"] else []
+        )
+        cells = [number(1e3 * pair["median"]) for pair in pairs] or ["-"] * 4
+        table.rows.append((name, *cells, line.get("note", "")))
     return table
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from apollo_optim.cli import plan as command
 from apollo_optim.core.errors import InputError
-from apollo_optim.plan import PARTS, Parallel, Plan
+from apollo_optim.plan import PARTS, Parallel, Plan, largest_batch
 from apollo_optim.plan.draw import COLOURS, smallest_card
 from apollo_optim.rules import RULES
 from apollo_optim.train.config import RunConfig, check
@@ -70,7 +70,7 @@ class Planner:
     def largest(self, s: Settings, limit: float) -> int | None:
         cfg, how = self._asked(s)
         model, traces = self._of(s, cfg)
-        return command.largest_batch(budget_of(cfg, model, parallel=how, batch=1), traces, limit)
+        return largest_batch(budget_of(cfg, model, parallel=how, batch=1), traces, limit)
 
     def _asked(self, s: Settings) -> tuple[RunConfig, Parallel | None]:
         words = ["--batch", str(s["batch"]), "--seq", str(s["seq"])]

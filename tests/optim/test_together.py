@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from apollo_optim import AdamW, ApolloMini, RuleOptimizer
+from apollo_optim.core.matrix import project
 from apollo_optim.core.place import Place
 from apollo_optim.optim import together as together_module
+from apollo_optim.optim.apply import apply_update
 from apollo_optim.quant.weight import LowBitWeight
 from apollo_optim.rules import RULES
 from benchmarks.launches import counted, measure, model_of
@@ -71,6 +73,44 @@ def test_together_is_one_by_one_bit_for_bit(rule, dtype, codec, block, monkeypat
         for key, value in optimizer.state[p].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[q][key])), key
     assert sum(int(state["skipped"].sum()) for state in optimizer.state.values()) == 2
+
+
+@pytest.mark.parametrize(("c", "k"), [(160, 72), (67, 48), (96, 64), (33, 32)])
+def test_a_stack_is_projected_as_its_members_are(c, k):
+    """One product of all of them is rounded otherwise: of 76 shapes that were looked at, 8 differed."""
+    draw = torch.Generator().manual_seed(0)
+    for rank in (1, 2, 4, 8, 16):
+        for shape in ((7, c, k), (7, k, c)):
+            grads = torch.randn(shape, generator=draw)
+            grads = grads if shape[-1] == k else grads.mT
+            basis = torch.randn(7, k, rank, generator=draw)
+            each = [project(g, b, rank, Place.plain((c, k))) for g, b in zip(grads, basis, strict=True)]
+            assert torch.equal(project(grads, basis, rank, Place.plain((7, c, k), stack=True)), torch.stack(each))
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape", "calls"),
+    [
+        ("apollo-mini", (64, 96), 1), ("apollo", (64, 96), 1), ("scale", (64, 96), 1),
+        ("muon", (64, 96), 9),  # products
+        ("apollo-mini", (256, 128), 9),  # as large as what several threads sum up
+        ("apollo-mini", (63, 65), 9),  # whose members would begin elsewhere than at 64 bytes
+    ],
+)  # fmt: skip
+def test_small_matrices_are_one_stack_on_a_cpu(rule, shape, calls, monkeypatch):
+    called = []
+
+    def note(*args):
+        called.append(args)
+        apply_update(*args)
+
+    monkeypatch.setattr(together_module, "apply_update", note)
+    params = [nn.Parameter(torch.randn(shape)) for _ in range(9)]
+    for p in params:
+        p.grad = torch.randn(shape)
+    knobs = {"rank": 1} if rule.startswith("apollo") else {}
+    RuleOptimizer(params, rule, compile=False, **knobs).step()
+    assert len(called) == calls
 
 
 def test_a_group_of_vectors_is_one_step():

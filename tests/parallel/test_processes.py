@@ -99,6 +99,18 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(runs, name):
     assert_same(runs / name, runs / "ddp")
 
 
+@pytest.mark.timeout(300)
+def test_groups_of_processes_train_as_one_does(runs):
+    """Two groups of two (HSDP), from the beginning and going on from a checkpoint of one process."""
+    again = goes_on(runs, "ddp", "one-then-hsdp", "hsdp")
+    train(4, [(cfg_of(runs, "hsdp-4", "hsdp", train={"clip": 0.5}), False), (again, True)])
+    for name in ("hsdp-4", "one-then-hsdp"):
+        assert_same(runs / name, runs / "ddp")
+    whole, part = (records(runs / name, "memory")[0] for name in ("ddp", "hsdp-4"))
+    assert part["weights"] < 0.52 * whole["weights"]
+    assert len(records(runs / "hsdp-4", "end")[0]["peak_by_rank"]) == 4
+
+
 def test_a_sharded_process_has_its_part(runs):
     whole, part = (records(runs / name, "memory")[0] for name in ("fsdp2", "fsdp2-2"))
     for key in ("weights", "gradients", "optimizer"):
@@ -224,6 +236,14 @@ def test_what_several_processes_cannot_do_is_refused(tmp_path, changes, said):
         check_processes(cfg, World(0, 2))
     if "batch_size" not in changes.get("train", {}):
         check_processes(cfg, ALONE)
+
+
+def test_groups_of_processes_are_equal():
+    cfg = RunConfig()
+    cfg.parallel.mode, cfg.parallel.replicas, cfg.train.batch_size = "hsdp", 4, 12
+    with pytest.raises(InputError, match=r"parallel\.replicas=4: 6 processes cannot be cut"):
+        check_processes(cfg, World(0, 6))
+    check_processes(cfg, World(0, 4))
 
 
 def test_one_process_is_alone(monkeypatch):

@@ -17,7 +17,18 @@ from apollo_optim.core import blocks
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.matrix import is_wide
 from apollo_optim.optim.parameter import chosen_rule, init_state
-from apollo_optim.plan import PARTS, Budget, Parallel, Plan, Trace, Traces, budget, plan, trace_step
+from apollo_optim.plan import (
+    PARTS,
+    Budget,
+    Parallel,
+    Plan,
+    Trace,
+    Traces,
+    budget,
+    largest_batch,
+    plan,
+    trace_step,
+)
 from apollo_optim.plan.draw import draw, followed_rows, table_rows
 from apollo_optim.plan.shards import first_part, mesh_of, units
 from apollo_optim.plan.trace import most_alive
@@ -221,14 +232,14 @@ def test_the_largest_batch_is_the_largest() -> None:
     traces = Traces(lambda batch: trace_step(model, summed_loss, batch, SEQ))
     budgets = [Budget(model, build_optimizer(name, model), name=name) for name in ("adamw", "apollo")]
     limit = budgets[0].at(traces.make(23)).total
-    assert command.largest_batch(budgets[0], traces, limit) == 23
+    assert largest_batch(budgets[0], traces, limit) == 23
     assert len(traces.made) <= 6, "a line leads there, not a walk"
-    assert command.largest_batch(budgets[0], traces, limit - 1) == 22
-    more = command.largest_batch(budgets[1], traces, limit)
+    assert largest_batch(budgets[0], traces, limit - 1) == 22
+    more = largest_batch(budgets[1], traces, limit)
     assert more is not None
     assert budgets[1].at(traces.make(more)).total <= limit < budgets[1].at(traces.make(more + 1)).total
     assert len(traces.made) <= 9, "what was traced serves the next optimizer"
-    assert command.largest_batch(budgets[0], traces, 1000) is None
+    assert largest_batch(budgets[0], traces, 1000) is None
 
 
 def test_the_largest_batch_of_what_is_not_linear() -> None:
@@ -244,7 +255,7 @@ def test_the_largest_batch_of_what_is_not_linear() -> None:
     for batch in (1, 3, 4, 6):
         limit = budget.at(traces.make(batch)).total
         assert limit < budget.at(traces.make(batch + 1)).total
-        assert command.largest_batch(budget, traces, limit) == batch
+        assert largest_batch(budget, traces, limit) == batch
 
 
 @pytest.mark.parametrize("gpus", [3, 1000])

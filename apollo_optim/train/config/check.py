@@ -41,6 +41,7 @@ ONLY_ROUNDS = (
     "model.gradient_checkpointing",
     "optim.compile",
     "parallel.mode",
+    "parallel.replicas",
     "train.deterministic",
     "train.device",
     "train.loss",
@@ -95,6 +96,7 @@ def check(cfg: RunConfig) -> None:
         "checkpoint.keep": cfg.checkpoint.keep,
         "log.every": cfg.log.every,
         "parallel.timeout": cfg.parallel.timeout,
+        "parallel.replicas": cfg.parallel.replicas,
         "quant.tally": cfg.quant.tally,
         "model.vocab_size": cfg.model.vocab_size,
     }
@@ -138,7 +140,11 @@ def check_processes(cfg: RunConfig, world: World) -> None:
             "train.release: with parallel.mode=ddp gradients are averaged after it has stepped; choose "
             "--parallel.mode fsdp2, which also has a part of the weights in each process, or leave release out"
         )
-    if cfg.parallel.mode == "fsdp2" and (cfg.quant.bits or find_optimizer(cfg.optim.name).bits):
+    if cfg.parallel.mode == "hsdp" and world.size % cfg.parallel.replicas:
+        raise InputError(
+            f"parallel.replicas={cfg.parallel.replicas}: {world.size} processes cannot be cut into so many equal groups"
+        )
+    if cfg.parallel.mode != "ddp" and (cfg.quant.bits or find_optimizer(cfg.optim.name).bits):
         raise InputError("low-bit weights cannot be sharded: choose --parallel.mode ddp, or float weights")
 
 

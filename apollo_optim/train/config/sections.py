@@ -176,9 +176,12 @@ class ParallelConfig:
     """Several processes, as `torchrun --nproc-per-node 2 -m apollo_optim pretrain ...` starts them. With one process
     nothing of this matters: the same run file is for one and for many, and so are its checkpoints."""
 
-    mode: Literal["ddp", "fsdp2"] = "ddp"
+    mode: Literal["ddp", "fsdp2", "hsdp"] = "ddp"
     """ddp: every process has all weights and learns from its part of each batch. fsdp2: every process also has only
-    its part of weights, gradients and optimizer state."""
+    its part of weights, gradients and optimizer state. hsdp: fsdp2 within each of `replicas` groups of processes (a
+    group a machine, say), which have the same parts as one another."""
+    replicas: int = 2
+    """Of hsdp: how many groups of processes have all weights between them."""
     timeout: float = 1800.0
     """Seconds that a process waits for the others before the run fails."""
 
