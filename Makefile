@@ -1,7 +1,7 @@
 # Every target sets up .venv by itself, once, and again when pyproject.toml or constraints.txt change.
 #   make demo     train a small LLaMA on real text with AdamW and with APOLLO: text, table, picture (some 5 to 8 minutes on 2 cores)
 #   make demo-finetune  the same for fine-tuning: five instructions, exact match before and after (about 6 minutes)
-#   make test     the test suite (minutes)      make lint   ruff and mypy --strict
+#   make test     the test suite (minutes)      make lint   ruff, mypy (strict, but for tests)
 #   make test-all the suite and what is marked slow (a quarter of an hour)
 #   make test-clients  other people's tools, each in an environment of its own (half an hour; results/clients.md)
 #   make bench    the race of the optimizers on a small LLaMA (a queue of days; goes on where it was)
@@ -112,7 +112,7 @@ lint: $(VENV)/.dev
 	@$(SAY) "ruff"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@$(SAY) "mypy --strict"
+	@$(SAY) "mypy: strict, but for tests"
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev

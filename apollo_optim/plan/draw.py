@@ -30,8 +30,8 @@ COLOURS = {
     "float copies": "#56B4E9",
     "update": "#CC79A7",
     "parallel": "#999999",
-    "allocator": "#C0C0C0",
-    "context": "#606060",
+    "allocator": "#A6761D",
+    "context": "#7A7A7A",
 }
 NOTE = (
     'Bytes of tensors at the fullest moment of a step ("peak in"): a part may be larger at another one. Not counted: '

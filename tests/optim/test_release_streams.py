@@ -19,7 +19,7 @@ class OnCuda(Tensor):
     noted: list[tuple[Tensor, Any]]
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return torch.device("cuda", 0)
 
     def record_stream(self, stream: Any) -> None:

@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ CASES = [
 every_case = pytest.mark.parametrize(("name", "rest"), CASES)
 SCALE_ROWS = {"rule": "scale", "normalize": "rows", "momentum": 0.9}
 SCALE_COLUMNS = {"rule": "scale", "normalize": "columns"}
-RULES = {
+RULES: dict[str, dict[str, Any]] = {
     "adamw8bit": {"state_dtype": "8bit"},
     "adamw4bit": {"state_dtype": "4bit"},
     "adafactor": {"rule": "adafactor"},
@@ -94,8 +95,8 @@ def test_it_steps_what_it_is_for_with_all_its_state_planned(name, rest):
     table = describe(optimizer)
     assert f"{planned:,}" in table
     follows = {line.split()[0]: line for line in table.splitlines() if line}
-    said = {"adamw8bit": "AdamW *8bit", "adamw4bit": "AdamW *4bit", "adafactor": "Adafactor", "scale": "SCALE"}
-    said = said.get(rest, "SCALE" if "scale" in rest else find_optimizer(name).cls.title)
+    titles = {"adamw8bit": "AdamW *8bit", "adamw4bit": "AdamW *4bit", "adafactor": "Adafactor", "scale": "SCALE"}
+    said = titles.get(rest, "SCALE" if "scale" in rest else find_optimizer(name).cls.title)
     assert all(re.search(said, follows[group]) for group in ("embedding", "head", "others", "others_conv"))
     assert "AdamW " in follows["norms"]
     assert "bit" not in follows["norms"]

@@ -61,7 +61,7 @@ def test_a_run_compiles_nothing_once_it_has_weights(tmp_path, monkeypatch, optim
 def test_stand_ins_are_forgotten(monkeypatch) -> None:
     from apollo_optim.optim.precompile import precompile
 
-    stepped: list[torch.Size] = []
+    stepped: list[tuple[tuple[int, ...], str]] = []
     monkeypatch.setattr(Apollo, "step_one", lambda self, p, group: stepped.append((p.shape, p.device.type)))
     with torch.device("meta"):
         model = torch.nn.ModuleList([torch.nn.Linear(8, 6, bias=False) for _ in range(3)] + [torch.nn.LayerNorm(6)])

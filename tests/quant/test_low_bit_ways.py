@@ -468,7 +468,8 @@ def test_any_view_is_written_or_says_no(views, write, shape, bits):
     w = low_bit(*shape, bits=bits)
     before, twin = w.detach().clone(), twin_of(w)
     with torch.no_grad():
-        ours, theirs = w, twin
+        ours: Tensor = w
+        theirs: Tensor = twin
         for name, dim, i in views:
             if theirs.ndim == 0 or theirs.ndim > 5:
                 break

@@ -321,7 +321,7 @@ def test_products_in_blocks_are_those_of_the_whole_weight(bits, n, monkeypatch):
 
     monkeypatch.setattr(format, "dequantised", watched)
 
-    def products() -> tuple[Tensor, ...]:
+    def products() -> tuple[Tensor | None, ...]:
         own_x = x.clone().requires_grad_()
         y = layer(own_x)
         y.backward(grad_y)

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -508,7 +509,7 @@ def test_stochastic_rounding_of_state_can_be_switched_off_in_mid_run():
 
 def test_refusals_name_the_key_and_the_nearest():
     w = nn.Parameter(torch.ones(6, 4))
-    for bad, message in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"rank": 2, "rnak": 4}, "unknown key 'rnak'. Did you mean 'rank'"),
         ({"rank": 0}, "rank=0, but it must be a whole number >= 1"),
         ({"rank": 2.5}, "rank=2.5"),
@@ -524,7 +525,8 @@ def test_refusals_name_the_key_and_the_nearest():
         ({"rank": 2, "stochastic_rounding": "yes"}, "stochastic_rounding='yes'"),
         ({"rank": 2, "view": "row"}, "view='row'"),
         ({"rank": 2, "seed": "x"}, "seed='x'"),
-    ]:
+    ]
+    for bad, message in refused:
         with pytest.raises(InputError) as error:
             Apollo([{"params": [w], **bad}])
         assert message in str(error.value)

@@ -118,6 +118,7 @@ def test_muon_is_torchs_within_its_own_noise(shape, size):
     ends = {}
     for name in ("torch", "bfloat16", "float32"):
         p = nn.Parameter(start.clone())
+        optimizer: torch.optim.Optimizer
         if name == "torch":
             optimizer = torch.optim.Muon([p], lr=1e-2, weight_decay=0.1, adjust_lr_fn=size)
         else:

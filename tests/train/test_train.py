@@ -346,7 +346,8 @@ def test_the_optimizer_gets_its_knobs_and_each_group_its_rate(tmp_path):
 
 @pytest.mark.parametrize("mode", ["bfloat16", "checkpointing", "pad"])
 def test_switches(tmp_path, mode, done):
-    model = {"bfloat16": {"dtype": "bfloat16"}, "checkpointing": {"gradient_checkpointing": True}, "pad": {}}[mode]
+    ways: dict[str, Any] = {"bfloat16": {"dtype": "bfloat16"}, "checkpointing": {"gradient_checkpointing": True}}
+    model = ways.get(mode, {})
     cfg = tiny(
         tmp_path,
         model={"config": MODEL | {"attention_dropout": 0.0}, **model},
