@@ -267,7 +267,7 @@ def held(model: nn.Module, release: bool, accumulate: bool, parallel: Parallel |
     return held, held, held
 
 
-def _updates(optimizer: RuleOptimizer, model: nn.Module, device: str) -> dict[str, int]:
+def _updates(optimizer: RuleOptimizer, model: nn.Module, device: str = "cpu") -> dict[str, int]:
     """Bytes that each parameter's step makes and frees again, by the parameter's name: a real step on the meta device.
 
     Parameters of one group, shape and form take the same step: it is made once.

@@ -36,7 +36,7 @@ def measure(case: Running) -> None:
 
 def beside(step: Callable[[], object], device: torch.device, rounds: int) -> Line:
     """Seconds of the step and of its graph, round by round; what cannot be captured says why."""
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     aside.wait_stream(here)
     with torch.cuda.stream(aside):
         for _ in range(WARM):
