@@ -99,7 +99,7 @@ class Place:
 
     def splits(self, dim: int) -> bool:
         """Does a rank hold only a part along `dim`?"""
-        return any(cuts(p, [dim % len(self.shape)]) for p in self.placements)
+        return self.mesh is not None and any(cuts(p, [dim % len(self.shape)]) for p in self.placements)
 
     def transposed(self) -> "Place":
         """The place of the last two dimensions swapped.
