@@ -189,7 +189,7 @@ READS = {
     "`x @ w`, `torch.mm`, `torch.addmm`": both_ways(
         lambda w, x: x @ w + torch.mm(x, w) + torch.addmm(torch.ones(20), x, w), 3, 4
     ),
-    "`w.t()`, `w.mT`, `w.T` in products": both_ways(lambda w, x: x @ w.t() + x @ w.mT + torch.mm(x, w.T), 3, 20),
+    "`w.t()`, `w.mT`, `w.T` in matmuls": both_ways(lambda w, x: x @ w.t() + x @ w.mT + torch.mm(x, w.T), 3, 20),
     "`torch.einsum`, `torch.tensordot`": both_ways(
         lambda w, x: torch.einsum("bi,oi->bo", x, w) + torch.tensordot(x, w, ([1], [1])), 3, 20
     ),
@@ -231,7 +231,7 @@ READS = {
     ),
 }
 ROWS = {
-    "`w[i]` of a stack, in products": rows_picked,
+    "`w[i]` of a stack, in matmuls": rows_picked,
     "`w[i]`, `w[1:3]`, `unbind`, `split`, `chunk`, `narrow`, `select`, read": lambda w: (
         w[1],
         w[1:3, 2],
