@@ -47,7 +47,8 @@ def row_of(case: str = "adamw", **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is Linux's own account of it")
-@pytest.mark.parametrize("compile", [False, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", [False, None])
 def test_a_fresh_process_takes_what_was_planned(compile: bool | None) -> None:
     name = "adamw-release"
     cfg = config(name, dtype="float32")

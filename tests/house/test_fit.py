@@ -144,6 +144,7 @@ def test_the_page_computes_what_plan_computes_at_200_settings(
     check_equal(browser, drawn(data, [*data["models"]], seed=0, count=200))
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_is_that_of_plan(page: Path, browser: Browser) -> None:
     browser.open(page)
     s, limit = START | {"release": True, "seq": 512}, 2e9
@@ -168,6 +169,7 @@ def test_what_has_no_plan_has_none_on_the_page(page: Path, browser: Browser) -> 
     assert browser.js(f"fit.problem({DATA}, {json.dumps(START)})") is None
 
 
+@pytest.mark.slow
 def test_what_is_copied_is_what_was_planned(page: Path, browser: Browser, tmp_path: Path) -> None:
     """The run file and the command."""
     from apollo_optim.cli import pretrain

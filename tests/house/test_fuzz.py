@@ -24,10 +24,10 @@ def fuzz(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_few_inputs(tmp_path):
     log = tmp_path / "log.jsonl"
-    done = fuzz("--inputs", "4", "--seed", "1", "--log", str(log))
+    done = fuzz("--inputs", "2", "--seed", "1", "--log", str(log))
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [line["input"] for line in lines] == [0, 1, 2, 3]
+    assert [line["input"] for line in lines] == [0, 1]
     assert {line["outcome"] for line in lines} <= {"refused", "right", "as it says", "said"}
 
 

@@ -99,6 +99,7 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(runs, name):
     assert_same(runs / name, runs / "ddp")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_groups_of_processes_train_as_one_does(runs):
     """Two groups of two (HSDP), from the beginning and going on from a checkpoint of one process."""
