@@ -255,7 +255,7 @@ def budgets(name: str, bits: int, layers: int) -> tuple[dict[str, int], dict[str
         }
         made = {n: make_optimizer(one.optim, model) for n, model in models.items()}
         for gpus, how in shards.items():
-            rest = {n: resting(models[n], made[n], how) for n in models}
+            rest = {n: resting(models[n], made[n], how)[0] for n in models}
             kept[info.name][str(gpus)] = longer(rest, "weights", "state, matrices", "state, rest", "buffers")
     return rows, beside, kept
 

@@ -100,7 +100,8 @@ def state_table(rule: type[Rule]) -> str:
     for name, slot in slots.items():
         size = " x ".join(f"{n:,}" for n in slot.shape) or "one number"
         lines.append(f"| `{name}` | {size} | {prod(slot.shape):,} | {CODED[slot.kind]} |")
-    ranked = f", rank {of.rank}" if isinstance(getattr(of, "rank", None), int) else ""
+    rank = getattr(of, "rank", None)
+    ranked = f", rank {rank}" if isinstance(rank, int) else ""
     adamw = 8 * OUT * IN
     beside = "as AdamW keeps" if total >= adamw else f"{100 * total / adamw:.2g} % of the {adamw / 1e6:.1f} MB of AdamW"
     of_what = f"Of one matrix of {OUT:,} x {IN:,} (an MLP's of LLaMA-7B){ranked}, in fp32"
