@@ -90,6 +90,11 @@ class World:
 ALONE = World()
 
 
+def launched() -> bool:
+    """Is this one of several processes, which torchrun (or the like) has told how to meet?"""
+    return all(name in os.environ for name in MEETING) and os.environ["WORLD_SIZE"] != "1"
+
+
 @contextlib.contextmanager
 def joined(timeout: float) -> Iterator[World]:
     """The processes of this run, which have met; `ALONE` where nobody has said all that they need to meet.
@@ -102,7 +107,7 @@ def joined(timeout: float) -> Iterator[World]:
     if dist.is_available() and dist.is_initialized():  # somebody else's, who also ends it
         yield _this()
         return
-    if not all(name in os.environ for name in MEETING) or os.environ["WORLD_SIZE"] == "1":
+    if not launched():
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

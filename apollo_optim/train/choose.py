@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +11,7 @@ import torch
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.printing import say
+from apollo_optim.parallel.world import launched
 from apollo_optim.plan import Plan
 from apollo_optim.train.build import choose_device
 from apollo_optim.train.config import RunConfig, load_config
@@ -101,16 +101,18 @@ def settled(cfg: RunConfig, resume: bool, plan_of: Callable[[RunConfig], Plan] =
     """
     if cfg.optim.name != AUTO:
         return cfg
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if launched():
         raise InputError("optim.name=auto is for one process: name an optimizer (apollo-optim optimizers)")
-    said = {key for key, value in cfg.optim.flat().items() if value is not None}
-    if said := said - {"name", "targets", "exclude", "seed"}:
-        raise InputError(f"optim.name=auto brings its own rates and knobs: leave optim.{min(said)} out")
+    kept = {"name", "targets", "exclude", "seed"}
+    said = [f"optim.{key}" for key, value in cfg.optim.flat().items() if value is not None and key not in kept]
+    said += [] if cfg.quant.bits is None else ["quant.bits"]
+    if said:
+        raise InputError(f"optim.name=auto brings its own rates, knobs and bits: leave {', '.join(said)} out")
     if resume:
         if cfg.out is None:
             raise InputError("optim.name=auto: name the run to go on with, --out RUN")
-        kept = load_config(run_of(cfg) / "config.yaml")
-        return dataclasses.replace(cfg, optim=kept.optim, quant=kept.quant)
+        begun = load_config(run_of(cfg) / "config.yaml")
+        return dataclasses.replace(cfg, optim=begun.optim, quant=begun.quant)
     memory = free_memory(choose_device(cfg))
     choice = choose(cfg, memory, plan_of)
     storage = f", weights of {choice.cfg.quant.bits} bits" if choice.cfg.quant.bits else ""

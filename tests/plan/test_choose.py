@@ -11,6 +11,7 @@ from train_tiny import tiny
 from apollo_optim import InputError
 from apollo_optim.cli.plan import run
 from apollo_optim.optim.describe import state_bytes
+from apollo_optim.parallel.world import MEETING
 from apollo_optim.plan import Moment, Plan
 from apollo_optim.train.choose import CANDIDATES, choose, free_memory, settled
 from apollo_optim.train.config import RunConfig, check, load_config
@@ -105,15 +106,16 @@ def test_auto_trains_and_goes_on_with_what_it_chose(tmp_path: Any) -> None:
 
 def test_auto_is_said_to_be_for_one_process_without_knobs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = RunConfig()
-    cfg.optim.name, cfg.optim.lr = "auto", 0.1
-    with pytest.raises(InputError, match=r"its own rates and knobs: leave optim\.lr out"):
+    cfg.optim.name, cfg.optim.lr, cfg.quant.bits = "auto", 0.1, 8
+    with pytest.raises(InputError, match=r"its own rates, knobs and bits: leave optim\.lr, quant\.bits out"):
         settled(cfg, False)
-    cfg.optim.lr = None
+    cfg.optim.lr = cfg.quant.bits = None
     with pytest.raises(InputError, match="name the run to go on with"):
         settled(cfg, True)
     with pytest.raises(InputError, match="how much memory is free on meta is not known"):
         free_memory(torch.device("meta"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in zip(MEETING, ("0", "2", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="is for one process"):
         settled(cfg, False)
 
