@@ -33,6 +33,7 @@ from benchmarks.kit import Line
 
 LOG = Path("results/processes/kills.jsonl")
 KINDS = ("one", "save", "all")
+TRIES = 20
 
 
 def config_of(mode: str, steps: int) -> RunConfig:
@@ -119,8 +120,13 @@ def campaign(args: Any) -> None:
         seconds = time.monotonic() - first
         for number in sorted(kinds.keys() - there):
             chance, run = random.Random(number), Path(directory) / f"run-{number}"
-            while (found := killed(kinds[number], cfg, run, args.processes, seconds, chance)) is None:
+            for _ in range(TRIES):
+                if (found := killed(kinds[number], cfg, run, args.processes, seconds, chance)) is not None:
+                    break
+                print(f"{number}: it came too early or too late, once more", flush=True)
                 shutil.rmtree(run)
+            if found is None:
+                raise SystemExit(f"error: {number}: none of {TRIES} kills of the kind {kinds[number]!r} was in time")
             line: Line = {"number": number, "kind": kinds[number], **of, **found, **compared(run, whole)}
             expect(source == fingerprint(), "the package was edited meanwhile: these runs cannot be compared")
             kit.append(args.log, line | {"commit": kit.commit(), "versions": kit.versions()})
