@@ -25,7 +25,7 @@ from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.rules import RULES
 from benchmarks import kit
 from benchmarks.kit import Line
-from benchmarks.processes import meet, spawned
+from benchmarks.processes import meet, rank_for, spawned
 from benchmarks.table import markdown
 
 LOG = Path("results/processes/collectives.jsonl")
@@ -98,9 +98,7 @@ def counted(rule: str, layers: int = LAYERS) -> Line:
     fully_shard(model)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers")]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or not name.startswith("layers")]
-    cls = RULES[rule]
-    knobs: dict[str, Any] = {"rank": RANK} if "rank" in cls.knobs().keys() - cls.defaults().keys() else {}
-    groups = [{"params": matrices, "rule": rule, **knobs}, {"params": others, "rule": "adamw"}]
+    groups = [{"params": matrices, "rule": rule, **rank_for(rule, RANK)}, {"params": others, "rule": "adamw"}]
     optimizer = RuleOptimizer(groups, compile=False)
     for _ in range(2):
         with_gradients(model)
@@ -155,9 +153,7 @@ def main(argv: Sequence[str]) -> int:
     rules = [] if args.table else [rule for rule in args.rules if (rule, args.processes, LAYERS) not in there]
     if rules:
         spawned(args.processes, work, rules, args.log)
-    text = table(kit.measured(args.log))
-    args.log.with_suffix(".md").write_text(f"# Collectives of one step\n\n{text}\n", encoding="utf-8")
-    print(text)
+    kit.keep_table(args.log.with_suffix(".md"), "Collectives of one step", table(kit.measured(args.log)))
     return 0
 
 

@@ -118,7 +118,7 @@ def compare(
                 flush=True,
             )
     expect(source == fingerprint(), "the package was edited meanwhile: these runs cannot be compared")
-    print(f"{runs - wrong} of {runs} killed and resumed runs are equal bit-for-bit to the run that was never stopped")
+    print(f"{runs - wrong} of {runs} killed and resumed runs are bit-for-bit equal to the run that was never stopped")
     return 1 if wrong else 0
 
 

@@ -64,6 +64,12 @@ def measured(log: Path) -> list[Line]:
     return lines
 
 
+def keep_table(path: Path, title: str, text: str) -> None:
+    """A table of a log, in a file of its own and on the screen."""
+    path.write_text(f"# {title}\n\n{text}\n", encoding="utf-8")
+    print(text)
+
+
 def _finite(value: Any) -> Any:
     """JSON knows neither NaN nor infinity: null."""
     if isinstance(value, float) and not math.isfinite(value):

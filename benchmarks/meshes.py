@@ -16,7 +16,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.rules import RULES
 from benchmarks import kit
 from benchmarks.kit import Line
-from benchmarks.processes import meet, spawned
+from benchmarks.processes import meet, rank_for, spawned
 from benchmarks.table import markdown
 
 LOG = Path("results/processes/meshes.jsonl")
@@ -70,9 +69,8 @@ def trained(rule: str, steps: int, spread: Callable[[nn.Module], object]) -> dic
     """Weights after so many steps, whole."""
     model = Holder()
     spread(model)
-    cls = RULES[rule]
-    knobs: dict[str, Any] = {"rank": 4} if "rank" in cls.knobs().keys() - cls.defaults().keys() else {}
-    if "update_proj_gap" in cls.knobs():
+    knobs = rank_for(rule, 4)
+    if "update_proj_gap" in RULES[rule].knobs():
         knobs["update_proj_gap"] = 10
     optimizer = RuleOptimizer([{"params": list(model.parameters()), "rule": rule, **knobs}], lr=1e-2, compile=False)
     for step in range(1, steps + 1):
@@ -137,16 +135,7 @@ def table(lines: Sequence[Line]) -> str:
     columns = [(layout, size) for size, layouts in LAYOUTS.items() for layout in layouts]
     rows = []
     for rule in sorted({rule for rule, _, _ in newest}):
-        lines_of = [newest.get((rule, *column)) for column in columns]
-        rows.append(
-            [
-                rule,
-                *(
-                    "" if one is None else "refused" if "refused" in one else f"{one['distance']:.1e}"
-                    for one in lines_of
-                ),
-            ]
-        )
+        rows.append([rule, *(told(newest.get((rule, *column))) for column in columns)])
     return markdown(["rule", *(f"{layout} of {size}" for layout, size in columns)], rows, "lr")
 
 
@@ -172,9 +161,8 @@ def main(argv: Sequence[str]) -> int:
         cases = [case for case in cases if (*case, size, args.steps) not in there]
         if cases:
             spawned(size, work, cases, args.steps, args.log)
-    text = table(kit.measured(args.log))
-    args.log.with_suffix(".md").write_text(f"# Every rule on meshes, against one process\n\n{text}\n", encoding="utf-8")
-    print(text)
+    title = "Every rule on meshes, against one process"
+    kit.keep_table(args.log.with_suffix(".md"), title, table(kit.measured(args.log)))
     return 0
 
 

@@ -24,6 +24,7 @@ from torch.multiprocessing.spawn import spawn
 from apollo_optim import list_optimizers
 from apollo_optim.cli.words import Parser
 from apollo_optim.report import read_events
+from apollo_optim.rules import RULES
 from apollo_optim.train.config import RunConfig, load_config, save_config
 from apollo_optim.train.pretrain import pretrain
 from benchmarks import kit
@@ -61,6 +62,12 @@ def spawned(size: int, work: Callable[..., None], *args: Any) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     spawn(work, args=(size, port, *args), nprocs=size)  # type: ignore[no-untyped-call]
+
+
+def rank_for(rule: str, rank: int) -> dict[str, Any]:
+    """The rank as a knob, for a rule that must be given one."""
+    cls = RULES[rule]
+    return {"rank": rank} if "rank" in cls.knobs().keys() - cls.defaults().keys() else {}
 
 
 def work(rank: int, size: int, port: int, jobs: Sequence[tuple[Path, bool]]) -> None:
@@ -162,9 +169,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     if not args.table:
         measure(args)
-    text = table(kit.measured(args.log))
-    args.log.with_name("table.md").write_text(f"# One process and several\n\n{text}\n", encoding="utf-8")
-    print(text)
+    kit.keep_table(args.log.with_name("table.md"), "One process and several", table(kit.measured(args.log)))
     return 0
 
 

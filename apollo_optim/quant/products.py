@@ -15,7 +15,7 @@ PRODUCT_BLOCK = 1 << 20  # 2 MB of bf16: what a product reads comes out of the c
 
 
 def _cuts(device: torch.device) -> bool:
-    """Is there anything to cut? (What is planned, a compiler cannot trace; `blocks` cuts nothing for it.)"""
+    """Is there anything to cut? Under a compiler, which cannot trace what is planned, `blocks` says no by itself."""
     return torch.compiler.is_compiling() or is_cpu(device)
 
 

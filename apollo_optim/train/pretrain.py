@@ -71,7 +71,7 @@ def pretrain(cfg: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
 
     Rates that `cfg` leaves out are those known of its optimizer at its batch (`train.rates`), and the optimizer `auto`
     is the best that fits in the memory that is free (`train.choose`).
-    A resumed run is equal bit-for-bit to one that was never stopped: weights, optimizer, text, random numbers, figures.
+    A resumed run is bit-for-bit equal to one that was never stopped: weights, optimizer, text, random numbers, figures.
     Raises InputError for what the user can put right, TrainingFailed if the run cannot go on, Interrupted after Ctrl-C.
     """
     if cfg.data.format != "text" and not resume:

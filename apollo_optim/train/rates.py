@@ -77,12 +77,12 @@ def with_known_rates(cfg: RunConfig) -> RunConfig:
     row = known(cfg)
     if cfg.optim.lr is not None or row is None:
         return cfg
-    same_rest = row.rest == _rest(cfg.optim) and cfg.optim.rest_lr is None
-    rest_lr = row.rest_lr if same_rest else cfg.optim.rest_lr
+    takes_rest = row.rest == _rest(cfg.optim) and cfg.optim.rest_lr is None
+    rest_lr = row.rest_lr if takes_rest else cfg.optim.rest_lr
     said = cfg.optim.flat()
     near = _within(NEAR, row.tokens / tokens_a_step(cfg))
     more = {key: value for key, value in row.more.items() if near and said.get(key) is None}
-    if not same_rest:
+    if not takes_rest:
         more = {key: value for key, value in more.items() if not key.endswith("_lr")}
     return dataclasses.replace(cfg, optim=cfg.optim.changed(lr=row.lr, rest_lr=rest_lr, **more))
 

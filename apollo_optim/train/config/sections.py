@@ -161,7 +161,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights and of dropout."""
     threads: int | None = None
-    """CPU threads of torch; None: its default. Results are equal bit-for-bit only for equal thread counts."""
+    """CPU threads of torch; None: its default. Results are bit-for-bit equal only for equal thread counts."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision: of fp32 matmuls. "medium" multiplies in bf16 where the hardware can, which
     is faster on GPUs and on CPUs that have it; weights, sums and the optimizer stay fp32."""
