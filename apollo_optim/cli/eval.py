@@ -175,8 +175,8 @@ def find_tasks(words: str, include: str | None) -> tuple[Any, list[str]]:
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
         raise InputError(
-            f"--tasks needs {error.name}, which is not installed: pip install 'apollo-optim[eval]' (--text and "
-            "--answers work without)"
+            f"--tasks needs {error.name}, which is not installed: pip install 'apollo-optim[eval]' (in a "
+            "checkout: '.[eval]'); --text and --answers work without"
         ) from error
     names = [name.strip() for name in words.split(",") if name.strip()]
     if not names:

@@ -45,13 +45,13 @@ commands:
   It ends with 0 when done, 1 when a run failed, 2 when its input is wrong, 130 when interrupted. NO_COLOR is respected.
 
 examples:
-  apollo-optim pretrain                                     a small LLaMA on Python source, nothing to download
-  apollo-optim pretrain --config runs/llama-60m-apollo.yaml --out out/60m
-  apollo-optim pretrain --out out/60m --resume              go on after a stop
-  apollo-optim finetune --model.name out/60m/model --data.source pairs.jsonl
+  apollo-optim pretrain --out out/first                     a small LLaMA on Python source, nothing to download
+  apollo-optim pretrain --out out/first --resume            go on after a stop
+  apollo-optim pretrain --config runs/llama-60m-apollo.yaml a run of the papers: C4 from the hub, for a GPU
+  apollo-optim finetune --model.name out/first/model --data.source pairs.jsonl
   apollo-optim plan llama-7b --release --memory 24GB        what would fit
-  apollo-optim sample out/60m --prompt "def main("
-  apollo-optim report out/60m out/60m-adamw                 side by side
+  apollo-optim sample out/first --prompt "def main("
+  apollo-optim report out/first out/adamw                   side by side
 """
 
 
@@ -85,7 +85,8 @@ def guarded(work: Callable[[], int], *, debug: bool = False) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("apollo_optim"):
             raise
-        return complain(f"this needs {error.name}, which is not installed: pip install 'apollo-optim[train]'", 2)
+        install = "pip install 'apollo-optim[train]' (in a checkout: '.[train]')"
+        return complain(f"this needs {error.name}, which is not installed: {install}", 2)
     except KeyboardInterrupt as stop:
         # The loop has saved, and says how to go on; elsewhere there is nothing to say.
         say(*stop.args, error=True)

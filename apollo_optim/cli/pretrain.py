@@ -23,14 +23,14 @@ The run directory gets config.yaml (what was really run), metrics.jsonl (every f
 model/ (a Hugging Face directory). Ctrl-C saves before it stops."""
 EPILOG = """\
 examples:
-  apollo-optim pretrain
-  apollo-optim pretrain --config runs/llama-60m-apollo.yaml --out out/60m
+  apollo-optim pretrain --out out/first
+  apollo-optim pretrain --config runs/llama-60m-apollo.yaml --out out/60m       C4 from the hub, for a GPU
   apollo-optim pretrain --config runs/llama-60m-apollo.yaml --optim.lr 5e-3 --train.steps 2000 --out out/60m-short
   apollo-optim pretrain --optim.name adamw --optim.lr 2e-3 --optim.rest_lr 8e-2 --out out/adamw
   apollo-optim pretrain --data.source 'notes/*.md' --model.name llama-1m --out out/notes
-  apollo-optim pretrain --out out/60m --resume          go on after a stop, exactly where it was
+  apollo-optim pretrain --out out/first --resume        go on after a stop, exactly where it was
   torchrun --nproc-per-node 2 -m apollo_optim pretrain --parallel.mode fsdp2      the same run in two processes
-  apollo-optim report out/60m out/adamw                 compare the results
+  apollo-optim report out/first out/adamw               compare the results
 
 A list is written [a, b]; null asks for the default."""
 FLAGS = ("--config", "--resume", CONSENT, "--help", "--print_config")
