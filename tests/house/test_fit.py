@@ -1,10 +1,15 @@
-"""The page "Will it fit?" computes what `apollo-optim plan` computes, and works by keys, wide and narrow."""
+"""The page "Will it fit?" computes what `apollo-optim plan` computes, and works by keys, wide and narrow.
+
+As a command, `python -m tests.house.test_fit > results/welcome/fit.md`, it prints 200 settings with both totals.
+"""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +45,11 @@ def data() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the site's page has of it, without the theme."""
-    page = tmp_path_factory.mktemp("fit") / "fit.html"
+    return page_in(tmp_path_factory.mktemp("fit"))
+
+
+def page_in(folder: Path) -> Path:
+    page = folder / "fit.html"
     style, script = ((ASSETS / name).as_uri() for name in ("fit.css", "fit.js"))
     page.write_text(
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -108,11 +117,16 @@ def optimizers(data: dict[str, Any], model: str, bits: int) -> dict[str, Any]:
 DATA = "JSON.parse(document.getElementById('fit-data').textContent)"
 
 
-def check_equal(browser: Browser, every: list[Settings]) -> None:
+def compared(browser: Browser, every: Iterable[Settings]) -> Iterator[tuple[Settings, dict[str, Any], Plan]]:
+    """Of each setting: what the page says, and what the planner does."""
     browser.js(f"globalThis.figures = {DATA}; null")
     planner = Planner()
     for s in every:
-        told, expected = browser.js(f"fit.plan(figures, {json.dumps(s)})"), planner.at(s)
+        yield s, browser.js(f"fit.plan(figures, {json.dumps(s)})"), planner.at(s)
+
+
+def check_equal(browser: Browser, every: list[Settings]) -> None:
+    for s, told, expected in compared(browser, every):
         assert told["total"] == expected.total, s
         assert told["rows"] == expected.rows, s
         assert told["when"] == expected.peak.when.partition(" of ")[0], s
@@ -258,3 +272,32 @@ def test_the_figures_are_of_rules_that_are_there(data: dict[str, Any]) -> None:
             assert {"adamw", "apollo", "apollo-mini"} <= names
     assert "adamw" in RULES
     assert FIT in (ROOT / "docs" / "will-it-fit.md").read_text()
+
+
+def main() -> int:
+    """Print the table of 200 settings; 1 if the page says anything else than the planner."""
+    data, wrong, cells = json.loads((ASSETS / "data.json").read_text()), 0, list[str]()
+    every = drawn(data, [*data["models"]], seed=0, count=200)
+    with tempfile.TemporaryDirectory() as folder, chromium(Path(folder) / "profile") as browser:
+        browser.open(page_in(Path(folder)))
+        for s, told, expected in compared(browser, every):
+            equal = told["total"] == expected.total and told["rows"] == expected.rows
+            wrong += not equal
+            how = f"{s['gpus']} x {s['parallel']}" if s["gpus"] > 1 else "1"
+            with_ = " ".join(key for key in ("release", "checkpointing") if s[key])
+            words = (s["model"], s["optimizer"], s["bits"], s["batch"], s["seq"], how, with_, told["when"])
+            cells.append(" | ".join(map(str, (*words, told["total"], told["total"] - expected.total))))
+    columns = "model|optimizer|bits|rows|tokens|GPUs|with|fullest in the|bytes on the page|less plan's"
+    sys.stdout.write(
+        '# The page "Will it fit?" and `plan`\n\n'
+        "Made by `python -m tests.house.test_fit`: settings drawn with seed 0 from all models of the page,\n"
+        "computed by its script in headless Chromium and by the planner.\n"
+        f"Of {len(every)} {len(every) - wrong} are equal to the byte, in the total and in each of its parts.\n\n"
+        f"| {columns.replace('|', ' | ')} |\n{'|---' * (columns.count('|') + 1)}|\n"
+    )
+    sys.stdout.writelines(f"| {line} |\n" for line in cells)
+    return wrong > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
