@@ -18,6 +18,7 @@ TABLE_ARGS ?=
 TEST_WORKERS ?= 2
 BENCH_ARGS ?=
 GPU_ARGS ?=
+WHEEL_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -131,7 +132,7 @@ docs: $(VENV)/.dev
 
 wheel: $(VENV)/.dev
 	@$(SAY) "building wheel and sdist, and trying the wheel with torch alone, then with [train]"
-	PIP_ARGS='$(PIP_ARGS)' bash tools/check_wheel.sh $(BIN)/python
+	PIP_ARGS='$(PIP_ARGS)' bash tools/check_wheel.sh $(BIN)/python $(WHEEL_ARGS)
 
 clean:
 	@$(SAY) "removing caches, builds and out/"
