@@ -165,7 +165,7 @@ def events_of(job: Job, record: Record) -> list[Event]:
     rows = job.data.validation(cfg.eval.tokens)
     return [
         Memory(state, job.gradients, record),
-        Tally(state, record, cfg.quant.tally),
+        Tally(state, record, cfg.quant.tally, job.world),
         Log(state, record, cfg.log.every, last, job.world),
         Evaluate(
             state,
@@ -231,7 +231,7 @@ def finish(job: Job, record: Record) -> Result:
     state, display = job.state, record.display
     exported = job.cfg.checkpoint.export
     if exported and not job.world.leads:
-        checkpoint.lend(checkpoint.named_weights(job.model))
+        checkpoint.lend(checkpoint.weights(job.model))
     elif exported:
         try:
             checkpoint.write_model(job.model, job.data.tokenizer, job.run / "model", keep_code=job.trust_remote_code)
