@@ -123,7 +123,7 @@ def measure(args: Any) -> None:
             pretrain(config_of(name, args, "ddp", folder / f"{name}-1"))
             print(f"{name}: one process", flush=True)
         for size in args.processes:
-            jobs = [(name, mode) for name in args.optimizers for mode in args.modes if shardable(name, mode)]
+            jobs = [(name, mode) for name in args.optimizers for mode in args.modes]
             outs = [folder / f"{name}-{mode}-{size}" for name, mode in jobs]
             cfgs = [config_of(name, args, mode, out) for (name, mode), out in zip(jobs, outs, strict=True)]
             train(size, [(cfg, False) for cfg in cfgs])
@@ -132,12 +132,6 @@ def measure(args: Any) -> None:
                 line |= {"steps": args.steps, **found(out, folder / f"{name}-1"), **kit.hardware("cpu")}
                 kit.append(args.log, line | {"commit": kit.commit(), "versions": kit.versions()})
                 print(f"{name}, {mode} of {size}: {line['weights']:.1e}", flush=True)
-
-
-def shardable(name: str, mode: str) -> bool:
-    """Low-bit weights are not sharded."""
-    bits = next(recipe.bits for recipe in list_optimizers() if recipe.name == name)
-    return bits is None or mode == "ddp"
 
 
 def table(lines: Sequence[Line]) -> str:
