@@ -2,12 +2,15 @@
 
 import contextlib
 import math
+import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from sharded import GAMES, Found, everywhere, fsdp, optimizer_for, refusal, same, walk, whole, zoo
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -191,6 +194,23 @@ def drawn_later() -> Found:
     yield "drawn", {"low": writes_itself(p), "equal": equal}
 
 
+def distributed_checkpoint() -> Found:
+    """What `torch.distributed.checkpoint` saves, in new shards; the test reads it in one process."""
+    folder = os.environ["SHARDED_FOLDER"]
+    model, other = split_in_two(one()), split_in_two(one())
+    trained(model, mine())
+    dcp.save(get_model_state_dict(model), checkpoint_id=f"{folder}/dcp")
+    codes = stored(model)
+    torch.save(codes, f"{folder}/codes-{dist.get_rank()}.pt")
+    saved = get_model_state_dict(other)
+    dcp.load(saved, checkpoint_id=f"{folder}/dcp")
+    set_model_state_dict(other, saved)
+    ours, x = stored(other), torch.ones(2, N)
+    for name, its in codes.items():
+        row = {"tensor": name, "unequal": unequal(ours[name], its), "same": torch.equal(model(x), other(x))}
+        yield "checkpoint", {**row, "folder": folder}
+
+
 def refusals() -> Found:
     """What cuts rows, or makes one vector of all, says so in one line."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -208,7 +228,16 @@ def refusals() -> Found:
 
 
 CHECKS = {
-    2: [given_gradients, inside_backward, gathered, mixed_precision, non_finite, drawn_later, refusals],
+    2: [
+        given_gradients,
+        inside_backward,
+        gathered,
+        mixed_precision,
+        non_finite,
+        drawn_later,
+        distributed_checkpoint,
+        refusals,
+    ],
     3: [through_fully_shard],
     4: [given_gradients],
 }

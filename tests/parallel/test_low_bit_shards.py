@@ -3,11 +3,13 @@
 What the processes do is in `low_bit_shards.py`; they are started once, and every test looks at one kind of findings.
 """
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from low_bit_shards import CHECKS, GROUP, HIDDEN, OUT, N
+import torch.distributed.checkpoint as dcp
+from low_bit_shards import CHECKS, GROUP, HIDDEN, OUT, N, one, stored, unequal
 from sharded import Row, find
 
 Found = dict[str, list[Row]]
@@ -96,6 +98,22 @@ def test_a_model_without_memory_is_cut_as_low_bit(two: Found) -> None:
     (row,) = two["drawn"]
     assert row["low"]
     assert row["equal"] == {"codes": True, "scales": True}
+
+
+def test_a_distributed_checkpoint_holds_codes(two: Found) -> None:
+    """In as many processes, and in one."""
+    for row in two["checkpoint"]:
+        assert row["unequal"] == 0.0, row
+        assert row["same"], row
+    folder = Path(two["checkpoint"][0]["folder"])
+    alone = one()
+    saved = alone.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(saved, checkpoint_id=folder / "dcp", no_dist=True)
+    codes = torch.load(folder / "codes-0.pt")
+    assert codes.keys() == stored(alone).keys()
+    assert not any(unequal(its, codes[name]) for name, its in stored(alone).items())
 
 
 def test_what_cuts_rows_is_refused(two: Found) -> None:
