@@ -89,7 +89,9 @@ def killed(kind: str, cfg: RunConfig, run: Path, processes: int, seconds: float,
     code = child.wait()
     if kind == "all":
         code = start(cfg, run, processes, "--resume").wait()
-    expect(code == 0, f"{run.name} did not come back: {run.with_suffix('.log').read_text()[-400:]}")
+    if code != 0:
+        said = [line for line in run.with_suffix(".log").read_text().splitlines() if "error" in line.lower()]
+        raise SystemExit("\n".join([f"{run.name} did not come back:", *said]))
     starts = [record["resumed_from"] for record in records(run) if record["event"] == "start"]
     if len(starts) < 2 or (kind == "save" and not half_written):
         return None

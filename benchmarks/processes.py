@@ -92,9 +92,14 @@ def train(size: int, runs: Sequence[tuple[RunConfig, bool]], work: Callable[...,
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """Of the exported model."""
+    return read(run / "model")
+
+
+def read(folder: Path, files: str = "*") -> dict[str, torch.Tensor]:
+    """The tensors of its safetensors files."""
     from safetensors.torch import load_file
 
-    return {name: t for file in sorted((run / "model").glob("*.safetensors")) for name, t in load_file(file).items()}
+    return {name: t for file in sorted(folder.glob(f"{files}.safetensors")) for name, t in load_file(file).items()}
 
 
 def found(run: Path, one: Path) -> Line:
@@ -106,6 +111,7 @@ def found(run: Path, one: Path) -> Line:
     paces = [(s[-1]["tokens"] - s[4]["tokens"]) / (s[-1]["seconds"] - s[4]["seconds"]) for s in steps]
     return {
         "weights": max(float((t - ours[name]).norm() / t.norm()) for name, t in base.items()),
+        **other_codes(run, one),
         "loss": max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(*steps, strict=True)),
         "tokens_per_s": paces[0],
         "tokens_per_s_of_one": paces[1],
@@ -113,6 +119,14 @@ def found(run: Path, one: Path) -> Line:
         "bytes_of_one": {key: memory[1][key] for key in ("weights", "gradients", "optimizer")},
         "peak_by_rank": end["peak_by_rank"],
     }
+
+
+def other_codes(run: Path, one: Path) -> Line:
+    """The share of low-bit weights' codes that are others in the last checkpoint; nothing of float weights."""
+    ours, its = (read(path / "checkpoints" / "latest", "weights-*") for path in (run, one))
+    names = [name for name in its if name.endswith(".codes")]
+    others = sum(int((ours[name] != its[name]).sum()) for name in names)
+    return {"codes": others / sum(its[name].numel() for name in names)} if names else {}
 
 
 def measure(args: Any) -> None:
@@ -123,7 +137,7 @@ def measure(args: Any) -> None:
             pretrain(config_of(name, args, "ddp", folder / f"{name}-1"))
             print(f"{name}: one process", flush=True)
         for size in args.processes:
-            jobs = [(name, mode) for name in args.optimizers for mode in args.modes if shardable(name, mode)]
+            jobs = [(name, mode) for name in args.optimizers for mode in args.modes]
             outs = [folder / f"{name}-{mode}-{size}" for name, mode in jobs]
             cfgs = [config_of(name, args, mode, out) for (name, mode), out in zip(jobs, outs, strict=True)]
             train(size, [(cfg, False) for cfg in cfgs])
@@ -132,12 +146,6 @@ def measure(args: Any) -> None:
                 line |= {"steps": args.steps, **found(out, folder / f"{name}-1"), **kit.hardware("cpu")}
                 kit.append(args.log, line | {"commit": kit.commit(), "versions": kit.versions()})
                 print(f"{name}, {mode} of {size}: {line['weights']:.1e}", flush=True)
-
-
-def shardable(name: str, mode: str) -> bool:
-    """Low-bit weights are not sharded."""
-    bits = next(recipe.bits for recipe in list_optimizers() if recipe.name == name)
-    return bits is None or mode == "ddp"
 
 
 def table(lines: Sequence[Line]) -> str:

@@ -225,7 +225,7 @@ def budgets(name: str, bits: int, layers: int) -> tuple[dict[str, int], dict[str
     models = {n: model_of(cfg) for n, cfg in short.items()}
     rows = {alike(key): len(p) for key, p in models[LAYERS].named_parameters()}
     names = [*rows]
-    shards = {1: None, **{gpus: Parallel("fsdp2", gpus) for gpus in (GPUS if bits == 16 else ())}}
+    shards = {1: None, **{gpus: Parallel("fsdp2", gpus) for gpus in GPUS}}
 
     def longer(found: dict[int, dict[str, int]], *parts: str) -> list[int]:
         """These parts for all layers, from what they are for three and for four."""

@@ -64,13 +64,16 @@ def run(argv: Sequence[str]) -> int:
 def run_story(tell: Callable[..., object], argv: Sequence[str], story: Story) -> int:
     """Do what the words ask for; `tell`: `pretrain` or another one of the same arguments."""
     asked = parse(argv, story)
+    from ..parallel.world import ProcessLost, restarted
     from ..train.failures import TrainingFailed
+    from ..train.record import lost
     from ..train.run_dir import was_begun
 
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts: after a failure
-    resume = asked.resume or (restarted and was_begun(asked.cfg))
     try:
+        resume = asked.resume or (restarted(asked.cfg.parallel.timeout) and was_begun(asked.cfg))
         tell(asked.cfg, resume=resume, trust_remote_code=asked.trust_remote_code)
+    except ProcessLost as error:
+        return complain(lost(error), 1)
     except TrainingFailed as error:
         return complain(error, 1)
     return 0

@@ -40,6 +40,21 @@ def assembled(
     )
 
 
+def split_alike(own: Tensor, like: Any) -> "DTensor":
+    """A DTensor of this rank's `own`, which has the dimensions of `like` but for the last one, and is split as it is.
+
+    Memory is shared.
+    """
+    shape = (*like.shape[:-1], own.shape[-1])
+    return assembled(lambda _: own, shape, like.device_mesh, list(like.placements))
+
+
+def held(t: Tensor) -> Tensor:
+    """This rank's part of `t` itself, where `local` may give a view of it."""
+    part: Tensor = getattr(t, "_local_tensor", t)
+    return part
+
+
 def group_name(mesh: Any, dim: int) -> str:
     """What torch calls the group of processes along a dimension of a mesh. (By its attribute: compiled, too.)"""
     names: Any = getattr(mesh, "_dim_group_names", None)

@@ -2,14 +2,22 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from apollo_optim.core.place import is_sharded, local, whole
+from apollo_optim.core.placements import split_alike
 
+
+@torch.no_grad()
 def parts(t: Tensor) -> dict[str, Tensor]:
-    """The plain tensors behind `t` by name: `{"": t}` unless `t` says otherwise (`_parts`)."""
-    own: dict[str, Tensor] = t._parts() if hasattr(t, "_parts") else {"": t}
-    return own
+    """The plain tensors behind `t` by name: `{"": t}` unless `t` says otherwise (`_parts`); of a shard, shards."""
+    here = local(t)
+    if not hasattr(here, "_parts"):
+        return {"": t}
+    own: dict[str, Tensor] = here._parts()
+    return {name: split_alike(part, t) for name, part in own.items()} if is_sharded(t) else own
 
 
 def nbytes(t: Tensor) -> int:
@@ -19,7 +27,7 @@ def nbytes(t: Tensor) -> int:
 
 def writes_itself(t: Tensor) -> bool:
     """Does `t` know better than `core.write` how a step is written into it?"""
-    return hasattr(t, "_write_rows_")
+    return hasattr(local(t.detach()), "_write_rows_")
 
 
 def rebuilt(t: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
@@ -30,6 +38,17 @@ def rebuilt(t: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
     inner = {name: rebuilt(getattr(t, name), make) for name in names}
     whole: Tensor = t.__tensor_unflatten__(inner, context, t.shape, t.stride())
     return whole
+
+
+@torch.no_grad()
+def unsharded(t: Tensor) -> Tensor:
+    """All of `t`, on every rank, of the kind that its shards are."""
+    here = local(t)
+    if not (is_sharded(t) and is_traceable_wrapper_subclass(here)):
+        return whole(t)
+    inner = {name: whole(part) for name, part in parts(t).items()}
+    everything: Tensor = here.__tensor_unflatten__(inner, here.__tensor_flatten__()[1], t.shape, t.stride())
+    return everything
 
 
 def is_finite(t: Tensor) -> bool:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.parallel.meeting import first_line, meet
 
 MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes
 
@@ -95,6 +96,17 @@ def launched() -> bool:
     return all(name in os.environ for name in MEETING) and os.environ["WORLD_SIZE"] != "1"
 
 
+def restarted(timeout: float) -> bool:
+    """Has torchrun started these processes again after a failure, on this machine or on another one?
+
+    Every machine's torchrun counts its own failures only, so all are asked; `timeout`, errors: as `joined`.
+    """
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return False
+    with joined(timeout) as world:
+        return world.any(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
+
+
 @contextlib.contextmanager
 def joined(timeout: float) -> Iterator[World]:
     """The processes of this run, which have met; `ALONE` where nobody has said all that they need to meet.
@@ -111,11 +123,11 @@ def joined(timeout: float) -> Iterator[World]:
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, rank, size = meet(timeout)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:
-        at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise InputError(f"the processes could not meet at {at}: {first_line(error)}") from error
+        raise InputError(f"the processes have met and cannot talk to each other: {first_line(error)}") from error
     try:
         yield _this()
     finally:
@@ -142,8 +154,3 @@ def is_lost(error: BaseException) -> bool:
     signs = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "gloo", "NCCL")
     several = dist.is_available() and dist.is_initialized()
     return several and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
-
-
-def first_line(error: BaseException) -> str:
-    """Of its message."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -12,14 +12,23 @@ from torch import Tensor, nn
 
 from apollo_optim.core.blocks import few_blocks
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.storage import nbytes, parts
+from apollo_optim.core.storage import parts
 from apollo_optim.optim.describe import what_follows
 from apollo_optim.optim.knobs import Group
 from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.optim.parameter import chosen_rule, init_state
 from apollo_optim.optim.recipes import build_optimizer
 from apollo_optim.plan import cuda
-from apollo_optim.plan.shards import Parallel, distinct_bytes, first_part, local_bytes, mesh_of, rows_of, units
+from apollo_optim.plan.shards import (
+    Parallel,
+    distinct_bytes,
+    first_part,
+    gradient_bytes,
+    local_bytes,
+    mesh_of,
+    passes,
+    rows_of,
+)
 from apollo_optim.plan.trace import Block, Trace, alive, largest, most_alive, recorded
 
 PARTS = {
@@ -206,11 +215,9 @@ def resting(model: nn.Module, optimizer: RuleOptimizer, parallel: Parallel | Non
     mesh, sizes = _mesh(parallel), [distinct_bytes([b]) for b in model.buffers()]
     rows = dict.fromkeys(("weights", "state, matrices", "state, rest"), 0)
     for p in {id(p): p for p in model.parameters()}.values():
-        if mesh is not None and len(parts(p)) > 1:
-            raise InputError("low-bit weights with fsdp2: they can't be sharded; plan one GPU, or ddp")
         own = first_part(p, mesh)
         rows["weights"] += local_bytes(own)
-        sizes += [nbytes(t) for t in parts(p).values()] if mesh is None else [local_bytes(own)]
+        sizes += [local_bytes(t) for t in parts(own).values()]
     for group in optimizer.param_groups:
         for p in group["params"]:
             kind = "state, matrices" if _of_matrices(p, group) else "state, rest"
@@ -248,18 +255,9 @@ def _state_sizes(p: Tensor, group: Group, mesh: Any) -> list[int]:
 def held(model: nn.Module, release: bool, accumulate: bool, parallel: Parallel | None) -> tuple[dict[str, int], ...]:
     """What stays beside the trace during the forward, the backward and the update, by the way gradients are kept."""
     trained = [p for p in {id(p): p for p in model.parameters()}.values() if p.requires_grad]
-    every = sum(p.numel() * p.element_size() for p in trained)
     if parallel and parallel.kind == "fsdp2":
-        share = sum(math.ceil(p.numel() * p.element_size() * rows_of(p, parallel.gpus)) for p in trained)
-        around, block = units(model)
-        if release and not accumulate:  # one block's at a time
-            share = math.ceil(max(around, block) / parallel.gpus)
-        gathered = around + 2 * block  # this block and the one that is gathered ahead; what is around them stays
-        return (
-            {"gradients": share if accumulate else 0, "parallel": gathered},
-            {"gradients": share, "parallel": 2 * gathered},  # and as much again of gradients, on their way out
-            {"gradients": share},
-        )
+        return passes(model, trained, parallel.gpus, one_by_one=release and not accumulate, waiting=accumulate)
+    every = sum(gradient_bytes(p) for p in trained)
     viewed = parallel is not None and parallel.bucket_view
     held = {"gradients": every} if viewed or accumulate else {}
     if parallel and not viewed:  # DDP's buckets are there from beginning to end

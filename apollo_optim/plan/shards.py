@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +16,8 @@ from apollo_optim.core.storage import nbytes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+Held = dict[str, int]  # bytes of parts of a plan
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def first_part(p: Tensor, mesh: DeviceMesh | None) -> Tensor:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape = compute_local_shape_and_global_offset(p.shape, mesh, [Shard(0)])[0]
-    part = torch.empty(tuple(shape), dtype=p.dtype, device="meta")
+    part = p.detach()[: shape[0]].clone()
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())
 
 
@@ -60,15 +64,42 @@ def local_bytes(t: Tensor) -> int:
     return nbytes(local(t)) if is_sharded(t) else nbytes(t)
 
 
+def gradient_bytes(p: Tensor) -> int:
+    """Of all of its gradient: a low-bit weight's has the size of its float weight."""
+    return p.numel() * p.element_size()
+
+
 def rows_of(p: Tensor, gpus: int) -> float:
     """The share of ``p`` that the first rank has."""
     return -(-p.shape[0] // gpus) / p.shape[0] if p.ndim else 1.0
 
 
-def units(model: nn.Module) -> tuple[int, int]:
-    """Bytes of what ``fully_shard`` of every block and the whole gathers: (what is around the blocks, the largest)."""
-    sizes = [distinct_bytes(block.parameters()) for block in blocks_of(model)]
-    return distinct_bytes(model.parameters()) - sum(sizes), max(sizes, default=0)
+def units(model: nn.Module, size: Callable[[Tensor], int] = nbytes) -> tuple[int, int]:
+    """Bytes of what ``fully_shard`` of every block and the whole gathers: (what is around the blocks, the largest).
+
+    ``size``: of a parameter, as it is gathered; or of its gradient.
+    """
+    sizes = [distinct_bytes(block.parameters(), size) for block in blocks_of(model)]
+    return distinct_bytes(model.parameters(), size) - sum(sizes), max(sizes, default=0)
+
+
+def passes(
+    model: nn.Module, trained: Sequence[Tensor], gpus: int, *, one_by_one: bool, waiting: bool
+) -> tuple[Held, ...]:
+    """What ``fully_shard`` holds beside the trace in the forward, the backward and the update.
+
+    ``one_by_one``: a block's gradients are set free before the next one's come; ``waiting``: earlier ones are there.
+    """
+    # this block and the one that is gathered ahead; what is around them stays
+    gathered, on_their_way = (around + 2 * block for around, block in (units(model), units(model, gradient_bytes)))
+    share = sum(math.ceil(gradient_bytes(p) * rows_of(p, gpus)) for p in trained)
+    if one_by_one:
+        share = math.ceil(max(units(model, gradient_bytes)) / gpus)
+    return (
+        {"gradients": share if waiting else 0, "parallel": gathered},
+        {"gradients": share, "parallel": gathered + on_their_way},  # of gradients, to be reduced
+        {"gradients": share},
+    )
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -86,6 +117,6 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def distinct_bytes(tensors: Any) -> int:
+def distinct_bytes(tensors: Any, size: Callable[[Tensor], int] = nbytes) -> int:
     """Bytes of all of them, each counted once."""
-    return sum(nbytes(t) for t in {id(t): t for t in tensors}.values())
+    return sum(size(t) for t in {id(t): t for t in tensors}.values())

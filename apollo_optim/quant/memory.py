@@ -59,7 +59,7 @@ def _untyped_storage(weight: LowBitWeight) -> torch.UntypedStorage:
 
 
 @called_from("torch")
-def _own_storage(caller: FrameType, func: Any, args: Any) -> Any:
+def _own_storage(caller: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
     """But torch, which traces and copies by it, gets what it made."""
     if func is not Tensor.untyped_storage:
         return NotImplemented
@@ -78,19 +78,6 @@ def _set_data(weight: LowBitWeight, value: Tensor) -> None:
         weight.data = value
     for name in ("codes", "scales", "bits", "group_size"):
         setattr(weight, name, getattr(value, name))
-
-
-@implements(torch.empty_like)
-def _empty_like(weight: Tensor, **kwargs: Any) -> Any:
-    """A float tensor, as all that is made in a weight's likeness; but where a meta one gets memory, it stays low-bit.
-
-    That is what `Module.to_empty(device=...)` asks for.
-    """
-    device = kwargs.get("device")
-    if not isinstance(weight, LowBitWeight) or not weight.is_meta or device is None or kwargs.get("dtype"):
-        return NotImplemented
-    codes, scales = (torch.empty_like(t, device=device) for t in (weight.codes, weight.scales))
-    return weight.of_parts(codes, scales)
 
 
 @implements(Tensor.share_memory_)

@@ -20,7 +20,9 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64  # what a l
 
 @implements(aten.detach.default, aten.alias.default)
 def _alias(weight: LowBitWeight) -> LowBitWeight:
-    return weight.of_parts(weight.codes, weight.scales)
+    same = weight.of_parts(weight.codes, weight.scales)
+    same.stats = weight.stats
+    return same
 
 
 @implements(aten.detach_.default)
@@ -106,7 +108,6 @@ def _outline(weight: LowBitWeight) -> Tensor:
 for make in (
     aten.zeros_like.default,
     aten.ones_like.default,
-    aten.empty_like.default,
     aten.full_like.default,
     aten.rand_like.default,
     aten.randn_like.default,
@@ -117,6 +118,16 @@ for make in (
     aten.new_full.default,
 ):
     implements(make)(_like(make))
+
+
+@implements(aten.empty_like.default)
+def _empty_like(weight: LowBitWeight, **kwargs: Any) -> Tensor:
+    """But where a meta one gets memory, it stays low-bit: `Module.to_empty(device=...)` asks for that."""
+    device = kwargs.get("device")
+    if not weight.is_meta or device is None or kwargs.get("dtype"):
+        return torch.empty_like(_outline(weight), **kwargs)
+    codes, scales = (torch.empty_like(t, device=device) for t in (weight.codes, weight.scales))
+    return weight.of_parts(codes, scales)
 
 
 # --- parts: whole rows are low-bit themselves, and share the weight's memory; what cuts rows is read-only (view.py) ---

@@ -17,7 +17,9 @@ from apollo_optim.core.names import (
     unmatched,
     with_matrices,
 )
-from apollo_optim.core.storage import is_finite
+from apollo_optim.core.place import is_sharded, local
+from apollo_optim.core.placements import split_alike
+from apollo_optim.core.storage import is_finite, writes_itself
 from apollo_optim.quant.format import TOP
 from apollo_optim.quant.weight import LowBitWeight
 
@@ -90,16 +92,18 @@ def quantize_module(module: nn.Module, chosen: Chosen, bits: int, group_size: in
     for own, name in chosen.get(module, {}).items():
         p = module._parameters[own]
         assert p is not None  # it was there when it was chosen
-        if not isinstance(p, LowBitWeight):
+        if not writes_itself(p):
             module._parameters[own] = quantized(p, name, bits, group_size)
 
 
 def quantized(p: nn.Parameter, name: str, bits: int, group_size: int) -> nn.Parameter:
-    """What takes the place of a float parameter. `name`: for the message if it cannot."""
+    """What takes the place of a float parameter, split as that is. `name`: for the message if it cannot."""
     check_format(bits, group_size)
-    if not p.is_meta and not is_finite(p):
+    value = local(p.detach())
+    if not p.is_meta and not is_finite(value):
         raise InputError(f"{name} is not finite: it cannot be quantised")
-    return nn.Parameter(LowBitWeight.from_float(p.detach(), bits, group_size), p.requires_grad)
+    weight = LowBitWeight.from_float(value, bits, group_size)
+    return nn.Parameter(split_alike(weight, p) if is_sharded(p) else weight, p.requires_grad)
 
 
 def check_format(bits: int, group_size: int) -> None:

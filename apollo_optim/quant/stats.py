@@ -1,12 +1,14 @@
 """What rounding makes of a step: how many codes it changed, and how much of the intended update was realised."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apollo_optim.core.matrix import Number
+from apollo_optim.core.placements import held
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.quant import format
 
@@ -38,6 +40,21 @@ class RoundingStats:
     def realised(self) -> float:
         return float(self._product / self._square)
 
+    @property
+    def sums(self) -> Tensor:
+        """What the figures are made of, (4,) in fp64 on the CPU: codes changed, codes, and the two products."""
+        sums = [self._changed.double(), torch.tensor(self._entries, dtype=torch.float64), self._product, self._square]
+        return torch.stack([t.cpu() for t in sums])
+
+
+def figures(found: dict[str, RoundingStats], total: Callable[[Tensor], Tensor]) -> dict[str, dict[str, float]]:
+    """`changed` and `realised` by name, over all processes: `total` sums a tensor (weights, 4) over them."""
+    if not found:
+        return {}
+    changed, entries, product, square = total(torch.stack([stats.sums for stats in found.values()])).unbind(1)
+    rows = zip((changed / entries).tolist(), (product / square).tolist(), strict=True)
+    return {name: {"changed": a, "realised": b} for name, (a, b) in zip(found, rows, strict=True)}
+
 
 def measured(
     old_codes: Tensor,
@@ -60,12 +77,15 @@ def measured(
 
 @contextlib.contextmanager
 def rounding_stats(model: nn.Module) -> Iterator[dict[str, RoundingStats]]:
-    """Count the steps that low-bit weights take within: name -> stats. It costs a fraction of a forward pass."""
-    weights = {name: p for name, p in model.named_parameters() if writes_itself(p)}
+    """Count the steps that low-bit weights take within: name -> stats. It costs a fraction of a forward pass.
+
+    Of a sharded weight, those of this process's part (`figures` puts them together).
+    """
+    weights: dict[str, Any] = {name: held(p) for name, p in model.named_parameters() if writes_itself(p)}
     for p in weights.values():
-        p.stats = RoundingStats()  # type: ignore[attr-defined]
+        p.stats = RoundingStats()
     try:
-        yield {name: p.stats for name, p in weights.items()}  # type: ignore[attr-defined]
+        yield {name: p.stats for name, p in weights.items()}
     finally:
         for p in weights.values():
-            p.stats = None  # type: ignore[attr-defined]
+            p.stats = None

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -45,7 +46,7 @@ CALLERS: dict[str, Handler] = {}  # module of torch -> what is asked first where
 
 
 def called_from(module: str) -> Callable[[Handler], Handler]:
-    """Of a function that takes the caller's frame, a function that it calls on a low-bit weight, and the arguments.
+    """Of a function that takes the caller's frame, a function that it calls on a low-bit weight, and its arguments.
 
     `module` or any within it; of several, the innermost. Where it returns NotImplemented, nothing is special.
     """
@@ -57,13 +58,13 @@ def called_from(module: str) -> Callable[[Handler], Handler]:
     return register
 
 
-def _asked_by_caller(caller: FrameType, func: Any, args: Any) -> Any:
+def _asked_by_caller(caller: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
     module: str = caller.f_globals.get("__name__", "")
     if not module.startswith("torch."):
         return NotImplemented
     while module and module not in CALLERS:
         module = module.rpartition(".")[0]
-    return CALLERS[module](caller, func, args) if module else NotImplemented
+    return CALLERS[module](caller, func, args, kwargs) if module else NotImplemented
 
 
 class LowBitWeight(Tensor):
@@ -80,6 +81,7 @@ class LowBitWeight(Tensor):
     bits: int
     group_size: int
     stats: RoundingStats | None = None  # counts the steps while there is one (`rounding_stats`)
+    rows_sent: int | None = None  # of a process's part under FSDP2, where all of them have to send as many
 
     @staticmethod
     def __new__(
@@ -158,6 +160,25 @@ class LowBitWeight(Tensor):
             compile=is_compiled(self.shape, self.device),
         )
 
+    # --- under FSDP2, which looks for these two (`quant.processes`) ---
+
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, Tensor], None]:
+        """What a process sends of its part.
+
+        Torch offers this method more than the mesh, but then it takes nothing but the float shape of uneven parts.
+        """
+        rows = self.rows_sent or len(self)
+        return (filled_up(self.codes, rows), filled_up(self.scales, rows)), None
+
+    def fsdp_post_all_gather(
+        self, gathered: tuple[Tensor, Tensor], _: None, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> Any:
+        """The weight that all processes' codes and scales are, and what else has to be freed; later it is `out`.
+
+        `out` lies in the same memory, to which torch gives new contents.
+        """
+        return None if out is not None else (self.of_parts(*gathered, dtype), ())
+
     # --- as a tensor ---
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
@@ -178,7 +199,9 @@ class LowBitWeight(Tensor):
     def of_parts(self, codes: Tensor, scales: Tensor, dtype: torch.dtype | None = None) -> "LowBitWeight":
         """A weight of this kind with these codes and scales."""
         shape = torch.Size((*codes.shape[:-1], self.shape[-1]))
-        return LowBitWeight(codes, scales, shape, dtype or self.dtype, self.bits, self.group_size)
+        new = LowBitWeight(codes, scales, shape, dtype or self.dtype, self.bits, self.group_size)
+        new.rows_sent = self.rows_sent
+        return new
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = " x ".join(map(str, self.shape))
@@ -189,7 +212,7 @@ class LowBitWeight(Tensor):
         kwargs = kwargs or {}
         handler = HANDLERS.get(func)
         if not torch.compiler.is_dynamo_compiling():  # which traces all of this but the frame
-            out = _asked_by_caller(sys._getframe(1), func, args)
+            out = _asked_by_caller(sys._getframe(1), func, args, kwargs)
             if out is not NotImplemented:
                 return out
             if handler is not None and "torch._dynamo" in sys.modules:
@@ -221,6 +244,11 @@ class LowBitWeight(Tensor):
 
         out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
         return read_only(out) if func.is_view else out
+
+
+def filled_up(t: Tensor, rows: int) -> Tensor:
+    """`t` (r, ..) with zeros below, so that it has as many rows."""
+    return F.pad(t, (0, 0) * (t.ndim - 1) + (0, rows - len(t))) if len(t) < rows else t
 
 
 @functools.cache

@@ -47,6 +47,8 @@ def write_rows(
         stats: Counts what rounding makes of the step.
         compile: Step by a compiled function (`is_compiled`).
     """
+    if not tensor.numel():  # a process has no row of it
+        return
     r, n = tensor.shape[-2:]
     every = codes.shape[:-1]
     factor, finite = (_per_matrix(t, tensor) for t in (factor, finite))

@@ -59,9 +59,10 @@ def draw_weights(model: PreTrainedModel, finish: Callable[[torch.nn.Module], Non
             mine = split_as(module.get_parameter(name).detach(), tensor)
             if tensor in tied:
                 local(tied[tensor].detach()).copy_(local(mine))
-            else:
-                tied[tensor] = torch.nn.Parameter(mine, tensor.requires_grad)
-            module._parameters[name] = tied[tensor]  # type: ignore[assignment]
+            new = tied[tensor] if tensor in tied else torch.nn.Parameter(mine, tensor.requires_grad)
+            if uses[tensor] > 1:
+                tied[tensor] = new
+            module._parameters[name] = new  # type: ignore[assignment]
         if finish is not None:
             finish(module)
 

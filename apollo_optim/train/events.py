@@ -14,7 +14,7 @@ from apollo_optim.core.place import local
 from apollo_optim.core.runlog import Log as RunLog
 from apollo_optim.core.storage import is_finite
 from apollo_optim.parallel.world import ALONE, World
-from apollo_optim.quant import rounding_stats
+from apollo_optim.quant.stats import figures, rounding_stats
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.company import BUSY, Others
 from apollo_optim.train.evaluate import evaluate
@@ -96,6 +96,7 @@ class Tally(Event):
     state: TrainState
     record: Record
     every: int | None
+    world: World = ALONE
 
     def due(self, step: int) -> bool:
         return self.every is not None and step % self.every == 0
@@ -104,8 +105,9 @@ class Tally(Event):
     def during(self, step: int) -> Iterator[None]:
         with rounding_stats(self.state.model) as found:
             yield
-        figures = {name: {"changed": stats.changed, "realised": stats.realised} for name, stats in found.items()}
-        self.record.metrics.write("tally", step=step, weights=figures)
+        device = self.state.device
+        told = figures(found, lambda sums: self.world.total(sums.to(device)).cpu())
+        self.record.metrics.write("tally", step=step, weights=told)
 
 
 @dataclasses.dataclass

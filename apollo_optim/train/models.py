@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.place import local
 from apollo_optim.data.foreign import check_size, context_of, explained
 from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.quant.quantize import Chosen, choose_weights, quantize_module, quantize_weights
@@ -134,14 +135,16 @@ def with_new_weights(
     `to_train`: the step of low-bit weights is compiled before they take memory. `spread`: see `build_model`.
     """
     model = skeleton(cfg, config, trust_remote_code=trust_remote_code)
-    if spread is not None:
-        spread(model)
     finish = None
     if quant.bits is not None:
         chosen = choose_weights(model, quant.targets, quant.exclude)
-        if to_train:
-            precompile_steps(cfg, quant, chosen)
         finish = functools.partial(quantize_module, chosen=chosen, bits=quant.bits, group_size=quant.group_size)
+        for module in chosen if spread is not None else ():  # what will be gathered has to be known when it is cut
+            finish(module)
+    if spread is not None:
+        spread(model)
+    if quant.bits is not None and to_train:
+        precompile_steps(cfg, quant, chosen)
     draw_weights(model, finish)
     return model
 
@@ -149,8 +152,8 @@ def with_new_weights(
 def precompile_steps(cfg: ModelConfig, quant: QuantConfig, chosen: Chosen) -> None:
     """Compile the step of low-bit weights of these shapes, before they take memory."""
     assert quant.bits is not None
-    shapes = {tuple(module.get_parameter(own).shape) for module, names in chosen.items() for own in names}
-    for shape in sorted(shapes):  # the same order in every process
+    weights = (module.get_parameter(own).detach() for module, names in chosen.items() for own in names)
+    for shape in sorted({tuple(local(weight).shape) for weight in weights}):  # the same order in every process
         precompile(shape, DTYPES[cfg.dtype], quant.bits, quant.group_size, torch.device("cpu"))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apollo_optim.parallel.world import ProcessLost, World
+from apollo_optim.parallel.world import ProcessLost, World, losing_none
 from apollo_optim.train.checkpoint import SaveFailed, newest
 from apollo_optim.train.display import Display, open_display
 from apollo_optim.train.failures import TrainingFailed
@@ -44,7 +44,8 @@ def recording(
         metrics = Metrics(run / "metrics.jsonl" if world.leads else Path(os.devnull), trackers)
         closing.callback(metrics.close)
         try:
-            yield Record(metrics, display)
+            with losing_none():
+                yield Record(metrics, display)
         except TrainingFailed as error:
             told = TrainingFailed(f"{error}; {last_good(run)}", error.step)
             with contextlib.suppress(OSError):  # what failed first is what is told

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from apollo_optim import Released
 from apollo_optim.data.layout import IGNORED
 from apollo_optim.parallel.spread import waiting
-from apollo_optim.parallel.world import ALONE, World, losing_none
+from apollo_optim.parallel.world import ALONE, World
 from apollo_optim.train.config import TrainConfig
 from apollo_optim.train.failures import TrainingFailed
 from apollo_optim.train.loss import summed_loss, targets
@@ -86,8 +86,7 @@ class TrainStep:
         batch = state.batches.next(self.cfg.batch_size)
         self.data_wait += time.perf_counter() - asked
         self.world.draw(self.cfg.seed, step)
-        with losing_none():
-            report = dataclasses.replace(self.learn(batch, step, norm), data_wait=self.data_wait)
+        report = dataclasses.replace(self.learn(batch, step, norm), data_wait=self.data_wait)
         state.tokens += int((batch.labels != IGNORED).sum())
         return report
 

@@ -103,8 +103,7 @@ def drawn(data: dict[str, Any], names: list[str], seed: int, count: int) -> list
         s["release"], s["checkpointing"] = chance.random() < 0.5, chance.random() < 0.5
         s["gpus"], s["parallel"] = chance.choice((1, 1, *fit.GPUS)), chance.choice(("ddp", "fsdp2"))
         s["seq"] = min(s["seq"], 1 << 15)
-        several = s["gpus"] > 1
-        if not (several and (s["release"] if s["parallel"] == "ddp" else bits == 8)):
+        if not (s["gpus"] > 1 and s["parallel"] == "ddp" and s["release"]):
             found.append(s)
     return found
 
@@ -144,6 +143,7 @@ def test_the_page_computes_what_plan_computes(page: Path, browser: Browser, data
             (2, 400, {"optimizer": "adamw", "release": True}),
             (3, 1000, {"optimizer": "apollo", "bits": 8, "release": True, "checkpointing": True}),
             (5, 512, {"optimizer": "muon", "gpus": 4}),
+            (1, 256, {"optimizer": "q-apollo-mini", "bits": 8, "gpus": 2, "release": True}),
             (1, 777, {"optimizer": "adafactor", "gpus": 2, "parallel": "ddp", "checkpointing": True}),
         )
     ]
@@ -172,7 +172,7 @@ def test_what_has_no_plan_has_none_on_the_page(page: Path, browser: Browser) -> 
     browser.open(page)
     planner = Planner()
     refused = (
-        {"gpus": 2, "parallel": "ddp", "release": True}, {"gpus": 2, "bits": 8}, {"seq": 2049}, {"batch": 0},
+        {"gpus": 2, "parallel": "ddp", "release": True}, {"seq": 2049}, {"batch": 0},
         {"optimizer": "q-apollo"},
     )  # fmt: skip
     for how in refused:

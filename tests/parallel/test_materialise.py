@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from apollo_optim.core.place import local
+from apollo_optim.core.storage import parts as parts_of
 from apollo_optim.parallel.spread import sharded
 from apollo_optim.parallel.world import World
 from apollo_optim.plan.shards import blocks_of
-from apollo_optim.train.config import ModelConfig
+from apollo_optim.train.config import ModelConfig, QuantConfig
 from apollo_optim.train.loss import Learner
 from apollo_optim.train.measure import peak_memory, resident_memory
 from apollo_optim.train.models import build_model
@@ -24,12 +26,13 @@ SLACK = 16 << 20  # bytes that the allocator keeps
 def build_of(rank: int, how: str) -> None:
     """One of two processes, which hears nothing of the other: it needs nothing of it.
 
-    `how`: "small" (tied weights) looks at the numbers, "large" at the memory.
+    `how`: "small" (tied weights) and "8 bits" look at the numbers, "large" at the memory.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
-    cfg = ModelConfig("llama-1m", config={"tie_word_embeddings": True}) if how == "small" else ModelConfig("llama-60m")
+    cfg = ModelConfig("llama-60m") if how == "large" else ModelConfig("llama-1m", config={"tie_word_embeddings": True})
+    quant = QuantConfig(bits=8) if how == "8 bits" else None
     before = 0
 
     def spread(model) -> None:
@@ -41,14 +44,15 @@ def build_of(rank: int, how: str) -> None:
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
 
     torch.manual_seed(7)
-    model = build_model(cfg, 1024, spread=spread)
+    model = build_model(cfg, 1024, quant=quant, spread=spread)
     peak, drawn_next = peak_memory() - before, torch.rand(3)
-    parts = {name: p.to_local() for name, p in model.named_parameters()}
+    parts = plain(model)
     own = sum(part.nbytes for part in parts.values())
     torch.manual_seed(7)
-    one = build_model(cfg, 1024)
+    one = build_model(cfg, 1024, quant=quant)
     assert torch.equal(drawn_next, torch.rand(3))  # the generator has gone as far
-    for name, p in one.named_parameters():
+    assert len(parts) == len(list(model.parameters())) + 14 * (how == "8 bits")  # codes and scales
+    for name, p in plain(one).items():
         rows = -(-len(p) // 2)
         assert torch.equal(parts[name], p[rows * rank : rows * (rank + 1)]), name
     if how == "large":
@@ -62,8 +66,16 @@ def build_of(rank: int, how: str) -> None:
     dist.destroy_process_group()
 
 
-def test_each_process_has_its_part_of_the_same_weights():
-    spawn(build_of, args=("small",), nprocs=2)
+def plain(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """This process's part of every parameter; of low-bit ones, of what they are made of."""
+    return {
+        f"{name}.{key}": local(t) for name, p in model.named_parameters() for key, t in parts_of(p.detach()).items()
+    }
+
+
+@pytest.mark.parametrize("how", ["small", "8 bits"])
+def test_each_process_has_its_part_of_the_same_weights(how):
+    spawn(build_of, args=(how,), nprocs=2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from train_tiny import MODEL, records, tiny
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.parallel.world import ALONE, World, joined
 from apollo_optim.train import build
-from apollo_optim.train.checkpoint import checkpoints
+from apollo_optim.train.checkpoint import checkpoints, export
 from apollo_optim.train.config import RunConfig, check_processes, save_config
 from apollo_optim.train.pretrain import pretrain
 from benchmarks.processes import train, weights, work
@@ -54,11 +55,20 @@ def assert_same(ours: Path, theirs: Path) -> None:
         assert (t - second[name]).norm() <= CLOSE * t.norm(), name
 
 
+def stored(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of the last checkpoint, as it holds them."""
+    return load_file(max(checkpoints(run).items())[1] / "weights-00001-of-00001.safetensors")
+
+
 RUNS = {
     "ddp": {"train": {"clip": 0.5}},
     "fsdp2": {"train": {"clip": 0.5}},
     "fsdp2-release": {"train": {"release": True, "clip_tensor": 0.5}},
+    "fsdp2-8bit": {"train": {"clip": 0.5}, "quant": {"bits": 8, "tally": 4}},  # equal codes: no sum is at an edge here
+    "fsdp2-4bit-release": {"train": {"release": True, "clip_tensor": 0.5}, "quant": {"bits": 4}},
 }
+ONE_THEN_TWO = {"one-then-fsdp2": "ddp", "one-then-fsdp2-8bit": "fsdp2-8bit"}  # run -> that which it goes on
+TWO_THEN_ONE = {"fsdp2-then-one": "fsdp2-2", "fsdp2-8bit-then-one": "fsdp2-8bit-2"}
 
 
 def goes_on(folder: Path, source: str, name: str, mode: str) -> RunConfig:
@@ -66,7 +76,7 @@ def goes_on(folder: Path, source: str, name: str, mode: str) -> RunConfig:
     shutil.copytree(folder / source, folder / name, symlinks=True)
     shutil.rmtree(folder / name / "model")
     shutil.rmtree(max(checkpoints(folder / name).items())[1])
-    return cfg_of(folder, name, mode, train={"clip": 0.5})
+    return cfg_of(folder, name, mode, **RUNS[source.removesuffix("-2")])
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +88,10 @@ def runs(tmp_path_factory) -> Path:
         mode = name.partition("-")[0]
         pretrain(cfg_of(folder, name, mode, **changes))
         jobs.append((cfg_of(folder, f"{name}-2", mode, **changes), False))
-    jobs.append((goes_on(folder, "ddp", "one-then-fsdp2", "fsdp2"), True))
+    jobs += [(goes_on(folder, source, name, "fsdp2"), True) for name, source in ONE_THEN_TWO.items()]
     train(2, jobs)
-    pretrain(goes_on(folder, "fsdp2-2", "fsdp2-then-one", "ddp"), resume=True)
+    for name, source in TWO_THEN_ONE.items():
+        pretrain(goes_on(folder, source, name, "ddp"), resume=True)
     return folder
 
 
@@ -93,27 +104,51 @@ def test_two_processes_train_as_one_does(runs, name):
     assert len(end["peak_by_rank"]) == 2
 
 
-@pytest.mark.parametrize("name", ["one-then-fsdp2", "fsdp2-then-one"])
-def test_a_checkpoint_goes_on_in_another_number_of_processes(runs, name):
+@pytest.mark.parametrize(("name", "source"), [*ONE_THEN_TWO.items(), *TWO_THEN_ONE.items()])
+def test_a_checkpoint_goes_on_in_another_number_of_processes(runs, name, source):
     assert [record["resumed_from"] for record in records(runs / name, "start")] == [None, 4]
-    assert_same(runs / name, runs / "ddp")
+    assert_same(runs / name, runs / source.removesuffix("-2"))
+
+
+def test_checkpoints_of_low_bit_shards_are_those_of_one_process(runs):
+    """Codes and scales, by the same names: so an export of one is that of the other, too."""
+    ours, its = (stored(runs / name) for name in ("fsdp2-8bit-2", "fsdp2-8bit"))
+    assert any(name.endswith(".codes") for name in its)
+    assert ours.keys() == its.keys()
+    for name, t in its.items():
+        assert torch.equal(ours[name], t) or not name.endswith((".codes", ".scales", ".shape")), name
+    exported, written = export(runs / "fsdp2-8bit-2", out=runs / "exported"), weights(runs / "fsdp2-8bit-2")
+    for name, t in load_file(exported / "model-00001-of-00001.safetensors").items():
+        assert torch.equal(t, written[name]), name
+
+
+def test_the_tally_of_shards_is_that_of_one_process(runs):
+    ours, its = (records(runs / name, "tally") for name in ("fsdp2-8bit-2", "fsdp2-8bit"))
+    assert [record["step"] for record in its] == [record["step"] for record in ours] == [4, 8]
+    for a, b in zip(ours, its, strict=True):
+        assert a["weights"].keys() == b["weights"].keys() != set()
+        for name, figures in b["weights"].items():
+            assert a["weights"][name] == pytest.approx(figures, rel=1e-4), name
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_groups_of_processes_train_as_one_does(runs):
     """Two groups of two (HSDP), from the beginning and going on from a checkpoint of one process."""
-    again = goes_on(runs, "ddp", "one-then-hsdp", "hsdp")
-    train(4, [(cfg_of(runs, "hsdp-4", "hsdp", train={"clip": 0.5}), False), (again, True)])
-    for name in ("hsdp-4", "one-then-hsdp"):
-        assert_same(runs / name, runs / "ddp")
-    whole, part = (records(runs / name, "memory")[0] for name in ("ddp", "hsdp-4"))
+    again = {f"{source}-then-hsdp": source for source in ("ddp", "fsdp2-8bit")}
+    anew = {f"hsdp-4 {source}": source for source in ("ddp", "fsdp2-release", "fsdp2-8bit", "fsdp2-4bit-release")}
+    jobs = [(goes_on(runs, source, name, "hsdp"), True) for name, source in again.items()]
+    train(4, [*jobs, *((cfg_of(runs, name, "hsdp", **RUNS[source]), False) for name, source in anew.items())])
+    for name, source in {**again, **anew}.items():
+        assert_same(runs / name, runs / source)
+    whole, part = (records(runs / name, "memory")[0] for name in ("ddp", "hsdp-4 ddp"))
     assert part["weights"] < 0.52 * whole["weights"]
-    assert len(records(runs / "hsdp-4", "end")[0]["peak_by_rank"]) == 4
+    assert len(records(runs / "hsdp-4 ddp", "end")[0]["peak_by_rank"]) == 4
 
 
-def test_a_sharded_process_has_its_part(runs):
-    whole, part = (records(runs / name, "memory")[0] for name in ("fsdp2", "fsdp2-2"))
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2-8bit"])
+def test_a_sharded_process_has_its_part(runs, name):
+    whole, part = (records(runs / run, "memory")[0] for run in (name, f"{name}-2"))
     for key in ("weights", "gradients", "optimizer"):
         assert part[key] < 0.52 * whole[key], key
 
@@ -228,7 +263,6 @@ def worker_of(parent: int, rank: int) -> int:
     [
         ({"train": {"batch_size": 5}}, "train.batch_size=5: 2 processes cannot share it equally"),
         ({"train": {"release": True}}, "train.release: with parallel.mode=ddp"),
-        ({"quant": {"bits": 8}, "parallel": {"mode": "fsdp2"}}, "choose --parallel.mode ddp, or float weights"),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(tmp_path, changes, said):

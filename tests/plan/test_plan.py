@@ -16,6 +16,7 @@ from apollo_optim.cli.main import main
 from apollo_optim.core import blocks
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.matrix import is_wide
+from apollo_optim.core.storage import parts
 from apollo_optim.optim.parameter import chosen_rule, init_state
 from apollo_optim.plan import (
     PARTS,
@@ -311,8 +312,22 @@ def test_low_bit_weights_have_a_float_copy_of_one_matrix_while_it_is_read() -> N
     assert not any(block.kind == "float copies" for block in traced(None, "bfloat16").blocks)
     assert low.rows["state, matrices"] == plain.rows["state, matrices"]
     assert low.rows["weights"] < plain.rows["weights"]
-    with pytest.raises(InputError, match="low-bit weights with fsdp2"):
-        plan_of("q-apollo-mini", "bfloat16", parallel=Parallel("fsdp2", 2))
+
+
+@pytest.mark.parametrize("gpus", [2, 3])
+def test_low_bit_weights_are_cut_and_gathered_in_the_form_that_they_are_stored_in(gpus: int) -> None:
+    low, plain = (plan_of(name, parallel=Parallel("fsdp2", gpus)) for name in ("q-apollo-mini", "apollo-mini"))
+    model = model_of(run_of("q-apollo-mini"))
+    stored = {name: parts(p) for name, p in model.named_parameters()}
+    assert sum(len(each) > 1 for each in stored.values()) == 14
+    rows = [t.chunk(gpus)[0] for each in stored.values() for t in each.values()]
+    assert low.rows["weights"] == sum(t.numel() * t.element_size() for t in rows)
+    assert low.rows["state, matrices"] == plain.rows["state, matrices"]
+    block = units(skeleton(SMALL))[1] - units(model)[1]
+    assert block > 0
+    forward, backward = ([at(it, when)["parallel"] for it in (low, plain)] for when in ("forward", "backward"))
+    assert forward[1] - forward[0] == 2 * block == backward[1] - backward[0]
+    assert at(low, "update")["gradients"] == at(plain, "update")["gradients"]
 
 
 def test_a_run_is_planned_as_its_file_says() -> None:

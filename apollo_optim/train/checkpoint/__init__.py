@@ -1,7 +1,7 @@
 """What a run saves, and the model that it leaves for everybody else."""
 
 from apollo_optim.train.checkpoint.export import check_export, export, run_tokenizer, save_tokenizer, write_model
-from apollo_optim.train.checkpoint.shards import SaveFailed, lend, load_weights, named_weights, weights
+from apollo_optim.train.checkpoint.shards import SaveFailed, lend, load_weights, weights
 from apollo_optim.train.checkpoint.store import (
     checkpoints,
     load_state,
@@ -24,7 +24,6 @@ __all__ = [
     "lend",
     "load_state",
     "load_weights",
-    "named_weights",
     "newest",
     "pack",
     "restore_generation",

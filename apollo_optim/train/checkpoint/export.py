@@ -15,7 +15,7 @@ from apollo_optim.core.manifest import NAME as MANIFEST
 from apollo_optim.core.manifest import Format, check_files, read_manifest, strangers, write_manifest
 from apollo_optim.core.place import is_sharded
 from apollo_optim.core.reading import read_json
-from apollo_optim.core.storage import writes_itself
+from apollo_optim.core.storage import unsharded, writes_itself
 from apollo_optim.data.foreign import context_of, drop_code
 from apollo_optim.data.tokenizer import TOKENIZER, fingerprint, own_tokenizer
 from apollo_optim.train.checkpoint.shards import (
@@ -191,6 +191,12 @@ def _for_other_readers(folder: Path, model: PreTrainedModel, tokenizer: PreTrain
         disk.write(path, json.dumps(how, indent=2) + "\n")
 
 
+def in_float(t: torch.Tensor) -> torch.Tensor:
+    """The float numbers that a weight means, all of it. Processes lend their parts of it in the form of `weights`."""
+    everything = unsharded(t)
+    return everything.dequantize() if writes_itself(everything) else everything
+
+
 def check_export(folder: Path) -> None:
     """Compare an exported model with its manifest, where it has one. Raises InputError naming the file that differs."""
     if not (folder / MANIFEST).exists():
@@ -220,7 +226,7 @@ def _save_float(model: PreTrainedModel, target: Path) -> None:
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: named[name].detach() for name in names}
         save_file(
-            {name: own_memory(t.dequantize() if writes_itself(t) else t) for name, t in tensors.items()},
+            {name: own_memory(in_float(t)) for name, t in tensors.items()},
             target / file,
             metadata={"format": "pt"},
         )

@@ -144,8 +144,6 @@ def check_processes(cfg: RunConfig, world: World) -> None:
         raise InputError(
             f"parallel.replicas={cfg.parallel.replicas}: {world.size} processes cannot be cut into so many equal groups"
         )
-    if cfg.parallel.mode != "ddp" and (cfg.quant.bits or find_optimizer(cfg.optim.name).bits):
-        raise InputError("low-bit weights cannot be sharded: choose --parallel.mode ddp, or float weights")
 
 
 def check_texts(plain: Any, key: str = "") -> None:

@@ -24,7 +24,6 @@ const fit = (() => {
     if (!model.bits[s.bits].optimizers[s.optimizer]) return `${s.optimizer} is for low-bit weights: choose 8 bits`;
     if (several && s.parallel === "ddp" && s.release)
       return "The step inside backward does not go with DDP, which averages gradients after the backward: choose FSDP2, or leave it out";
-    if (several && s.parallel === "fsdp2" && s.bits !== 16) return "Low-bit weights can't be sharded: choose DDP";
     return null;
   }
 
