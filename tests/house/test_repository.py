@@ -40,6 +40,12 @@ def test_what_a_workflow_runs_is_there(path: Path) -> None:
                     assert (ROOT / word).is_file(), word
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_contributing_says_of_every_job_how_it_is_run_by_hand(path: Path) -> None:
+    rows = re.findall(rf"^\| {path.stem}: ([\w-]+).*\|.*\|.*\|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(yaml.safe_load(path.read_text())["jobs"])
+
+
 def test_a_bug_report_asks_for_what_env_prints() -> None:
     form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
     assert any("apollo-optim env" in field["attributes"]["label"] for field in form["body"])
