@@ -22,7 +22,6 @@ import contextlib
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -122,10 +121,12 @@ def set_aside(run: Path, step: int) -> None:
     """Rename checkpoints that are newer than that of `step`, from which the run goes on: all of them are damaged."""
     there = checkpoints(run)
     newer = [number for number in there if number > step]
-    for number in newer:
-        name = f"damaged-{there[number].name}"
-        names = (f"{name}-{again}" if again else name for again in itertools.count())
-        shutil.move(there[number], next(path for path in map(there[number].with_name, names) if not path.exists()))
+    for damaged in (there[number] for number in newer):
+        ends = itertools.chain([""], (f"-{again}" for again in itertools.count(1)))
+        names = (damaged.with_name(f"damaged-{damaged.name}{end}") for end in ends)
+        disk.put_in_place(damaged, next(path for path in names if not path.exists()))
+        if damaged.exists():  # its files were moved one by one
+            disk.remove(damaged)
     if newer and step in there:
         disk.link(run / "checkpoints" / "latest", there[step].name)
 
