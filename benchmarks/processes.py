@@ -3,10 +3,10 @@
     python -m benchmarks.processes [--optimizers NAME ...] [--processes 2 4] [--modes ddp fsdp2 hsdp] [--steps 30]
 
 The command's own `pretrain`, with its default settings: the same global batch, one seed. For each run of several
-processes: the largest difference of a weight from the run of one process (of its norm, over all weights), the largest
-of a step's loss (relative), tokens a second beside one process's, bytes of weights and optimizer state of the leading
-process beside all, and the peak of every process. The processes share the machine's cores, so tokens a second say what
-the engine costs, not what more machines gain.
+processes: the largest difference of a weight from the run of one process (of its norm, over all weights), of low-bit
+ones the share of codes that are others (in the log), the largest of a step's loss (relative), tokens a second beside
+one process's, bytes of weights and optimizer state of the leading process beside all, and the peak of every process.
+The processes share the machine's cores, so tokens a second say what the engine costs, not what more machines gain.
 """
 
 from __future__ import annotations

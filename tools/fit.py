@@ -32,7 +32,7 @@ from apollo_optim import list_optimizers  # noqa: E402
 from apollo_optim.cli import plan as command  # noqa: E402
 from apollo_optim.core import disk  # noqa: E402
 from apollo_optim.core.printing import say  # noqa: E402
-from apollo_optim.plan import PARTS, Budget, Parallel, Trace  # noqa: E402
+from apollo_optim.plan import PARTS, Parallel, Trace  # noqa: E402
 from apollo_optim.plan.budget import held, resting  # noqa: E402
 from apollo_optim.plan.draw import CARDS, COLOURS  # noqa: E402
 from apollo_optim.train.chunked import LOGITS  # noqa: E402
@@ -239,18 +239,16 @@ def budgets(name: str, bits: int, layers: int) -> tuple[dict[str, int], dict[str
             ways = {n: held(models[n], release, not how, how) for n in models}
             moments = [longer({n: ways[n][i] for n in ways}, "gradients", "parallel") for i in range(3)]
             beside.setdefault(str(gpus), []).append(moments)
-    kept = dict[str, Any]()
+    kept, deep = dict[str, Any](), planned(name, bits)
+    whole = model_of(deep)  # what a step of all parameters together makes grows by no rule with the layers
     for info in list_optimizers():
         if info.bits and bits == 16:
             continue
-        every = dict[bool, Budget]()
-        for release in (True, False):
-            one = command.with_optimizer(short[LAYERS], info.name, None)
-            one.train.release = release
-            every[release] = budget_of(one, models[LAYERS], batch=1)
-        updates = {alike(key): size for key, size in every[True].updates.items()}
+        one = command.with_optimizer(short[LAYERS], info.name, None)
+        one.train.release = True
+        updates = {alike(key): size for key, size in budget_of(one, models[LAYERS], batch=1).updates.items()}
         kept[info.name] = {
-            "all": every[False].updates["all"],
+            "all": budget_of(command.with_optimizer(deep, info.name, None), whole, batch=1).updates["all"],
             "updates": [[names.index(key), size] for key, size in updates.items()],
         }
         made = {n: make_optimizer(one.optim, model) for n, model in models.items()}

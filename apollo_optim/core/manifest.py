@@ -104,7 +104,7 @@ def check_files(folder: Path, files: dict[str, Any], *, alone: bool = True) -> N
             if checksum(path) != written["crc32"]:
                 raise Damaged(path, "its checksum is wrong")
         except FileNotFoundError:
-            raise InputError(f"{folder} is incomplete: {name} is missing") from None
+            raise Damaged(folder, f"{name} is missing") from None
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from None
     for name in sorted(os.listdir(folder)) if alone else ():

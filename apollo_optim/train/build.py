@@ -54,6 +54,8 @@ class Job:
     """The tokenizer was read from the run directory."""
     changed: list[str] = field(default_factory=list)
     """Keys that round otherwise than before the run was resumed, in words."""
+    damaged: list[str] = field(default_factory=list)
+    """What is wrong with checkpoints that are newer than the one it was resumed from."""
     ended: dict[str, int] | None = None
     """What it took of memory, if it has ended already: this process trains nothing."""
     world: World = ALONE
@@ -156,6 +158,7 @@ def build(
         trust_remote_code=trust_remote_code,
         own_tokenizer=tokenizer is not None,
         changed=earlier.changed,
+        damaged=earlier.damaged,
         ended=earlier.memory,
         world=world,
         learner=learner,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ def finetune(cfg: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
     cfg = resolved(cfg)
 
     def story(world: World) -> Result:
-        if resume and (there := checkpoint.newest(run_of(cfg))) is not None:
-            return go(with_steps_of(cfg, checkpoint.saved_run(run_of(cfg), there)), world, resume, trust_remote_code)
+        run = run_of(cfg)
+        if resume and (found := checkpoint.from_newest(run, partial(checkpoint.saved_run, run))) is not None:
+            return go(with_steps_of(cfg, found[1]), world, resume, trust_remote_code)
         with world.leader_first():
             data = open_data(cfg.data, trust_remote_code=trust_remote_code)
         return go(counted(cfg, data), world, resume, trust_remote_code, data)

@@ -201,7 +201,7 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
         peak_lr=dict(zip(("lr", "lr_rest"), peak_rates(job.optimizer), strict=True)),
         left_out=job.data.left_out,
         resumed_from=resumed_from,
-        **({"changed": job.changed} if job.changed else {}),
+        **{name: what for name, what in (("changed", job.changed), ("damaged", job.damaged)) if what},
         **({"notes": job.data.notes} if job.data.notes else {}),
         **processes,
     )
@@ -216,6 +216,8 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
         display.note(warning)
     if job.released is not None:
         display.note(job.gradients.cost_of_release())
+    for what in job.damaged:
+        display.note(f"{what}; that checkpoint is called damaged-... now, and the one before it is gone on from")
     if resumed_from is not None:
         display.note(f"resumed after step {resumed_from}" + ("" if resumed_from else ": no checkpoint was saved yet"))
     if job.ended is not None:

@@ -88,14 +88,19 @@ class Earlier:
     """What rounds otherwise from here on, in words."""
     memory: dict[str, int] | None = None
     """What a run that has ended took."""
+    damaged: list[str] = field(default_factory=list)
+    """What is wrong with checkpoints that are newer."""
 
 
 def check_continuation(run: Path, cfg: RunConfig) -> Earlier:
-    """What to go on from, if the config is the one it was made with. Before the first checkpoint it may be any."""
-    newest = checkpoint.newest(run)
-    if newest is None:
+    """What to go on from, if the config is the one it was made with. Before the first checkpoint it may be any.
+
+    That is the newest checkpoint that is whole: a run that starts again by itself has nobody who would delete another.
+    """
+    found = checkpoint.from_newest(run, checkpoint.load_state)
+    if found is None:
         return Earlier()
-    state = checkpoint.load_state(newest)
+    newest, state, damaged = found
     check_saved(state, newest)
     old = checkpoint.saved_run(run, newest)
     was, now = to_dict(old), to_dict(cfg)
@@ -120,7 +125,7 @@ def check_continuation(run: Path, cfg: RunConfig) -> Earlier:
             )
     ended = last_record(run / "metrics.jsonl")
     memory = ended.get("memory") if ended.get("event") == "end" and done == cfg.train.steps else None
-    return Earlier(state, told(different), memory)
+    return Earlier(state, told(different), memory, damaged)
 
 
 def _at(plain: dict[str, Any], key: str) -> Any:
@@ -171,6 +176,7 @@ def prepare(run: Path, cfg: RunConfig, step: int, tokenizer: Any, *, resume: boo
         checkpoint.sweep(run)
         metrics = run / "metrics.jsonl"
         if resume:
+            checkpoint.set_aside(run, step)
             cut_back(metrics, step)
         elif metrics.exists():  # of a start that saved nothing
             disk.replace(metrics, run / "metrics-before.jsonl")

@@ -212,13 +212,21 @@ def distributed_checkpoint() -> Found:
 
 
 def refusals() -> Found:
-    """What cuts rows, or makes one vector of all, says so in one line."""
+    """What cuts rows, makes one vector of all, or writes as if they were float, says so in one line."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def columns() -> None:
         fully_shard(one(), mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1))
 
+    def another_optimizer(foreach: bool) -> None:
+        model = split_in_two(one())
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        torch.optim.AdamW(model.parameters(), foreach=foreach).step()
+
     ways = {
+        "AdamW of torch": lambda: another_optimizer(False),
+        "AdamW of torch, in lists": lambda: another_optimizer(True),
         "columns": columns,
         "fsdp1": lambda: FullyShardedDataParallel(one(), device_id=torch.device("cpu")),
         "tensor parallelism": lambda: parallelize_module(one(), mesh, {"0": ColwiseParallel()}),

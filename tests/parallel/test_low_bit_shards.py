@@ -13,6 +13,9 @@ from low_bit_shards import CHECKS, GROUP, HIDDEN, OUT, N, one, stored, unequal
 from sharded import Row, find
 
 Found = dict[str, list[Row]]
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard's forward does not run on a CPU in this torch"
+)
 RARE = 0.01  # of the codes: sums of another order carry a number over its rounding bit
 BY_ROWS = "adamw"  # needs no sum over processes: nothing is left to differ
 
@@ -43,8 +46,6 @@ def test_codes_of_groups_of_processes_are_those_of_one(tmp_path: Path) -> None:
 
 def test_training_through_fully_shard(tmp_path: Path) -> None:
     """Three processes, none of them with as many rows as another; gradients differ by their own rounding."""
-    if not hasattr(torch.cpu.Stream, "record_event"):
-        pytest.skip("fully_shard's forward does not run on a CPU in this torch")
     rows = find(3, tmp_path, CHECKS[3])["trained"]
     assert {(row["bits"], row["synced"]) for row in rows} == {(8, True), (8, False), (4, True), (4, False)}
     for row in rows:
@@ -116,9 +117,11 @@ def test_a_distributed_checkpoint_holds_codes(two: Found) -> None:
     assert not any(unequal(its, codes[name]) for name, its in stored(alone).items())
 
 
-def test_what_cuts_rows_is_refused(two: Found) -> None:
+def test_what_cannot_be_done_is_refused(two: Found) -> None:
     said = {row["way"]: row["said"] for row in two["refused"]}
     assert "Shard(0)" in said["columns"]
     assert "fully_shard" in said["fsdp1"]
     assert "cannot be distributed" in said["tensor parallelism"]
+    assert "cannot write" in said["AdamW of torch"]
+    assert "cannot write" in said["AdamW of torch, in lists"]
     assert not any("\n" in line for line in said.values())

@@ -18,9 +18,13 @@ from train_tiny import MODEL, records, tiny
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.parallel.world import ALONE, World, joined
+from apollo_optim.plan import Parallel
+from apollo_optim.plan.budget import resting
 from apollo_optim.train import build
 from apollo_optim.train.checkpoint import checkpoints, export
 from apollo_optim.train.config import RunConfig, check_processes, save_config
+from apollo_optim.train.optimizer import make_optimizer
+from apollo_optim.train.plan import model_of
 from apollo_optim.train.pretrain import pretrain
 from benchmarks.processes import train, weights, work
 
@@ -151,6 +155,15 @@ def test_a_sharded_process_has_its_part(runs, name):
     whole, part = (records(runs / run, "memory")[0] for run in (name, f"{name}-2"))
     for key in ("weights", "gradients", "optimizer"):
         assert part[key] < 0.52 * whole[key], key
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2-8bit"])
+def test_a_plan_of_shards_has_the_bytes_of_the_run(runs, name):
+    real, cfg = records(runs / f"{name}-2", "memory")[0], cfg_of(runs, f"{name}-2", **RUNS[name])
+    model = model_of(cfg, cfg.data.vocab_size)
+    planned, _ = resting(model, make_optimizer(cfg.optim, model), Parallel("fsdp2", 2))
+    assert planned["weights"] == real["weights"]
+    assert planned["state, matrices"] + planned["state, rest"] == real["optimizer"]
 
 
 def torchrun(cfg: RunConfig, *words: str, restarts: int = 0) -> subprocess.Popen[str]:

@@ -4,6 +4,7 @@ from apollo_optim.train.checkpoint.export import check_export, export, run_token
 from apollo_optim.train.checkpoint.shards import SaveFailed, lend, load_weights, weights
 from apollo_optim.train.checkpoint.store import (
     checkpoints,
+    from_newest,
     load_state,
     newest,
     restore_generation,
@@ -11,6 +12,7 @@ from apollo_optim.train.checkpoint.store import (
     saved_config,
     saved_identity,
     saved_run,
+    set_aside,
     sweep,
     verify,
 )
@@ -21,6 +23,7 @@ __all__ = [
     "check_export",
     "checkpoints",
     "export",
+    "from_newest",
     "lend",
     "load_state",
     "load_weights",
@@ -34,6 +37,7 @@ __all__ = [
     "saved_config",
     "saved_identity",
     "saved_run",
+    "set_aside",
     "sweep",
     "unpack",
     "verify",

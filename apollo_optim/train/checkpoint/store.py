@@ -19,15 +19,16 @@ a checkpoint cannot run code.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from apollo_optim.core import disk
 from apollo_optim.core.errors import Damaged, InputError
-from apollo_optim.core.manifest import check_files, read_manifest, write_manifest
+from apollo_optim.core.manifest import NAME, check_files, read_manifest, write_manifest
 from apollo_optim.core.reading import read_json
 from apollo_optim.data.foreign import check_size, explained, reason
 from apollo_optim.train.checkpoint.shards import CHECKPOINT, failing_in_one_line, read_shards, weights, write_shards
@@ -37,6 +38,7 @@ from apollo_optim.train.config import RunConfig, from_dict, load_config
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+T = TypeVar("T")
 LARGEST_STATE = 1 << 30  # bytes of state.json
 LEFTOVER = re.compile(rf"{disk.OURS.pattern}|\.tmp-(old-)?step-\d+")  # of a process that was killed
 
@@ -115,7 +117,38 @@ def sweep(run: Path) -> None:
             disk.remove(path)
 
 
+def set_aside(run: Path, step: int) -> None:
+    """Rename checkpoints that are newer than that of `step`, from which the run goes on: all of them are damaged."""
+    there = checkpoints(run)
+    newer = [number for number in there if number > step]
+    for damaged in (there[number] for number in newer):
+        ends = itertools.chain([""], (f"-{again}" for again in itertools.count(1)))
+        names = (damaged.with_name(f"damaged-{damaged.name}{end}") for end in ends)
+        disk.put_in_place(damaged, next(path for path in names if not path.exists()))
+        if damaged.exists():  # its files were moved one by one
+            disk.remove(damaged)
+    if newer and step in there:
+        disk.link(run / "checkpoints" / "latest", there[step].name)
+
+
 # --- reading ---
+
+
+def from_newest(run: Path, read: Callable[[Path], T]) -> tuple[Path, T, list[str]] | None:
+    """The newest checkpoint that is whole, what `read` makes of it, and what is wrong with each newer one.
+
+    None where there is no checkpoint. Raises Damaged if none is whole, and what else `read` raises.
+    """
+    damaged: list[str] = []
+    there = list(checkpoints(run).values())
+    for path in reversed(there):
+        try:
+            return path, read(path), damaged
+        except Damaged as error:
+            if path is there[0]:
+                raise
+            damaged.append(f"{error.path} is damaged: {error.what}")  # `set_aside` renames it later
+    return None
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -187,6 +220,8 @@ def restore_generation(checkpoint: Path, model: PreTrainedModel) -> None:
 def verify(checkpoint: Path) -> dict[str, Any]:
     """The manifest, if every file is as it was written and no other is there; else one line that says which is not."""
     with _or_an_older(checkpoint):
+        if not (checkpoint / NAME).exists():
+            raise Damaged(checkpoint, f"{NAME} is missing")
         manifest = read_manifest(checkpoint, CHECKPOINT)
         check_files(checkpoint, manifest["files"])
         if manifest.get("step") != (named := int(checkpoint.name.removeprefix("step-"))):
@@ -199,6 +234,8 @@ def _or_an_older(checkpoint: Path) -> Iterator[None]:
     """What is wrong with a checkpoint, with what to go on from."""
     try:
         yield
+    except Damaged as error:
+        raise Damaged(error.path, error.what, _way_out(checkpoint)) from error
     except InputError as error:
         raise InputError(f"{error}{_way_out(checkpoint)}") from error
 
