@@ -163,11 +163,12 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         except Damaged:
             raise
         except (InputError, TypeError, ValueError, RecursionError) as error:
-            raise Damaged(path, reason(error)) from error
+            # as it was written: an older one would hide that
+            raise InputError(f"{path} makes no sense: {reason(error)}") from error
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from None
         if not isinstance(state, dict):
-            raise Damaged(path, "it holds no state")
+            raise InputError(f"{path} makes no sense: it holds no state")
         return state
 
 
