@@ -48,8 +48,7 @@ class World:
         """The sum over all processes of a small tensor, on its device."""
         if self.size > 1:
             value = value.clone()
-            with losing_none():
-                dist.all_reduce(value)
+            dist.all_reduce(value)
         return value
 
     def any(self, flag: bool) -> bool:
@@ -61,8 +60,7 @@ class World:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with losing_none():
-            dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value)
         return found
 
     def wait(self) -> None:
@@ -114,10 +112,11 @@ def joined(timeout: float) -> Iterator[World]:
     Args:
         timeout: Seconds that one waits for the others before the run fails.
 
-    Raises InputError if the others cannot be met.
+    Raises InputError if the others cannot be met, and ProcessLost if one of them goes within it.
     """
     if dist.is_available() and dist.is_initialized():  # somebody else's, who also ends it
-        yield _this()
+        with losing_none():
+            yield _this()
         return
     if not launched():
         yield ALONE
@@ -129,7 +128,8 @@ def joined(timeout: float) -> Iterator[World]:
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes have met and cannot talk to each other: {first_line(error)}") from error
     try:
-        yield _this()
+        with losing_none():
+            yield _this()
     finally:
         dist.destroy_process_group()
 

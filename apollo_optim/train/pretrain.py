@@ -14,7 +14,7 @@ from apollo_optim import describe
 from apollo_optim.core.errors import InputError
 from apollo_optim.data.batches import TextEnded
 from apollo_optim.optim.optimizer import RuleOptimizer
-from apollo_optim.parallel.world import ProcessLost, World, joined, losing_none
+from apollo_optim.parallel.world import ProcessLost, World, joined
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.build import Job, build
 from apollo_optim.train.choose import settled
@@ -91,7 +91,7 @@ def alone(cfg: RunConfig, resume: bool, story: Callable[[World], Result]) -> Res
     check(cfg)
     check_trackers(list(cfg.log.to))
     try:
-        with joined(cfg.parallel.timeout) as world, losing_none(), claim(run_of(cfg), resume, world):
+        with joined(cfg.parallel.timeout) as world, claim(run_of(cfg), resume, world):
             check_processes(cfg, world)
             return story(world)
     except ProcessLost as error:
