@@ -1,11 +1,14 @@
 """What README and docs show is true: their Python runs, their commands exist, their links lead somewhere."""
 
+import contextlib
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
 from apollo_optim.cli import pretrain
 from apollo_optim.cli.main import COMMANDS
@@ -23,10 +26,21 @@ CODE = [
 ]
 
 
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """A group of processes, as torchrun makes it, of this one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize(("page", "code"), CODE, ids=[f"{page}-{i}" for i, (page, _) in enumerate(CODE)])
 def test_python_in_the_docs_runs(page: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = skeleton(ModelConfig(name="llama-4m"))
-    with mock.patch.dict(RULES):  # a page registers a rule of its own
+    alone = contextlib.nullcontext() if "torch.distributed" not in code else one_process()
+    with mock.patch.dict(RULES), alone:  # a page registers a rule of its own
         exec(code, {"model": model})
     if page == "rest.md" and "llama-7b" in code:  # its table of bytes
         of_group = re.findall(r"^(?:embedding|head) .* ([\d,]+) +\S+$", capsys.readouterr().out, re.MULTILINE)
