@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,17 @@ def config_of(mode: str, steps: int) -> RunConfig:
     return cfg
 
 
-def start(cfg: RunConfig, run: Path, processes: int, *words: str) -> subprocess.Popen[bytes]:
-    """torchrun, of which a process that is killed costs a restart."""
+def start(
+    cfg: RunConfig, run: Path, processes: int, *words: str, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """torchrun, of which a process that is killed costs a restart; `environment`: beside what is there."""
     path = run.with_suffix(".yaml")
     save_config(dataclasses.replace(cfg, out=str(run)), path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
     command += ["--nproc-per-node", str(processes), "-m", "apollo_optim", "pretrain", "--config", str(path), *words]
     with run.with_suffix(".log").open("ab") as said:
-        return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        env = os.environ | (environment or {})
+        return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=env)
 
 
 def workers(parent: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,3 +94,10 @@ def test_a_table_as_markdown() -> None:
         "| x | 1 | 2 |",
         "| y/z |  | 3 |",
     ]
+
+
+def test_every_bench_that_is_named_is_there() -> None:
+    texts = [*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/**/*.md"), *CHECKOUT.glob("benchmarks/**/*.py")]
+    named = {name for text in texts for name in re.findall(r"apollo-optim bench ([a-z][a-z-]*)", text.read_text())}
+    assert len(named) > 10
+    assert named <= {*BENCHES}
