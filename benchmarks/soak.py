@@ -68,7 +68,9 @@ def stretches(samples: Sequence[Line], steps: int) -> list[Line]:
         among = [sample for sample in samples if begin <= sample["step"] < begin + width]
         if among:
             means = {key: statistics.fmean(sample[key] for sample in among) for key in ("step", "resident")}
-            least = {key: min(sample[key] for sample in among) for key in ("files", "sockets")}  # a save opens some more
+            least = {
+                key: min(sample[key] for sample in among) for key in ("files", "sockets")
+            }  # a save opens some more
             found.append(means | least | {"samples": len(among)})
     return found
 

@@ -1,6 +1,6 @@
 """The long half: what one environment's clients do, a JSON object a line. `make test-clients` makes the table of it.
 
-    python tests/clients/long.py [--keep DIR] [--from DIR ...] [--only trainer low_bit trl lightning accelerate]
+    python tests/clients/long.py [--keep DIR] [--from DIR ...] [--only trainer low_bit trl processes ...]
 
 Every figure is the largest difference between two runs' weights and states: 0.0 is bitwise. `--keep` leaves checkpoints
 of this version for `--from` of another.
@@ -178,8 +178,10 @@ def main() -> None:
         if find_spec("lightning"):  # in the environment of the newest versions
             from accelerate_runs import rows as accelerate_rows
             from lightning_runs import rows as lightning_rows
+            from trainer_processes import rows as processes_rows
 
             makers |= {"lightning": lambda: lightning_rows(out / "l"), "accelerate": lambda: accelerate_rows(out / "a")}
+            makers["processes"] = processes_rows
         for name in asked.only or makers:
             for row in makers[name]():
                 print(json.dumps(row), file=printed, flush=True)

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate, which the dev extra brings")
 from command_runs import far
+from trainer_processes import on_two
 from trainer_runs import RELEASED, ROWS, TORCH_ADAMW, Run, arguments, make_model, train
 from transformers import Trainer, TrainingArguments
 
@@ -120,6 +121,16 @@ def test_release_under_fsdp2_of_two_processes():
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", Path(__file__).parent / "fsdp2.py"]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *words], check=True, env=env, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [0, 8])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_save_and_resume_bitwise(kind, bits):
+    """Also low-bit weights, which accelerate's FSDP2 shards."""
+    row = on_two(kind, "apollo-mini", bits)
+    assert row.pop("follows") == "14 of 14"
+    assert set(row.values()) == {0.0}, row
 
 
 def test_only_logged_steps_pay_for_their_norm(tmp_path):

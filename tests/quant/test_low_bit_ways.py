@@ -491,3 +491,12 @@ def test_any_view_is_written_or_says_no(views, write, shape, bits):
         else:
             assert write in ("fill_", "copy_", "[0]") or not shares
             check_weight(w, twin, exact=False)
+
+
+def test_accelerate_tells_weights_apart_by_their_memory():
+    """It shards parameters in place of others that it knows by `data_ptr()`, and reads nothing there."""
+    theirs = eval("lambda w: w.data_ptr()", {"__name__": "accelerate.accelerator"})
+    weights = [LowBitWeight.from_float(torch.randn(4, 16), 8, 8) for _ in range(2)]
+    assert [theirs(w) for w in weights] == [w.codes.data_ptr() for w in weights]
+    with pytest.raises(InputError, match="holds no float numbers"):
+        weights[0].data_ptr()
