@@ -96,15 +96,16 @@ class Planner:
 def drawn(data: dict[str, Any], names: list[str], seed: int, count: int) -> list[Settings]:
     """So many settings that have a plan, at random, most of them of shapes that a step of that model may have.
 
-    Four in a row share what a plan traces, which is most of its time.
+    Four in a row share what a plan traces, which is most of its time. A micro-batch is one row or at most 16,384
+    tokens: of a million, logits would be made in up to 2,000 parts, each of which is traced.
     """
     chance, found = random.Random(seed), list[Settings]()
     while len(found) < count:
         model, bits = chance.choice(names), chance.choice((16, 16, 8))
         s = START | {"model": model, "bits": bits, "checkpointing": chance.random() < 0.5}
-        s["batch"] = chance.choice((1, 1, 2, 3, 4, chance.randint(1, 40)))
         longest = min(data["models"][model]["context"], 1 << 15)
         s["seq"] = min(longest, chance.choice((64, 256, 512, 1024, 2048, chance.randint(1, longest))))
+        s["batch"] = min(chance.choice((1, 1, 2, 3, 4, chance.randint(1, 40))), max(1, (1 << 14) // s["seq"]))
         for _ in range(4):
             s["optimizer"], s["release"] = chance.choice([*optimizers(data, model, bits)]), chance.random() < 0.5
             s["gpus"], s["parallel"] = chance.choice((1, 1, *fit.GPUS)), chance.choice(("ddp", "fsdp2"))
