@@ -94,9 +94,11 @@ $(VENV)/clients/%/.done: tests/clients/%.txt | $(BIN)/pip
 	@$(SAY) "installing the versions of $< into $(@D)"
 	@rm -rf $(@D) && $(BIN)/python -m venv $(@D)
 	@$(@D)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) --requirement $<
-	@# Python's packages of these are built for CUDA: beside a torch without it they cannot be imported, and text needs neither.
+	@# Python's packages of these are built for CUDA: beside a torch without it they cannot be imported, and text needs neither
+	@# (tests/clients/vision_runs.py does, and gives the one what it lacks).
 	@for name in torchvision torchaudio; do \
-	  $(@D)/bin/python -c "import $$name" 2>/dev/null || $(@D)/bin/pip uninstall --quiet --yes $$name 2>/dev/null; \
+	  grep -q "^$$name==" $< || $(@D)/bin/python -c "import $$name" 2>/dev/null \
+	    || $(@D)/bin/pip uninstall --quiet --yes $$name 2>/dev/null; \
 	done
 	@touch $@
 

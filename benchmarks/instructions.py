@@ -120,24 +120,30 @@ def tabled(lines: list[Line]) -> str:
 
 
 def draw(lines: list[Line], path: Path) -> None:
-    """Exact match and the optimizer's state, a bar for each model."""
+    """Exact match, weights with the optimizer's state, and the peak of the process, a bar for each model."""
     from matplotlib.figure import Figure
 
     from apollo_optim.core.printing import literal
     from apollo_optim.report.picture import COLOURS
 
-    figure = Figure(figsize=(9, 1.4 + 0.4 * len(lines)), layout="constrained", dpi=140)
+    figure = Figure(figsize=(13, 1.4 + 0.4 * len(lines)), layout="constrained", dpi=140)
     names, shown = [literal(line["name"]) for line in lines], [COLOURS[i % len(COLOURS)] for i in range(len(lines))]
-    exact, state = figure.subplots(1, 2, sharey=True)
+    exact, kept, peak = figure.subplots(1, 3, sharey=True)
     bars = exact.barh(names, [100 * line["exact"] for line in lines], color=shown)
     exact.bar_label(bars, [f"{line['exact']:.0%}" for line in lines], padding=3)
-    exact.set(xlim=(0, 110), xlabel="%", title=f"Exact match on {lines[0]['rows']} held-out instructions")
-    sizes = [(line.get("memory") or {}).get("optimizer", 0) / 1e6 for line in lines]
-    bars = state.barh(names, sizes, color=shown)
-    state.bar_label(bars, [f"{size:.2f}" if size else "-" for size in sizes], padding=3)
-    state.set(xlim=(0, 1.2 * max(sizes) or 1), xlabel="MB", title="Optimizer state")
+    exact.set(xlim=(0, 118), xlabel="%", title=f"Exact match on {lines[0]['rows']} held-out instructions")
+    of = {part: [(line.get("memory") or {}).get(part, 0) / 1e6 for line in lines] for part in ("weights", "optimizer")}
+    kept.barh(names, of["weights"], color=shown, alpha=0.4)
+    bars = kept.barh(names, of["optimizer"], left=of["weights"], color=shown)
+    both = list(zip(of["weights"], of["optimizer"], strict=True))
+    kept.bar_label(bars, [f"{a:.2f} + {b:.2f}" if b else "-" for a, b in both], padding=3)
+    kept.set(xlim=(0, 1.5 * max(map(sum, both)) or 1), xlabel="MB", title="Weights (pale) + optimizer state")
+    peaks = [(line.get("memory") or {}).get("peak", 0) / 1e6 for line in lines]
+    bars = peak.barh(names, peaks, color=shown)
+    peak.bar_label(bars, [f"{size:.0f}" if size else "-" for size in peaks], padding=3)
+    peak.set(xlim=(0, 1.2 * max(peaks) or 1), xlabel="MB", title="Peak of the process")
     exact.invert_yaxis()
-    for axes in (exact, state):
+    for axes in (exact, kept, peak):
         axes.title.set_fontsize(11)
         axes.spines[["top", "right"]].set_visible(False)
     with disk.writing(path) as file:

@@ -277,11 +277,11 @@ def main(argv: Sequence[str]) -> int:
     data = json.loads(OUT.read_text()) if OUT.is_file() and argv else {"models": {}}
     data |= {"logits": LOGITS, "cards": CARDS, "gpus": GPUS, "parts": COLOURS, "kinds": KINDS, "terms": [*TERMS]}
     assert [*COLOURS] == [*PARTS]
-    made = {name: figures(name) for name in argv or MODELS}
-    data["models"] = {name: made.get(name) or data["models"].get(name) for name in MODELS}
-    data["models"] = {name: model for name, model in data["models"].items() if model}
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    disk.write(OUT, json.dumps(data, separators=(",", ":")) + "\n")
+    for name in argv or MODELS:
+        made = {**data["models"], name: figures(name)}
+        data["models"] = {name: made[name] for name in MODELS if name in made}
+        disk.write(OUT, json.dumps(data, separators=(",", ":")) + "\n")  # each at once: the next may take minutes
     say(f"{OUT}: {math.ceil(OUT.stat().st_size / 1000)} kB")
     return 0
 

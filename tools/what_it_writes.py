@@ -1,6 +1,6 @@
 """What the model of `make demo` writes before it has learnt anything, and on the way: results/welcome/writes.md.
 
-    python tools/what_it_writes.py [--steps 400] [--at 0 100 400]
+    python tools/what_it_writes.py [--steps 400] [--at 0 100 400]      some 5 minutes on two cores
 
 The run is runs/demo.yaml, APOLLO's, with more steps; text is drawn as `apollo-optim sample` draws it, with one seed.
 """
@@ -8,6 +8,7 @@ The run is runs/demo.yaml, APOLLO's, with more steps; text is drawn as `apollo-o
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -42,10 +43,15 @@ def untrained(cfg: RunConfig, run: Path, folder: Path) -> Path:
     return folder
 
 
-def perplexities(run: Path) -> dict[int, float]:
-    """On validation text, by step."""
-    records = (record for _, record in runlog.Log(run / "metrics.jsonl") if record is not None)
-    return {record["step"]: record["perplexity"] for record in records if record["event"] == "eval"}
+def perplexities(run: Path) -> dict[int, str]:
+    """By step: on validation text; before the first step on what that step was made from."""
+    told = dict[int, str]()
+    for _, record in runlog.Log(run / "metrics.jsonl"):
+        if record and record["event"] == "eval":
+            told[record["step"]] = f"validation perplexity {record['perplexity']:,.0f}"
+        elif record and record["event"] == "step" and record["step"] == 1:
+            told[0] = f"perplexity {math.exp(record['loss']):,.0f} of the first step's text"
+    return told
 
 
 def main() -> int:
@@ -53,6 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--at", type=int, nargs="+", default=[0, 100, 400])
+    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     every = ["--eval.every", "100", "--checkpoint.every", "100", "--checkpoint.keep", "99"]
     with tempfile.TemporaryDirectory() as folder:
@@ -69,10 +76,9 @@ def main() -> int:
     ]
     parts += [f"with {args.steps} steps; after `{PROMPT}`, 80 tokens at temperature 0.8, seed {SEED}.\n"]
     for step in args.at:
-        of = f", validation perplexity {known[step]:.0f}" if step in known else ", not trained"
-        parts += [f"## Step {step}{of}\n", f"```text\n{texts[step].rstrip()}\n```\n"]
-    disk.write(OUT, "\n".join(parts))
-    say(f"{OUT}: steps {', '.join(map(str, args.at))}")
+        parts += [f"## Step {step}: {known.get(step, 'not evaluated')}\n", f"```text\n{texts[step].rstrip()}\n```\n"]
+    disk.write(args.out, "\n".join(parts))
+    say(f"{args.out}: steps {', '.join(map(str, args.at))}")
     return 0
 
 
