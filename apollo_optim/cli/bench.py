@@ -17,6 +17,7 @@ BENCHES = {
     "step": "the time of a step of ours, of the installed peers and of fused AdamW, interleaved in one process",
     "loop": "what pretrain costs compared with forward, backward and step, and tokens a second with each optimizer",
     "stall": "how long steps wait for text, with it made ahead in a thread and without",
+    "pace": "whether a step's time is a fixed cost and one of each token: two batches predict others",
     "instructions": "an instruction set made by rules, and models scored on it by exact match",
     "company": "tokens a second alone and next to a busy process, by how threads wait for each other",
     "memory": "peak memory, a fresh process for every optimizer, compared with its plan",

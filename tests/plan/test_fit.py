@@ -110,7 +110,7 @@ def test_a_card_is_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         ("--pace 64:1 128:2", "--pace is for --fit"),
         ("--fit 80GB --pace 64:1 lots", "--pace 64:1 lots: give two times as TOKENS:SECONDS"),
         ("--fit 80GB --pace 64:1 64:2", "no cost of a token follows"),
-        ("--fit 1MB", "the weights alone take 0.00291 GB of the card; they fit with --gpus 4 --parallel fsdp2"),
+        ("--fit 1MB", "the weights alone take 0.00251 GB of the card; they fit with --gpus 4 --parallel fsdp2"),
         ("--fit 1kB", "they fit with a card of more memory"),
         ("--fit 505MB --optimizer adamw", "one row takes 0.546 GB of the card with adamw; what would help: --release"),
     ],
