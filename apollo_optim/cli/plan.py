@@ -217,6 +217,10 @@ def config_of(args: argparse.Namespace, keys: list[str]) -> "RunConfig":
     except InputError as error:
         raise InputError(str(error).replace(pretrain.PROG, PROG)) from None
     check(cfg)
+    if "tp" in cfg.parallel.mode:
+        raise InputError(
+            f"parallel.mode={cfg.parallel.mode}: ddp and fsdp2 are planned (--parallel), tensor parallelism is not yet"
+        )
     return cfg
 
 
