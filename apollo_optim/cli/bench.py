@@ -28,6 +28,7 @@ BENCHES = {
     "meshes": "every rule's step in one process and on meshes of several",
     "collectives": "what one step sends to other processes, of every rule",
     "kill-processes": "processes of a run killed with kill -9, which torchrun brings back, compared bitwise",
+    "saves": "how long processes stand still for a checkpoint, beside torch's asynchronous one",
     "host": "the host time of a step where tensors are small, and of an import",
     "launches": "how many kernels a step of a whole model asks a GPU for, counted without one",
     "gpu": "what a GPU is measured with, in eight minutes",
