@@ -142,7 +142,7 @@ def test_the_tally_of_shards_is_that_of_one_process(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_groups_of_processes_train_as_one_does(runs):
     """Two groups of two (HSDP), from the beginning and going on from a checkpoint of one process."""
     again = {f"{source}-then-hsdp": source for source in ("ddp", "fsdp2-8bit")}
@@ -157,7 +157,7 @@ def test_groups_of_processes_train_as_one_does(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_matrices_split_within_groups_train_as_one_does(runs):
     """Two groups of two processes, a part of every matrix in each of four; and going on from other modes."""
     mode, again = "tp+fsdp2", {"one-then-both": "ddp", "two-then-both": "tp-2", "fsdp2-then-both": "fsdp2-release-2"}
