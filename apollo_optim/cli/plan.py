@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import InputError, nearest
 from ..core.printing import say
 from .choice import print_choice
-from .words import CONSENT, CONSENT_HELP, Parser, console, show
+from .fit import NOTE as FIT_NOTE
+from .fit import PACED, fit_rows, pace_of
+from .words import CONSENT, CONSENT_HELP, Parser, console, memory_of, show
 
 if TYPE_CHECKING:
     from ..plan import Plan, Traces
@@ -30,45 +31,56 @@ examples:
   apollo-optim plan llama-7b --release --memory 24GB --choose  the best optimizer that fits, and its run file
   apollo-optim plan llama-7b --optimizer apollo adamw --rank 256 --optim.state_dtype bfloat16
   apollo-optim plan llama-13b --optimizer apollo-mini --gpus 8 --parallel ddp
+  apollo-optim plan llama-7b --fit 80GB --gpus 8               every optimizer's largest micro-batch, sharded
   apollo-optim plan runs/llama-60m-apollo.yaml --out out/plan  also the picture and the page
   apollo-optim plan ./my-model/config.json --batch 4 --seq 2048
 
 Any key of a run file can be changed, too: --model.config.num_hidden_layers 12, --optim.exclude [gate]"""
 BITS = {16: "bfloat16", 32: "float32"}
-UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def run(argv: Sequence[str]) -> int:
     parser = make_parser()
     args, keys = parser.parse_beside_keys(argv)
     check_words(args)
-    cfg, limit = config_of(args, keys), memory_of(args.memory) if args.memory else None
+    cfg, limit = config_of(args, keys), memory_of("--fit" if args.fit else "--memory", args.fit or args.memory)
+    models = Models(args.trust_remote_code, args.device)
     if args.choose:
         assert limit is not None  # check_words
-        models = Models(args.trust_remote_code, args.device)
         print_choice(cfg, limit, lambda one: models.plan_of(one, args.batch), lambda one, n: title_of(args, one, n))
         return 0
-    from ..plan import Parallel, largest_batch
+    from ..plan import Budget, Parallel, largest_batch
     from ..plan.cuda import advice
     from ..plan.draw import CUDA_NOTE, NOTE, followed_rows, table_rows, write_plan
     from ..train.plan import budget_of, micro_batch
 
-    batch = args.batch or micro_batch(cfg)
+    batch = cfg.train.batch_size if args.fit else args.batch or micro_batch(cfg)
     parallel = Parallel(args.parallel, args.gpus, not args.copy_buckets) if args.gpus > 1 else None
-    models, plans, largest = Models(args.trust_remote_code, args.device), [], []
-    for name in names_of(args):
+
+    runs = {name: with_optimizer(cfg, name, args.rank) for name in names_of(args)}
+
+    def budget(run: "RunConfig", model: Any) -> Budget:
+        return budget_of(run, model, parallel=parallel, batch=batch, device=args.device)
+
+    note = CUDA_NOTE if args.device == "cuda" else NOTE
+    if args.fit:
+        assert limit is not None
+        pace, shares = pace_of(args.pace), args.parallel == "fsdp2"
+        rows = fit_rows(cfg, runs, models.of, budget, limit, args.gpus, pace, shares=shares)
+        words = FIT_NOTE + (PACED.format(**pace._asdict()) if pace else "")
+        print_table(title_of(args, cfg, None), rows, words + note)
+        return 0
+    plans, largest = [], []
+    for name, one in runs.items():
         if limit is not None:  # this takes a while
             say(f"{name}: looking for the largest micro-batch within {args.memory} ...", error=True)
-        one = with_optimizer(cfg, name, args.rank)
         model, traces = models.of(one)
-        budget = budget_of(one, model, parallel=parallel, batch=batch, device=args.device)
-        plans.append(budget.at(traces.at(batch)))
+        plans.append((planned := budget(one, model)).at(traces.at(batch)))
         if limit is not None:
-            largest.append(largest_batch(budget, traces, limit))
+            largest.append(largest_batch(planned, traces, limit))
     title = title_of(args, cfg, batch)
-    cuda = args.device == "cuda"
-    print_table(title, table_rows(plans, largest or None), CUDA_NOTE if cuda else NOTE)
-    if cuda:
+    print_table(title, table_rows(plans, largest or None), note)
+    if args.device == "cuda":
         show(advice(max(plans, key=lambda one: one.total).peak.sizes), style="dim")
     print_followed(followed_rows(plans))
     if args.out:
@@ -142,13 +154,18 @@ def make_parser() -> Parser:
     parser.add_argument("--release", action="store_true", help="step inside the backward, gradients freed at once")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: with its allocator and context (cpu)"
+        "--device", choices=("cpu", "cuda"), help="cuda: with its allocator and context (cpu; with --fit cuda)"
     )
     parser.add_argument("--gpus", type=int, default=1, help="plan the first of so many (1)")
-    parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp", help="how they share (ddp)")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp2"), help="how they share (ddp; with --fit fsdp2)")
     copies = "ddp without gradient_as_bucket_view: the reducer copies every gradient"
     parser.add_argument("--copy-buckets", action="store_true", help=copies)
     parser.add_argument("--memory", help="find the largest micro-batch that fits: 24GB, 80GiB")
+    parser.add_argument(
+        "--fit", metavar="80GB", help="the largest micro-batch, and tokens a step, on --gpus such cards"
+    )
+    timed = "two steps that you have timed: --fit adds tokens/s by them, a fixed cost and one for each token"
+    parser.add_argument("--pace", nargs=2, metavar="TOKENS:SECONDS", help=timed)
     parser.add_argument("--choose", action="store_true", help="name the best optimizer that fits in --memory, and why")
     parser.add_argument("--out", metavar="DIR", help="write plan.png and plan.html there")
     parser.add_argument(CONSENT, action="store_true", help=CONSENT_HELP)
@@ -164,6 +181,14 @@ def check_words(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} {value}: at least 1")
+    args.device = args.device or ("cuda" if args.fit else "cpu")
+    args.parallel = args.parallel or ("fsdp2" if args.fit else "ddp")
+    if args.fit and (args.batch or args.memory or args.choose or args.out):
+        raise InputError(
+            "--fit SIZE finds the micro-batch and prints a table: leave --batch, --memory, --choose, --out out"
+        )
+    if args.pace and not args.fit:
+        raise InputError("--pace is for --fit SIZE, which says how many tokens a step has")
     beside = args.optimizer, args.rank, args.gpus > 1, args.bits in (4, 8), args.out
     if args.choose and (not args.memory or any(beside)):
         raise InputError(
@@ -192,6 +217,10 @@ def config_of(args: argparse.Namespace, keys: list[str]) -> "RunConfig":
     except InputError as error:
         raise InputError(str(error).replace(pretrain.PROG, PROG)) from None
     check(cfg)
+    if "tp" in cfg.parallel.mode:
+        raise InputError(
+            f"parallel.mode={cfg.parallel.mode}: ddp and fsdp2 are planned (--parallel), tensor parallelism is not yet"
+        )
     return cfg
 
 
@@ -210,22 +239,11 @@ def with_optimizer(cfg: "RunConfig", name: str, rank: int | None) -> "RunConfig"
     return dataclasses.replace(cfg, optim=optim)
 
 
-def memory_of(text: str) -> float:
-    """Bytes of "24GB", "24" (GB, too) or "80 GiB"."""
-    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
-    try:
-        size = float(found[1]) * UNITS[found[2].upper() or "GB"] if found else 0.0
-    except (ValueError, KeyError):
-        size = 0.0
-    if size <= 0:
-        raise InputError(f"--memory {text}: give a size such as 24GB or 80GiB")
-    return size
-
-
-def title_of(args: argparse.Namespace, cfg: "RunConfig", batch: int) -> str:
+def title_of(args: argparse.Namespace, cfg: "RunConfig", batch: int | None) -> str:
     words = [f"{args.what or args.config}: {cfg.model.dtype}"]
     words += [f"weights of {cfg.quant.bits} bits"] if cfg.quant.bits else []
-    words += [f"micro-batch {batch} x {cfg.data.seq_len} tokens"]
+    words += [f"micro-batch {batch} x {cfg.data.seq_len} tokens" if batch else f"rows of {cfg.data.seq_len} tokens"]
+    words += [f"within {args.fit}"] if args.fit else []
     words += ["step inside backward"] if cfg.train.release else []
     words += ["on a GPU"] if args.device == "cuda" else []
     words += ["activations recomputed"] if cfg.model.gradient_checkpointing else []

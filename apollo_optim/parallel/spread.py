@@ -1,4 +1,5 @@
-"""A module over the processes of a run: copied (DDP) or sharded (FSDP2, HSDP), by torch's own engine."""
+"""A module over the processes of a run: copied (DDP) or sharded (FSDP2, HSDP, tensor parallelism), by torch's own
+engine."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from apollo_optim.parallel.tensor import split_matrices
 from apollo_optim.parallel.world import World
 
 
@@ -44,11 +46,21 @@ def sharded(
         device: That they will be on.
         replicas: Groups of processes that have all weights between them (HSDP): gradients are summed within a group,
             and then over the groups.
+
+    Where `world.tensor` processes see the same rows, the matrices are split over them at first, and what each has then
+    over those that see other rows, if there are any.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if replicas == 1:
+    blocks = list(blocks)
+    if world.tensor > 1:
+        both = init_device_mesh(device.type, (world.shares, world.tensor), mesh_dim_names=("shard", "tensor"))
+        split_matrices(blocks, both["tensor"])
+        if world.shares == 1:
+            return learner
+        mesh = both["shard"]
+    elif replicas == 1:
         mesh = init_device_mesh(device.type, (world.size,))
     else:
         names = "replicate", "shard"
@@ -68,6 +80,9 @@ def waiting(learner: Any) -> Iterator[None]:
     if isinstance(learner, nn.parallel.DistributedDataParallel):
         with learner.no_sync():
             yield
+        return
+    if not hasattr(learner, "set_requires_gradient_sync"):  # one share of the rows: nothing is averaged
+        yield
         return
     learner.set_requires_gradient_sync(False)
     try:

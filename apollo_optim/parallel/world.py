@@ -34,26 +34,42 @@ class World:
     size: int = 1
     local_rank: int = 0
     """Its number on its own machine: that of its GPU."""
+    tensor: int = 1
+    """So many processes, one after the other, have parts of the same matrices and see the same rows;
+    1: no two do."""
 
     @property
     def leads(self) -> bool:
         """Whether this process writes the log and the checkpoints, and is the one that people see."""
         return self.rank == 0
 
+    @property
+    def shares(self) -> int:
+        """How many shares of a batch's rows there are: one a process, or one for `tensor` of them."""
+        return self.size // self.tensor
+
+    @property
+    def share(self) -> int:
+        """This process's, counted from 0."""
+        return self.rank // self.tensor
+
     def mine(self, rows: torch.Tensor) -> torch.Tensor:
-        """This process's rows of a batch that all have: each `size`-th, so that who has which is no matter of cuts."""
-        return rows if self.size == 1 else rows[self.rank :: self.size].contiguous()
+        """This process's rows of a batch that all have: each `shares`-th, so that no cut decides who has which."""
+        return rows if self.shares == 1 else rows[self.share :: self.shares].contiguous()
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes of a small tensor, on its device."""
+        """The sum over all shares of a small tensor, on its device: one process of a share has its word."""
+        return self._sum(value if self.rank % self.tensor == 0 else torch.zeros_like(value))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in any process."""
+        return flag if self.size == 1 else bool(self._sum(torch.tensor([int(flag)]))[0])
+
+    def _sum(self, value: torch.Tensor) -> torch.Tensor:
         if self.size > 1:
             value = value.clone()
             dist.all_reduce(value)
         return value
-
-    def any(self, flag: bool) -> bool:
-        """Whether it holds in any process."""
-        return flag if self.size == 1 else bool(self.total(torch.tensor([int(flag)]))[0])
 
     def each(self, value: Any) -> list[Any]:
         """What every process says, by rank: small and plain values."""
@@ -79,11 +95,11 @@ class World:
     def draw(self, seed: int, step: int) -> None:
         """Set torch's random numbers (dropout) for this process's part of a step.
 
-        One process draws on and on, and a checkpoint knows where it is. Each of many begins every step at a place of
-        its own that only seed, step and rank decide, so that nothing has to be saved of it.
+        One process draws on and on, and a checkpoint knows where it is. Each share of many begins every step at a place
+        of its own that only seed, step and share decide, so that nothing has to be saved of it.
         """
         if self.size > 1:
-            torch.manual_seed(seed * 1_000_003 + step * self.size + self.rank)
+            torch.manual_seed(seed * 1_000_003 + step * self.shares + self.share)
 
 
 ALONE = World()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,15 +11,21 @@ if TYPE_CHECKING:
     from apollo_optim.plan.trace import Traces
 
 
-def largest_batch(budget: Budget, traces: Traces, limit: float) -> int | None:
+def largest_batch(
+    budget: Budget, traces: Traces, limit: float, told: Callable[[int, int], None] | None = None
+) -> int | None:
     """The largest micro-batch within the limit; None if not even one row is.
 
     What was traced for another optimizer is where the search begins. A total is almost linear in the batch, so that the
     line through its neighbours says where to look; now and then the middle is taken, so that no bend costs many traces.
+    `told(rows, bytes)` hears of every micro-batch that is looked at.
     """
 
     def beyond(batch: int) -> float:
-        return budget.at(traces.at(batch)).total - limit
+        total = budget.at(traces.at(batch)).total
+        if told is not None:
+            told(batch, total)
+        return total - limit
 
     points = {batch: beyond(batch) for batch in sorted({1, *traces.made})}
     turn = 0

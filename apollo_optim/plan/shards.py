@@ -64,6 +64,12 @@ def local_bytes(t: Tensor) -> int:
     return nbytes(local(t)) if is_sharded(t) else nbytes(t)
 
 
+def held_weights(model: nn.Module, gpus: int) -> int:
+    """Bytes of the first one's part of all weights, under ``fully_shard``."""
+    mesh = mesh_of(gpus) if gpus > 1 else None
+    return sum(local_bytes(first_part(p, mesh)) for p in {id(p): p for p in model.parameters()}.values())
+
+
 def gradient_bytes(p: Tensor) -> int:
     """Of all of its gradient: a low-bit weight's has the size of its float weight."""
     return p.numel() * p.element_size()

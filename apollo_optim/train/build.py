@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import random
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.optim.compiled import Graphs
 from apollo_optim.optim.precompile import precompile
 from apollo_optim.parallel.spread import replicated, sharded
+from apollo_optim.parallel.tensor import check_split
 from apollo_optim.parallel.world import ALONE, World
 from apollo_optim.plan.shards import blocks_of
 from apollo_optim.train import checkpoint, measure
@@ -112,7 +114,7 @@ def build(
     vocabulary = usable_vocabulary(data.tokenizer)
     mode = cfg.parallel.mode if world.size > 1 else None
     graphs: Graphs = {}
-    shards = mode in ("fsdp2", "hsdp")
+    shards = mode not in (None, "ddp")
     if not shards:  # what is sharded has other shapes
         graphs = compiled_beforehand(cfg, device, vocabulary, config, trust_remote_code=trust_remote_code)
     torch.manual_seed(cfg.train.seed)
@@ -122,6 +124,8 @@ def build(
     def spread(model: PreTrainedModel) -> None:
         nonlocal learner
         replicas = cfg.parallel.replicas if mode == "hsdp" else 1
+        if world.tensor > 1:
+            check_split(blocks_of(model), model.config, world.tensor)
         learner = sharded(Learner(model, cfg.train.loss), blocks_of(model), world, device, replicas)
 
     packs = cfg.data.format != "text" and cfg.data.mode == "pack"
@@ -145,7 +149,10 @@ def build(
     if shards and learner is None:  # before there is an optimizer: it is given other parameters
         spread(model)
     optimizer = make_optimizer(cfg.optim, model, graphs)
-    released = release(model, optimizer, clip=cfg.train.clip_tensor) if cfg.train.release else None
+    with warnings.catch_warnings():
+        if world.shares == 1:  # they all have the same gradients of what is not sharded
+            warnings.filterwarnings("ignore", "several processes, and parameters that are not sharded")
+        released = release(model, optimizer, clip=cfg.train.clip_tensor) if cfg.train.release else None
     if mode == "ddp":
         learner = replicated(Learner(model, cfg.train.loss), unused=has_experts(model))
     return Job(

@@ -62,8 +62,8 @@ def evaluate(
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     losses = torch.zeros(len(batches), dtype=torch.float64, device=device)
     counts = [targets(torch.stack([row.labels for row in batch])) for batch in batches]
-    for first in range(0, len(batches), world.size):
-        number = first + world.rank
+    for first in range(0, len(batches), world.shares):
+        number = first + world.share
         batch = batches[min(number, len(batches) - 1)]  # who has none left goes along: sharded weights need all
         ids, labels, positions = type(batch[0]).stacked(batch).map(lambda part: part.to(device))
         loss = summed_loss(model, ids, labels, how, positions) if learner is None else learner(ids, labels, positions)

@@ -18,7 +18,7 @@ from apollo_optim.parallel.world import ProcessLost, World, joined
 from apollo_optim.train import checkpoint, measure
 from apollo_optim.train.build import Job, build
 from apollo_optim.train.choose import settled
-from apollo_optim.train.config import RunConfig, check, check_processes, load_config, to_dict
+from apollo_optim.train.config import RunConfig, check, check_processes, load_config, tensor_processes, to_dict
 from apollo_optim.train.display import duration
 from apollo_optim.train.events import Evaluate, Event, Log, Memory, Save, Tally, best_evaluation
 from apollo_optim.train.failures import Interrupted, TrainingFailed
@@ -93,7 +93,7 @@ def alone(cfg: RunConfig, resume: bool, story: Callable[[World], Result]) -> Res
     try:
         with joined(cfg.parallel.timeout) as world, claim(run_of(cfg), resume, world):
             check_processes(cfg, world)
-            return story(world)
+            return story(dataclasses.replace(world, tensor=tensor_processes(cfg, world)))
     except ProcessLost as error:
         raise TrainingFailed(lost(error)) from error
 

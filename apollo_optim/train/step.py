@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from apollo_optim import Released
+from apollo_optim.core.place import local
 from apollo_optim.data.layout import IGNORED
 from apollo_optim.parallel.spread import waiting
 from apollo_optim.parallel.world import ALONE, World
@@ -111,8 +112,8 @@ class TrainStep:
             with self.accumulating() if number < len(pieces) else contextlib.nullcontext():
                 loss = self.loss_of(piece.map(lambda part: part.to(device, non_blocking=True))) / predictions
                 summed += loss.detach()
-                if self.world.size > 1:
-                    loss = loss * self.world.size  # the processes' gradients are averaged
+                if self.world.shares > 1:
+                    loss = loss * self.world.shares  # the processes' gradients are averaged
                 if number < len(pieces):
                     loss.backward()  # type: ignore[no-untyped-call]
         # Set out before the last backward: it has arrived when the step needs it.
@@ -161,7 +162,8 @@ class TrainStep:
             total = total_norm([p.grad for p in parameters if p.grad is not None])
             found = AsyncScalar(total)
             if cfg.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, cfg.clip, total)
+                own = [local(p.grad) for p in parameters if p.grad is not None]  # they may lie on several meshes
+                torch._foreach_mul_(own, (cfg.clip / (total + 1e-6)).clamp(max=1.0))
         if cfg.clip_tensor is not None:
             clip_each([p.grad for p in parameters if p.grad is not None], cfg.clip_tensor)
         return found

@@ -70,9 +70,15 @@ RUNS = {
     "fsdp2-release": {"train": {"release": True, "clip_tensor": 0.5}},
     "fsdp2-8bit": {"train": {"clip": 0.5}, "quant": {"bits": 8, "tally": 4}},  # equal codes: no sum is at an edge here
     "fsdp2-4bit-release": {"train": {"release": True, "clip_tensor": 0.5}, "quant": {"bits": 4}},
+    "tp": {"train": {"clip": 0.5}},
+    "tp-release": {"train": {"release": True, "clip_tensor": 0.5}},
 }
-ONE_THEN_TWO = {"one-then-fsdp2": "ddp", "one-then-fsdp2-8bit": "fsdp2-8bit"}  # run -> that which it goes on
-TWO_THEN_ONE = {"fsdp2-then-one": "fsdp2-2", "fsdp2-8bit-then-one": "fsdp2-8bit-2"}
+ONE_THEN_TWO = {
+    "one-then-fsdp2": "ddp",
+    "one-then-tp": "ddp",
+    "one-then-fsdp2-8bit": "fsdp2-8bit",
+}  # run -> that which it goes on
+TWO_THEN_ONE = {"fsdp2-then-one": "fsdp2-2", "tp-then-one": "tp-2", "fsdp2-8bit-then-one": "fsdp2-8bit-2"}
 
 
 def goes_on(folder: Path, source: str, name: str, mode: str) -> RunConfig:
@@ -92,7 +98,7 @@ def runs(tmp_path_factory) -> Path:
         mode = name.partition("-")[0]
         pretrain(cfg_of(folder, name, mode, **changes))
         jobs.append((cfg_of(folder, f"{name}-2", mode, **changes), False))
-    jobs += [(goes_on(folder, source, name, "fsdp2"), True) for name, source in ONE_THEN_TWO.items()]
+    jobs += [(goes_on(folder, source, name, name.split("-")[2]), True) for name, source in ONE_THEN_TWO.items()]
     train(2, jobs)
     for name, source in TWO_THEN_ONE.items():
         pretrain(goes_on(folder, source, name, "ddp"), resume=True)
@@ -136,7 +142,7 @@ def test_the_tally_of_shards_is_that_of_one_process(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_groups_of_processes_train_as_one_does(runs):
     """Two groups of two (HSDP), from the beginning and going on from a checkpoint of one process."""
     again = {f"{source}-then-hsdp": source for source in ("ddp", "fsdp2-8bit")}
@@ -148,6 +154,27 @@ def test_groups_of_processes_train_as_one_does(runs):
     whole, part = (records(runs / name, "memory")[0] for name in ("ddp", "hsdp-4 ddp"))
     assert part["weights"] < 0.52 * whole["weights"]
     assert len(records(runs / "hsdp-4 ddp", "end")[0]["peak_by_rank"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_matrices_split_within_groups_train_as_one_does(runs):
+    """Two groups of two processes, a part of every matrix in each of four; and going on from other modes."""
+    mode, again = "tp+fsdp2", {"one-then-both": "ddp", "two-then-both": "tp-2", "fsdp2-then-both": "fsdp2-release-2"}
+    jobs = [(goes_on(runs, source, name, mode), True) for name, source in again.items()]
+    anew = {f"both-4 {source}": source for source in ("tp", "tp-release")}
+    train(4, [*jobs, *((cfg_of(runs, name, mode, **RUNS[source]), False) for name, source in anew.items())])
+    for name, source in {**again, **anew}.items():
+        assert_same(runs / name, runs / source.removesuffix("-2"))
+    whole, part = (records(runs / name, "memory")[0] for name in ("tp", "both-4 tp"))
+    assert part["weights"] < 0.52 * whole["weights"], "a quarter of the matrices, half of the rest"
+
+
+def test_a_process_of_tensor_parallelism_has_its_part_of_the_matrices(runs):
+    whole, part = (records(runs / run, "memory")[0] for run in ("tp", "tp-2"))
+    matrices = 4 * 32 * 32 + 3 * 32 * 64
+    assert whole["weights"] - part["weights"] == matrices // 2 * 4
+    assert whole["gradients"] - part["gradients"] == matrices // 2 * 4
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2-8bit"])
@@ -276,6 +303,9 @@ def worker_of(parent: int, rank: int) -> int:
     [
         ({"train": {"batch_size": 5}}, "train.batch_size=5: 2 processes cannot share it equally"),
         ({"train": {"release": True}}, "train.release: with parallel.mode=ddp"),
+        ({"parallel": {"mode": "tp"}, "quant": {"bits": 8}}, "parallel.mode=tp with low-bit weights"),
+        ({"parallel": {"mode": "tp"}, "model": {"compile": True}}, "model.compile with parallel.mode=tp"),
+        ({"parallel": {"mode": "tp+fsdp2", "tensor": 4}}, "parallel.tensor=4: 2 processes cannot be cut"),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(tmp_path, changes, said):
@@ -307,4 +337,6 @@ def test_the_rows_of_a_batch_are_shared(monkeypatch):
     rows = torch.arange(12).view(6, 2)
     parts = [World(rank, 3).mine(rows) for rank in range(3)]
     assert torch.equal(torch.stack(parts, 1).view(6, 2), rows)
+    pairs = [World(rank, 6, tensor=2).mine(rows) for rank in range(6)]  # two processes of a share see the same rows
+    assert all(torch.equal(pair, parts[rank // 2]) for rank, pair in enumerate(pairs))
     assert ALONE.mine(rows) is rows

@@ -441,6 +441,7 @@ def test_a_plan_says_what_every_group_follows_and_keeps() -> None:
         ("llama-1m --bits 32 --dtype bfloat16", "--bits 32 and --dtype bfloat16 contradict"),
         ("llama-1m --memory lots", "--memory lots: give a size such as 24GB"),
         ("llama-1m --gpus 2 --parallel ddp --release", "release with ddp"),
+        ("llama-1m --parallel.mode tp+fsdp2", "parallel.mode=tp+fsdp2: ddp and fsdp2 are planned"),
         ("llama-1m --seq 4096", "longer than the context of llama-1m, 2048 tokens"),
     ],
 )

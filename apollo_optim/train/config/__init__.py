@@ -1,7 +1,14 @@
 """A run is a file: its sections, reading and writing it, and what it may hold."""
 
 from apollo_optim.data.config import DataConfig
-from apollo_optim.train.config.check import check, check_processes, differences, may_change, only_rounds
+from apollo_optim.train.config.check import (
+    check,
+    check_processes,
+    differences,
+    may_change,
+    only_rounds,
+    tensor_processes,
+)
 from apollo_optim.train.config.io import from_dict, load_config, read_run_file, save_config, to_dict
 from apollo_optim.train.config.parser import check_names, key_types, make_parser, parse, plain
 from apollo_optim.train.config.sections import (
@@ -43,5 +50,6 @@ __all__ = [
     "plain",
     "read_run_file",
     "save_config",
+    "tensor_processes",
     "to_dict",
 ]

@@ -42,6 +42,7 @@ ONLY_ROUNDS = (
     "optim.compile",
     "parallel.mode",
     "parallel.replicas",
+    "parallel.tensor",
     "train.deterministic",
     "train.device",
     "train.loss",
@@ -97,6 +98,7 @@ def check(cfg: RunConfig) -> None:
         "log.every": cfg.log.every,
         "parallel.timeout": cfg.parallel.timeout,
         "parallel.replicas": cfg.parallel.replicas,
+        "parallel.tensor": cfg.parallel.tensor,
         "quant.tally": cfg.quant.tally,
         "model.vocab_size": cfg.model.vocab_size,
     }
@@ -126,15 +128,35 @@ def check(cfg: RunConfig) -> None:
         raise InputError("train.clip and train.clip_tensor: choose one of them")
 
 
+def tensor_processes(cfg: RunConfig, world: World) -> int:
+    """How many processes see the same rows, each with its part of the matrices."""
+    if cfg.parallel.mode == "tp":
+        return world.size
+    return cfg.parallel.tensor if cfg.parallel.mode == "tp+fsdp2" and world.size > 1 else 1
+
+
 def check_processes(cfg: RunConfig, world: World) -> None:
     """Refuse what several processes cannot do."""
-    if cfg.train.batch_size % world.size:
+    tensor = tensor_processes(cfg, world)
+    if world.size % tensor:
+        raise InputError(f"parallel.tensor={tensor}: {world.size} processes cannot be cut into groups of so many")
+    if cfg.train.batch_size % (world.size // tensor):
+        who = f"{world.size} processes" if tensor == 1 else f"{world.size // tensor} groups of processes"
         raise InputError(
-            f"train.batch_size={cfg.train.batch_size}: {world.size} processes cannot share it equally; choose a "
-            "multiple, or another number of processes"
+            f"train.batch_size={cfg.train.batch_size}: {who} cannot share it equally; choose a multiple, or another "
+            "number of processes"
         )
     if world.size == 1:
         return
+    if tensor > 1 and (cfg.quant.bits or find_optimizer(cfg.optim.name).bits):
+        raise InputError(
+            f"parallel.mode={cfg.parallel.mode} with low-bit weights, whose blocks have one scale: choose "
+            "--parallel.mode fsdp2, which cuts between rows"
+        )
+    if tensor > 1 and cfg.model.compile:
+        raise InputError(
+            f"model.compile with parallel.mode={cfg.parallel.mode} has not been tried: leave it out, or choose fsdp2"
+        )
     if cfg.parallel.mode == "ddp" and cfg.train.release:
         raise InputError(
             "train.release: with parallel.mode=ddp gradients are averaged after it has stepped; choose "

@@ -176,12 +176,16 @@ class ParallelConfig:
     """Several processes, as `torchrun --nproc-per-node 2 -m apollo_optim pretrain ...` starts them. With one process
     nothing of this matters: the same run file is for one and for many, and so are its checkpoints."""
 
-    mode: Literal["ddp", "fsdp2", "hsdp"] = "ddp"
+    mode: Literal["ddp", "fsdp2", "hsdp", "tp", "tp+fsdp2"] = "ddp"
     """ddp: every process has all weights and learns from its part of each batch. fsdp2: every process also has only
     its part of weights, gradients and optimizer state. hsdp: fsdp2 within each of `replicas` groups of processes (a
-    group a machine, say), which have the same parts as one another."""
+    group a machine, say), which have the same parts as one another. tp: every process computes with its part of the
+    matrices of attention and MLP, all from the same rows. tp+fsdp2: tp within groups of `tensor` processes (those of a
+    machine, say), fsdp2 over the groups."""
     replicas: int = 2
     """Of hsdp: how many groups of processes have all weights between them."""
+    tensor: int = 2
+    """Of tp+fsdp2: how many processes a group has."""
     timeout: float = 1800.0
     """Seconds that a process waits for the others before the run fails."""
 
