@@ -6,6 +6,7 @@ import importlib
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -133,13 +134,18 @@ def can_compile(device_type: str) -> bool:
     if device_type == "meta":  # where nothing is computed
         return False
     try:
+        from apollo_optim.core.libraries import remove_cut_off  # for those who compile
+
+        inductor: Any = importlib.import_module("torch._inductor.runtime.runtime_utils")
+        for library in remove_cut_off(Path(inductor.cache_dir())):
+            warnings.warn(f"{library}: a compile was killed there; removed, it is compiled again", stacklevel=2)
         probe = torch.ones(2, device=device_type)
         torch.compile(lambda t: t * 2 + 1, fullgraph=True, dynamic=False)(probe)
     except Exception as error:  # whatever a missing compiler raises: it differs by backend and release
+        said = " ".join(str(error).strip().splitlines()[:2])  # torch's first line is often "backend raised:"
         warnings.warn(
             f"torch.compile does not work for {device_type!r} here, so steps run eagerly (several times slower, same "
-            f"numbers; compile=False says that this is meant): {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0]}",
+            f"numbers but for their last bits; compile=False says that this is meant): {type(error).__name__}: {said}",
             stacklevel=2,
         )
         return False

@@ -1,0 +1,47 @@
+"""Libraries that a kill in the middle of a compile left cut off in torch's cache.
+
+torch looks only whether a file is there, and fails to load it in every later run: steps would be eager from then on,
+slower and with other last bits than those of the run that is resumed.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from pathlib import Path
+
+from apollo_optim.core import disk
+
+SETTLED = 20.0
+"""Seconds without a write after which a library counts as complete or cut off: its linker may be at work."""
+HEADER = struct.Struct("<4s36xQ10xHH2x")  # of ELF, 64 bits, little-endian: magic, e_shoff, e_shentsize, e_shnum
+
+
+def is_cut_off(library: Path) -> bool:
+    """Whether a shared library of Linux ends before its header says; of another system, whether it is empty."""
+    with library.open("rb") as file:
+        start = file.read(HEADER.size)
+        size = os.fstat(file.fileno()).st_size
+    if len(start) < HEADER.size:
+        return True
+    if start[:5] != b"\x7fELF\x02":
+        return not any(start)  # a linker may write the header last
+    _, table, entry, entries = HEADER.unpack(start)
+    return bool(size < table + entry * entries)
+
+
+def remove_cut_off(cache: Path) -> list[Path]:
+    """Remove from a folder of torch's compiler what is cut off, so that it is compiled again; what was removed.
+
+    What was written in the last `SETTLED` seconds is left alone, and so is what another user has.
+    """
+    removed = []
+    for library in cache.glob("*/*.so"):
+        try:
+            if not library.is_symlink() and library.stat().st_mtime < time.time() - SETTLED and is_cut_off(library):
+                disk.remove(library)
+                removed.append(library)
+        except OSError:  # gone meanwhile, or not ours to read or remove: torch says what it cannot do
+            continue
+    return removed
