@@ -6,11 +6,12 @@ The small run of `bench kill-processes` under torchrun, with a save every 8 step
 once a second each rank's resident memory, open files and sockets are read from /proc. The slope of the memory is a
 least-squares line through the means of 20 equal stretches of the steps after the first tenth (in which buffers,
 caches and the compiler's code find their size): resident memory is noisy from one second to the next, and means of
-stretches are nearly independent, so that the standard error is an honest one. Growth is a slope of more than two
-standard errors *and* of more than 1 kB a step. At the end nothing may be left: no process of the run, no file in its
-own temporary directory (but torch's own folders), no half-written checkpoint, no more checkpoints than were asked
-for, nothing new in /dev/shm. Exit code 1 if the run failed, memory grows, or something is left. One JSON line a run,
-with all stretches.
+stretches are nearly independent, so that the standard error is an honest one. glibc is told to give blocks of 128 KiB
+and more back at once: what it keeps of what was set free goes up and down by megabytes. Growth is a slope of more
+than two standard errors *and* of more than 1 kB a step. At the end nothing may be left: no process of the run, no
+file in its own temporary directory (but torch's own folders), no half-written checkpoint, no more checkpoints than
+were asked for, nothing new in /dev/shm. Exit code 1 if the run failed, memory grows, or something is left. One JSON
+line a run, with all stretches.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ STRETCHES = 20
 GROWS = 1_000
 """Bytes a step that matter: a run of a million steps would take 1 GB more at its end."""
 SHARED = Path("/dev/shm")
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
 TORCHS = ("torchinductor_", "torchelastic_")
 """Folders that torch itself keeps in the temporary directory: compiled code for the next run, and torchrun's logs."""
 
@@ -102,7 +104,7 @@ def soak(steps: int, processes: int, mode: str) -> Line:
         cfg.out = str(run)
         samples: list[list[Line]] = [[] for _ in range(processes)]
         began, told = time.monotonic(), 0.0
-        child = start(cfg, run, processes, environment={"TMPDIR": str(temporary)})
+        child = start(cfg, run, processes, environment={"TMPDIR": str(temporary), **GIVEN_BACK})
         wait_for_first_step(child, run)
         while child.poll() is None:
             step = max((record["step"] for record in records(run) if record["event"] == "step"), default=0)

@@ -1,7 +1,7 @@
 """The page "Will it fit?" computes what `apollo-optim plan` computes, and works by keys, wide and narrow.
 
 As a command, `python -m tests.house.test_fit > results/welcome/fit.md`, it prints 200 settings with both totals
-(some minutes on a quiet machine; stderr says how far it is).
+(19 minutes on a core beside other work; stderr says how far it is).
 """
 
 from __future__ import annotations
