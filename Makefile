@@ -1,6 +1,6 @@
 # Every target sets up .venv by itself, once, and again when pyproject.toml or constraints.txt change.
 #   make demo     train a small LLaMA on real text with AdamW and with APOLLO: text, table, picture (some 5 to 8 minutes on 2 cores)
-#   make demo-finetune  the same for fine-tuning: five instructions, exact match before and after (about 6 minutes)
+#   make demo-finetune  the same for fine-tuning: five instructions, exact match before and after (6 to 13 minutes)
 #   make test     the test suite (minutes)      make lint   ruff, mypy (strict, but for tests)
 #   make test-all the suite and what is marked slow (a quarter of an hour)
 #   make test-clients  other people's tools, each in an environment of its own (half an hour; results/clients.md)
@@ -77,9 +77,11 @@ demo-finetune: $(VENV)/.train
 	$(TUNE) --optim.name apollo --optim.lr 0.005 --optim.rest_lr 0.002 --out $(TUNED)/apollo $(DEMO_ARGS)
 	@$(SAY) "and with APOLLO-Mini"
 	$(TUNE) --optim.name apollo-mini --optim.lr 0.005 --optim.rest_lr 0.004 --out $(TUNED)/apollo-mini $(DEMO_ARGS)
+	@$(SAY) "and with Q-APOLLO-Mini: attention and MLP in 8 bits"
+	$(TUNE) --optim.name q-apollo-mini --optim.lr 0.005 --optim.rest_lr 0.004 --out $(TUNED)/q-apollo-mini $(DEMO_ARGS)
 	@$(SAY) "what they answer"
 	$(BIN)/apollo-optim bench instructions --out $(TUNED) --score before=$(TUNED)/base/model adamw=$(TUNED)/adamw \
-	  apollo=$(TUNED)/apollo apollo-mini=$(TUNED)/apollo-mini
+	  apollo=$(TUNED)/apollo apollo-mini=$(TUNED)/apollo-mini q-apollo-mini=$(TUNED)/q-apollo-mini
 	@$(SAY) "done: open $(TUNED)/demo-finetune.png"
 
 test: $(VENV)/.dev
