@@ -1,6 +1,6 @@
 # Every target sets up .venv by itself, once, and again when pyproject.toml or constraints.txt change.
 #   make demo     train a small LLaMA on real text with AdamW and with APOLLO: text, table, picture (some 5 to 8 minutes on 2 cores)
-#   make demo-finetune  the same for fine-tuning: five instructions, exact match before and after (6 to 13 minutes)
+#   make demo-finetune  the same for fine-tuning: five instructions, exact match before and after (13 minutes on 2 busy cores)
 #   make test     the test suite (minutes)      make lint   ruff, mypy (strict, but for tests)
 #   make test-all the suite and what is marked slow (a quarter of an hour)
 #   make test-clients  other people's tools, each in an environment of its own (half an hour; results/clients.md)

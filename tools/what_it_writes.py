@@ -1,6 +1,6 @@
 """What the model of `make demo` writes before it has learnt anything, and on the way: results/welcome/writes.md.
 
-    python tools/what_it_writes.py [--steps 400] [--at 0 100 400]      some 5 minutes on two cores
+    python tools/what_it_writes.py [--steps 400] [--at 0 100 400]      a quarter of an hour beside other work
 
 The run is runs/demo.yaml, APOLLO's, with more steps; text is drawn as `apollo-optim sample` draws it, with one seed.
 """

@@ -45,16 +45,16 @@ def fit_rows(
     from ..plan import fit, held_weights
     from ..plan.draw import table_rows
 
-    found, weights = [], []
+    parts, found, weights = cards if shares else 1, [], []
     for name, run in runs.items():
         model, traces = of(run)
-        weights.append(held_weights(model, cards if shares else 1))
+        weights.append(held_weights(model, parts))
         if weights[-1] > limit:
             say(f"{name}: left out, its weights alone take {weights[-1] / 1e9:.2f} GB", error=True)
         else:
             found.append(fit(budget(run, model), traces, limit, telling(name, set(traces.made))))
     if not found:
-        raise InputError(too_heavy(cfg, of, min(weights), limit, cards))
+        raise InputError(too_heavy(cfg, of, min(weights), limit, cards, parts))
     if not any(one.batch for one in found):
         raise InputError(too_large(cfg, min((one.plan for one in found), key=lambda plan: plan.total), limit, cards))
     tokens = [one.tokens(cfg.data.seq_len, cards) for one in found]
@@ -86,16 +86,21 @@ def too_large(cfg: "RunConfig", least: "Plan", limit: float, cards: int) -> str:
 
 
 def too_heavy(
-    cfg: "RunConfig", of: "Callable[[RunConfig], tuple[Any, Traces]]", weights: int, limit: float, cards: int
+    cfg: "RunConfig",
+    of: "Callable[[RunConfig], tuple[Any, Traces]]",
+    weights: int,
+    limit: float,
+    cards: int,
+    parts: int,
 ) -> str:
-    """The weights alone do not fit; how many cards would hold them, and how many bits."""
+    """The weights alone do not fit, cut into so many parts; how many cards would hold them, and how many bits."""
     from ..plan import cards_for, held_weights
 
     enough = cards_for(of(cfg)[0], limit)
     ways = [f"--gpus {enough} --parallel fsdp2"] if enough else []
     for bits in (8, 4) if cfg.quant.bits is None else ():
         quant = dataclasses.replace(cfg.quant, bits=bits)
-        size = held_weights(of(dataclasses.replace(cfg, quant=quant))[0], cards)
+        size = held_weights(of(dataclasses.replace(cfg, quant=quant))[0], parts)
         if size <= limit:
             ways.append(f"--bits {bits} ({size / 1e9:.3g} GB)")
             break

@@ -4,9 +4,8 @@ Writers of files (`save_pretrained`, `safetensors.torch.save_model`) pack a tens
 its memory: they get the float numbers, as everybody but this library wants them. To read it without that is an error.
 """
 
-import sys
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,22 +41,8 @@ def _readable(weight: LowBitWeight) -> Tensor:
     return weight.expand(weight.shape)
 
 
-@implements(Tensor.data_ptr)
-def _data_ptr(weight: LowBitWeight) -> int:
-    """accelerate tells parameters apart by it when it shards them, and reads nothing there: the codes'."""
-    frame = sys._getframe()
-    while frame.f_back is not None and _module(frame).startswith(("torch.", "apollo_optim.")):
-        frame = frame.f_back
-    return weight.codes.data_ptr() if _module(frame).startswith("accelerate.") else _refused(weight)
-
-
-def _module(frame: FrameType) -> str:
-    name: str = frame.f_globals.get("__name__", "")
-    return name
-
-
-@implements(Tensor.storage, Tensor.__dlpack__)
-def _refused(weight: LowBitWeight, *args: Any, **kwargs: Any) -> NoReturn:
+@implements(Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__)
+def _refused(weight: LowBitWeight, *args: Any, **kwargs: Any) -> None:
     raise InputError(
         f"the memory of {weight!r} holds no float numbers: pass on w.contiguous(), or its codes and scales, which are "
         "w.codes and w.scales"
@@ -80,6 +65,12 @@ def _own_storage(caller: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args)
+
+
+@called_from("accelerate")
+def _told_apart(caller: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
+    """It knows parameters by their address when it shards them, and reads nothing there: the codes'."""
+    return args[0].codes.data_ptr() if func is Tensor.data_ptr else NotImplemented
 
 
 @implements(Tensor.data.__set__)  # type: ignore[attr-defined]

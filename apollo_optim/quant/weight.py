@@ -42,7 +42,9 @@ def implements(*functions: Any) -> Callable[[Handler], Handler]:
     return register
 
 
-CALLERS: dict[str, Handler] = {}  # module of torch -> what is asked first where code of it touches a low-bit weight
+CALLERS: dict[
+    str, Handler
+] = {}  # module of torch or accelerate -> what is asked first where code of it touches a low-bit weight
 
 
 def called_from(module: str) -> Callable[[Handler], Handler]:
@@ -60,7 +62,7 @@ def called_from(module: str) -> Callable[[Handler], Handler]:
 
 def _asked_by_caller(caller: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
     module: str = caller.f_globals.get("__name__", "")
-    if not module.startswith("torch."):
+    if not module.startswith(("torch.", "accelerate.")):
         return NotImplemented
     while module and module not in CALLERS:
         module = module.rpartition(".")[0]

@@ -6,8 +6,6 @@ accelerate keeps FSDP for accelerators: its state is told that it is one. Prints
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import DistributedType, PartialState
-from command_runs import HERE, far
+from command_runs import far, on_two
 from torch import Tensor, nn
 
 from apollo_optim import RuleOptimizer, build_optimizer, release, rule_of
@@ -103,21 +101,12 @@ def compared(kind: str, name: str, out: Path, accelerator: Accelerator | None = 
     return {**found, "adamw": far(theirs, train(accelerator, TORCH_ADAMW, load=out / "adamw")[0])}
 
 
-def on_two(kind: str, name: str) -> dict[str, Any]:
-    """The same on two processes."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, kind, name]
-    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    said = subprocess.run(words, check=True, env=env, timeout=600, stdout=subprocess.PIPE, text=True).stdout
-    row: dict[str, Any] = json.loads(said.splitlines()[-1])
-    return row
-
-
 def rows(out: Path) -> Iterator[dict[str, Any]]:
     """Of the table: every figure is a largest difference, in any weight or state."""
     client = f"accelerate {version('accelerate')}"
     yield {"client": client, "case": "1 process, apollo-mini", **compared("one", "apollo-mini", out)}
     for kind in KINDS:
-        yield {"client": client, "case": f"2 processes, {kind}, apollo-mini", **on_two(kind, "apollo-mini")}
+        yield {"client": client, "case": f"2 processes, {kind}, apollo-mini", **on_two(__file__, kind, "apollo-mini")}
 
 
 def main() -> None:

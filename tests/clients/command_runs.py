@@ -55,6 +55,15 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def on_two(script: str, *words: str) -> Row:
+    """The row that a script prints last, run on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *words]
+    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, check=True, env=env, timeout=600, stdout=subprocess.PIPE, text=True).stdout
+    row: Row = json.loads(said.splitlines()[-1])
+    return row
+
+
 def far(one: dict[str, Any], other: dict[str, Any]) -> float:
     """The largest difference between two sets of tensors of the same names; 0.0 where they are equal."""
     assert one.keys() == other.keys()

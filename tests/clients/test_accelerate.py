@@ -3,7 +3,9 @@
 import pytest
 
 pytest.importorskip("accelerate", reason="the dev extra brings it")
-from accelerate_runs import KINDS, compared, on_two
+import accelerate_runs
+from accelerate_runs import KINDS, compared
+from command_runs import on_two
 
 
 def check(row):
@@ -19,4 +21,4 @@ def test_one_process_resumes_and_releases_bitwise(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_resume_and_release_bitwise(kind):
-    check(on_two(kind, "apollo-mini"))
+    check(on_two(accelerate_runs.__file__, kind, "apollo-mini"))

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate, which the dev extra brings")
-from command_runs import far
-from trainer_processes import on_two
+import trainer_processes
+from command_runs import far, on_two
 from trainer_runs import RELEASED, ROWS, TORCH_ADAMW, Run, arguments, make_model, train
 from transformers import Trainer, TrainingArguments
 
@@ -128,7 +128,7 @@ def test_release_under_fsdp2_of_two_processes():
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_save_and_resume_bitwise(kind, bits):
     """Also low-bit weights, which accelerate's FSDP2 shards."""
-    row = on_two(kind, "apollo-mini", bits)
+    row = on_two(trainer_processes.__file__, kind, "apollo-mini", str(bits))
     assert row.pop("follows") == "14 of 14"
     assert set(row.values()) == {0.0}, row
 

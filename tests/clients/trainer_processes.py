@@ -6,8 +6,6 @@ accelerate keeps FSDP for accelerators: its state is told that it is one. Prints
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 import transformers
 from accelerate.state import DistributedType, PartialState
-from command_runs import HERE, MATRICES, far
+from command_runs import MATRICES, far, on_two
 from torch import Tensor
 from trainer_runs import RELEASED, TORCH_ADAMW, Run, train
 
@@ -83,23 +81,13 @@ def compared(kind: str, name: str, bits: int, out: Path) -> dict[str, Any]:
     return found
 
 
-def on_two(kind: str, name: str, bits: int) -> dict[str, Any]:
-    """The same on two processes."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    words += [kind, name, str(bits)]
-    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    said = subprocess.run(words, check=True, env=env, timeout=600, stdout=subprocess.PIPE, text=True).stdout
-    row: dict[str, Any] = json.loads(said.splitlines()[-1])
-    return row
-
-
 def rows() -> Iterator[dict[str, Any]]:
     """Of the table: every figure is a largest difference, in any weight or state."""
     client = f"Trainer, transformers {transformers.__version__}"
     for kind in KINDS:
         for bits in BITS:
             case = f"2 processes, {kind}, weights {f'{bits}bit' if bits else 'float32'}, apollo-mini"
-            yield {"client": client, "case": case, **on_two(kind, "apollo-mini", bits)}
+            yield {"client": client, "case": case, **on_two(__file__, kind, "apollo-mini", str(bits))}
 
 
 def main() -> None:
