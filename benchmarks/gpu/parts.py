@@ -116,6 +116,17 @@ def compiled(setup: Setup) -> list[Case]:
     return [Case("compiled", "rules", "benchmarks.gpu.compiled:measure", config)]
 
 
+def tools(setup: Setup) -> list[Case]:
+    """`pretrain` and Trainer, resumed; FSDP2."""
+    run, shared = "benchmarks.gpu.tools", {"device": setup.device, "compile": setup.compile}
+    width = 16 if setup.tiny else 192
+    return [
+        Case("tools", "fsdp2", f"{run}:sharded", {**shared, "width": width}),
+        Case("tools", "pretrain", f"{run}:command", {**shared, "size": "llama-1m" if setup.tiny else "llama-60m"}, 2.0),
+        Case("tools", "trainer", f"{run}:trainer", {**shared, "packages": ["accelerate"]}),
+    ]
+
+
 def run_configs(setup: Setup) -> Line:
     """What all runs of `train` and `race` have in common."""
     shared = {"device": setup.device, "compile": setup.compile}
@@ -157,6 +168,7 @@ PARTS = [
     Part("train", "llama-60m with AdamW, APOLLO and APOLLO-Mini", 120, train, together=True),
     Part("plan", "what apollo_optim.plan says of the part 7b", 60, plan, background=True),
     Part("race", "llama-60m, AdamW and APOLLO-Mini at equal tokens", 360, race, by_default=False),
+    Part("tools", "pretrain and Trainer, resumed to the bit; FSDP2", 180, tools, by_default=False),
     Part("graph", "a whole step as one CUDA graph", 60, graph, by_default=False),
     Part("contract-full", "the test suite's -m gpu", 600, suite, by_default=False),
 ]
