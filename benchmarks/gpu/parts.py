@@ -95,7 +95,7 @@ def plan(setup: Setup) -> list[Case]:
 
 def contract(setup: Setup) -> list[Case]:
     """The goldens, and every optimizer."""
-    config = {"device": setup.device, "steps": 2 if setup.tiny else 15, "width": 16 if setup.tiny else 192}
+    config = {"device": setup.device, "steps": 2 if setup.tiny else 5, "width": 16 if setup.tiny else 96}
     golden = Case("contract", "golden", "benchmarks.gpu.contract:golden", {"device": setup.device}, 0.4)
     return [golden, Case("contract", "eager", "benchmarks.gpu.contract:eager", config)]
 
@@ -118,7 +118,7 @@ def compiled(setup: Setup) -> list[Case]:
 
 def tools(setup: Setup) -> list[Case]:
     """`pretrain` and Trainer, resumed; FSDP2."""
-    run, shared = "benchmarks.gpu.tools", {"device": setup.device, "compile": setup.compile}
+    run, shared = "benchmarks.gpu.tools", {"device": setup.device}
     width = 16 if setup.tiny else 192
     return [
         Case("tools", "fsdp2", f"{run}:sharded", {**shared, "width": width}),

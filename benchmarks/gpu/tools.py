@@ -65,7 +65,7 @@ def run_config(config: Line, name: str, own: Line, out: Path, scratch: Path) -> 
     return RunConfig(
         model=ModelConfig(config["size"], dtype="bfloat16"),
         data=DataConfig(str(ROOT / "apollo_optim"), seq_len=64, vocab_size=300, cache_dir=str(scratch / "text")),
-        optim=OptimConfig.of(name=name, lr=1e-3, compile=config["compile"] or None, **keys),
+        optim=OptimConfig.of(name=name, lr=1e-3, **keys),
         train=TrainConfig(
             steps=STEPS,
             batch_size=8,
