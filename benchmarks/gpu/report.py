@@ -59,6 +59,7 @@ def tables(lines: Lines) -> list[Table]:
         compiled_table(lines),
         training_table(lines, "train"),
         training_table(lines, "race"),
+        tools_table(lines),
         graph_table(lines),
         others(lines),
     ]
@@ -204,6 +205,21 @@ def training_table(lines: Lines, part: str) -> Table:
             *(f"{line['validation']:.3f}" if line["validation"] else "-", gb(line.get("allocated"))),
         )
         table.rows.append(cells)
+    return table
+
+
+def tools_table(lines: Lines) -> Table:
+    """How two runs that are alike differ, and a resumed one, or one on shards."""
+    head = ("tool", "optimizer", "weights", "made again", "resumed, or on shards")
+    table = Table("pretrain, transformers' Trainer, FSDP2", head, words=3)
+    for line in of(lines, "tools", kind="figures"):
+        unlike = {text.partition(":")[0]: "DIFFERS" for text in line.get("unlike", [])}
+        found = [line.get("again"), line.get("resumed", line.get("difference"))]
+        cells = [number(t) if t else "bitwise" for t in found] if "unlike" not in line else ["bitwise"] * 2
+        cells = [unlike.get(which, cell) for which, cell in zip(("again", "resumed"), cells, strict=True)]
+        cells = cells if line["status"] in ("ok", "differs") else [line["status"]] * 2
+        cells[0] = "-" if line["what"] == "FSDP2" else cells[0]
+        table.rows.append((*(line[key] for key in ("what", "optimizer", "weights")), *cells))
     return table
 
 
