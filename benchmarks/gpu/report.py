@@ -19,7 +19,7 @@ def of(lines: Lines, part: str, **keys: Any) -> list[Line]:
 
 
 def in_short(lines: Lines) -> str:
-    """How a case went: for the line that is printed while it runs."""
+    """How a case went."""
     counts = Counter(line["status"] for line in lines)
     ends = [line for line in lines if line["kind"] == "end" and line["status"] != "ok"]
     text = ", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing"
@@ -286,8 +286,7 @@ def _peaks(axis: Any, peaks: Lines, lines: Lines) -> None:
     axis.barh(range(len(peaks)), [line["allocated"] / 1e9 for line in peaks], height=0.5, label="allocated")
     marks = [(plan / 1e9, i) for i, line in enumerate(peaks) if (plan := planned(lines, line))]
     axis.scatter([x for x, _ in marks], [y for _, y in marks], marker="|", s=160, color="black", label="planned")
-    names = [f"{line['case']}, {line['batch']} x {line['seq']}" for line in peaks]
-    axis.set_yticks(range(len(peaks)), names, fontsize=7)
+    axis.set_yticks(range(len(peaks)), [f"{x['case']}, {x['batch']} x {x['seq']}" for x in peaks], fontsize=7)
     axis.set(xlabel="peak, GB")
     axis.legend(fontsize=7, frameon=False)
     axis.invert_yaxis()
