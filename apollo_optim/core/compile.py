@@ -5,7 +5,7 @@ import functools
 import importlib
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -35,16 +35,17 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def compiled_in_place(function: Callable[..., None], options: dict[str, Any] = OPTIONS) -> Callable[..., None]:
-    """As `compiled`, of a function of tensors that writes into them and returns nothing; `options`: the compiler's.
+def compiled_directly(function: Callable[..., Any], options: dict[str, Any] = OPTIONS) -> Callable[..., Any]:
+    """As `compiled`, of a function of tensors that writes into them and returns nothing, or a tuple of new tensors.
 
     Calls after the first go past torch's check of whether the graph fits, which takes longer than a small matrix's
-    step. So it is the caller who must keep one for each look of the tensors: shapes, strides, dtypes, device, and the
-    number of threads, for which the graph's loops are made. (On a CPU. Elsewhere torch checks, until it has been seen
-    there that it need not.)
+    step (and on a GPU, where Python is what a step waits for, a quarter of all its time). So it is the caller who must
+    keep one for each look of the tensors: shapes, strides, dtypes, device, and the number of threads, for which the
+    graph's loops are made. `options`: the compiler's.
     """
     direct: Callable[..., Any] | None = None
     given: tuple[Tensor, ...] = ()
+    made: tuple[Callable[..., Any], Sequence[Any], Sequence[Any]] | None = None
 
     def backend(traced: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from torch import _inductor  # a second and hundreds of modules, for those who compile
@@ -53,29 +54,59 @@ def compiled_in_place(function: Callable[..., None], options: dict[str, Any] = O
             inner: Callable[..., Any] = _inductor.compile(traced, inputs, options)
 
         def first(*taken: Tensor) -> Any:
-            nonlocal direct
-            order = [next((i for i, t in enumerate(given) if t is own), -1) for own in taken]
-            # otherwise something else is needed, which torch must fetch each time
-            if -1 not in order and all(t.device.type == "cpu" for t in given):
-                direct = lambda *tensors: inner(*[tensors[i] for i in order])  # noqa: E731
-            return inner(*taken)
+            nonlocal made
+            returned = inner(*taken)
+            made = inner, taken, returned
+            return returned
 
         return first
 
     checked = torch.compile(_own(function), fullgraph=True, dynamic=False, backend=backend)
 
-    def call(*tensors: Tensor) -> None:
-        nonlocal given
+    def call(*tensors: Tensor) -> Any:
+        nonlocal given, made, direct
         if direct is not None:
-            direct(*tensors)
-            return
+            return direct(*tensors)
         given = tensors
         try:
-            checked(*tensors)
+            results = checked(*tensors)
+            if made is not None and all(t.device.type in COMPILED_ON for t in given):
+                direct = _past_checks(*made, given, results or ())
+            return results
         finally:
-            given = ()
+            given, made = (), None
 
     return call
+
+
+def _past_checks(
+    graph: Callable[..., Any],
+    taken: Sequence[Any],
+    returned: Sequence[Any],
+    given: Sequence[Any],
+    results: Sequence[Any],
+) -> Callable[..., Any] | None:
+    """A function by its graph alone, from one call of both: what they were given, and what came back.
+
+    None if something else is needed, which torch must fetch each time, or put together.
+    """
+    order, picks = _places(taken, given), _places(results, [*returned, *given])
+    if -1 in order or -1 in picks:
+        return None
+
+    def direct(*tensors: Tensor) -> tuple[Any, ...]:
+        back = graph(*[tensors[i] for i in order])
+        if not picks:
+            return ()
+        every = *back, *tensors
+        return tuple([every[i] for i in picks])
+
+    return direct
+
+
+def _places(some: Sequence[Any], among: Sequence[Any]) -> list[int]:
+    """Where these objects are; -1 for one that is not there."""
+    return [next((i for i, other in enumerate(among) if other is own), -1) for own in some]
 
 
 @contextlib.contextmanager
@@ -122,10 +153,24 @@ def in_memory(value: Tensor) -> Tensor: ...
 @overload
 def in_memory(value: float | Tensor) -> float | Tensor: ...
 def in_memory(value: float | Tensor) -> float | Tensor:
-    """`value`, which a compiler would otherwise compute again for every entry that it is combined with."""
-    if isinstance(value, Tensor) and torch.compiler.is_compiling():
+    """`value`, which a compiler would otherwise compute again for every entry that it is combined with.
+
+    (A single number of a GPU is computed again: a kernel more costs more than that.)
+    """
+    if isinstance(value, Tensor) and torch.compiler.is_compiling() and (value.ndim or value.is_cpu):
         return value.as_strided(value.shape, value.stride())
     return value
+
+
+def number_on(device: torch.device, number: float | Tensor) -> float | Tensor:
+    """A number of the host (0-D) as one of `device`, for a compiled function: what is computed of it alone is, too.
+
+    Else that would be compiled for the CPU, in C++: a minute for the first step of all on a GPU, and an error where
+    there is no compiler of C++. Nothing is copied: it is an argument of the kernels that need it.
+    """
+    if not isinstance(number, Tensor) or number.device == device:
+        return number
+    return number * torch.ones((), dtype=number.dtype, device=device)
 
 
 @functools.cache
