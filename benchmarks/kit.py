@@ -84,12 +84,12 @@ def _finite(value: Any) -> Any:
 
 @cache
 def commit() -> str | None:
-    """The commit of the checkout, "-dirty" if something differs from it; None without git."""
+    """The commit of the checkout, "-dirty" if something differs from it; without git what the variable COMMIT says."""
     try:
         words = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
         return subprocess.run(words, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("COMMIT") or None
 
 
 @cache

@@ -3,9 +3,10 @@
 import contextlib
 import functools
 import importlib
+import operator
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -35,16 +36,17 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def compiled_in_place(function: Callable[..., None], options: dict[str, Any] = OPTIONS) -> Callable[..., None]:
-    """As `compiled`, of a function of tensors that writes into them and returns nothing; `options`: the compiler's.
+def compiled_directly(function: Callable[..., Any], options: dict[str, Any] = OPTIONS) -> Callable[..., Any]:
+    """As `compiled`, of a function of tensors that writes into them and returns nothing, or a tuple of new tensors.
 
     Calls after the first go past torch's check of whether the graph fits, which takes longer than a small matrix's
-    step. So it is the caller who must keep one for each look of the tensors: shapes, strides, dtypes, device, and the
-    number of threads, for which the graph's loops are made. (On a CPU. Elsewhere torch checks, until it has been seen
-    there that it need not.)
+    step (and on a GPU, where Python is what a step waits for, a quarter of all its time). So it is the caller who must
+    keep one for each look of the tensors: shapes, strides, dtypes, device, and the number of threads, for which the
+    graph's loops are made. `options`: the compiler's.
     """
     direct: Callable[..., Any] | None = None
     given: tuple[Tensor, ...] = ()
+    made: tuple[Callable[..., Any], Sequence[Any]] | None = None
 
     def backend(traced: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from torch import _inductor  # a second and hundreds of modules, for those who compile
@@ -53,29 +55,37 @@ def compiled_in_place(function: Callable[..., None], options: dict[str, Any] = O
             inner: Callable[..., Any] = _inductor.compile(traced, inputs, options)
 
         def first(*taken: Tensor) -> Any:
-            nonlocal direct
+            nonlocal made
             order = [next((i for i, t in enumerate(given) if t is own), -1) for own in taken]
-            # otherwise something else is needed, which torch must fetch each time
-            if -1 not in order and all(t.device.type == "cpu" for t in given):
-                direct = lambda *tensors: inner(*[tensors[i] for i in order])  # noqa: E731
-            return inner(*taken)
+            returned = inner(*taken)
+            if -1 not in order:  # otherwise something else is needed, which torch must fetch each time
+                made = (lambda *tensors: inner(*[tensors[i] for i in order])), returned
+            return returned
 
         return first
 
     checked = torch.compile(_own(function), fullgraph=True, dynamic=False, backend=backend)
 
-    def call(*tensors: Tensor) -> None:
-        nonlocal given
+    def call(*tensors: Tensor) -> Any:
+        nonlocal given, made, direct
         if direct is not None:
-            direct(*tensors)
-            return
+            return direct(*tensors)
         given = tensors
         try:
-            checked(*tensors)
+            results = checked(*tensors)
+            # what the graph returns is what the function does, with nothing left to torch to put together
+            if made is not None and _are(results or (), made[1]) and all(t.device.type in COMPILED_ON for t in given):
+                direct = made[0]
+            return results
         finally:
-            given = ()
+            given, made = (), None
 
     return call
+
+
+def _are(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Are these the same objects, in the same order?"""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 @contextlib.contextmanager

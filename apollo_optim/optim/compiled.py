@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_optim.core.compile import COMPILED_FROM, COMPILED_ON, compiled, compiled_in_place
+from apollo_optim.core.compile import COMPILED_FROM, COMPILED_ON, compiled_directly
 from apollo_optim.core.matrix import Number
 from apollo_optim.core.random import Key
 from apollo_optim.optim.apply import Inputs, Static, Tensors, apply_update, compute_update
 
 Graphs = dict[Any, Callable[..., Any]]
-Memo = dict[int, tuple[dict[str, Number], Tensor]]
+Memo = dict[int, tuple[dict[str, Number], list[Tensor]]]
 
 
 def is_compiled(choice: bool | None, p: Tensor, device_type: str) -> bool:
@@ -76,14 +76,14 @@ def _applying(static: Static, names: list[str], numbers: list[str], keys: list[s
     def step(weight: Tensor, grad: Tensor, *others: Tensor) -> None:
         apply_update(static, weight, grad, *_state_and_inputs(others, names, numbers, keys))
 
-    return compiled_in_place(step)
+    return compiled_directly(step)
 
 
 def _computing(static: Static, names: list[str], numbers: list[str], keys: list[str]) -> Callable[..., Any]:
     def step(grad: Tensor, *others: Tensor) -> Any:
         return tuple(compute_update(static, grad, *_state_and_inputs(others, names, numbers, keys)))
 
-    return compiled(step)
+    return compiled_directly(step)
 
 
 def _state_and_inputs(
@@ -104,13 +104,13 @@ def as_tensors(inputs: Inputs, device: torch.device, memo: Memo) -> list[Tensor]
             might get the id of one that is gone.)
     """
     words = [word for key in inputs.keys.values() for word in key]
-    if device.type != "cpu":
-        scalars = [torch.as_tensor(value, dtype=torch.float32) for value in inputs.numbers.values()]
-        return [*scalars, *(torch.tensor(word, dtype=torch.int32) for word in words)]
-    number = id(inputs.numbers)
+    on_cpu, number = device.type == "cpu", id(inputs.numbers)
     if number not in memo:
-        memo[number] = inputs.numbers, torch.tensor(list(inputs.numbers.values()), dtype=torch.float32)
-    return [memo[number][1], *([torch.tensor(words, dtype=torch.int32)] if words else [])]
+        values = [list(inputs.numbers.values())] if on_cpu else inputs.numbers.values()
+        memo[number] = inputs.numbers, [torch.as_tensor(value, dtype=torch.float32) for value in values]
+    if on_cpu:
+        return [*memo[number][1], *([torch.tensor(words, dtype=torch.int32)] if words else [])]
+    return [*memo[number][1], *(torch.tensor(word, dtype=torch.int32) for word in words)]
 
 
 def from_tensors(given: Sequence[Tensor], numbers: list[str], keys: list[str]) -> Inputs:

@@ -164,22 +164,27 @@ class LowBitWeight(Tensor):
 
     # --- under FSDP2, which looks for these two (`quant.processes`) ---
 
-    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, Tensor], None]:
-        """What a process sends of its part.
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What a process sends of its part. One that is alone (a mesh of 1) sends nothing, and torch looks at the first
+        tensor only: there the scales are given to `fsdp_post_all_gather` themselves.
 
         Torch offers this method more than the mesh, but then it takes nothing but the float shape of uneven parts.
         """
         rows = self.rows_sent or len(self)
-        return (filled_up(self.codes, rows), filled_up(self.scales, rows)), None
+        codes, scales = filled_up(self.codes, rows), filled_up(self.scales, rows)
+        return ((codes,), scales) if mesh.size() == 1 else ((codes, scales), None)
 
     def fsdp_post_all_gather(
-        self, gathered: tuple[Tensor, Tensor], _: None, dtype: torch.dtype, *, out: Tensor | None = None
+        self, gathered: tuple[Tensor, ...], own_scales: Tensor | None, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
         """The weight that all processes' codes and scales are, and what else has to be freed; later it is `out`.
 
-        `out` lies in the same memory, to which torch gives new contents.
+        `out` lies in the same memory, to which torch gives new contents; `own_scales` are where they always were.
         """
-        return None if out is not None else (self.of_parts(*gathered, dtype), ())
+        if out is not None:
+            return None
+        codes, scales = gathered if own_scales is None else (gathered[0], own_scales)
+        return self.of_parts(codes, scales, dtype), ()
 
     # --- as a tensor ---
 

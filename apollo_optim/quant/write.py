@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apollo_optim.core.blocks import Block, block_size, is_cpu
-from apollo_optim.core.compile import COMPILED_FROM, COMPILED_ON, can_compile, compiled, compiled_in_place
+from apollo_optim.core.compile import COMPILED_FROM, COMPILED_ON, can_compile, compiled, compiled_directly
 from apollo_optim.core.matrix import Number
 from apollo_optim.core.place import Place
 from apollo_optim.core.random import Dither
@@ -115,7 +115,7 @@ def _writer(bits: int) -> Callable[..., None]:
     return write
 
 
-_fused = functools.partial(compiled_in_place, options={})  # a block's temporaries may be kept: they stay in the cache
+_fused = functools.partial(compiled_directly, options={})  # a block's temporaries may be kept: they stay in the cache
 _Function = Callable[..., Any]
 
 

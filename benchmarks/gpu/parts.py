@@ -95,7 +95,7 @@ def plan(setup: Setup) -> list[Case]:
 
 def contract(setup: Setup) -> list[Case]:
     """The goldens, and every optimizer."""
-    config = {"device": setup.device, "steps": 2 if setup.tiny else 15, "width": 16 if setup.tiny else 192}
+    config = {"device": setup.device, "steps": 2 if setup.tiny else 5, "width": 16 if setup.tiny else 96}
     golden = Case("contract", "golden", "benchmarks.gpu.contract:golden", {"device": setup.device}, 0.4)
     return [golden, Case("contract", "eager", "benchmarks.gpu.contract:eager", config)]
 
@@ -114,6 +114,17 @@ def compiled(setup: Setup) -> list[Case]:
     else:
         config |= {"shape": [1376, 512], "kinds": ["bfloat16", "low-bit", "float32"], "only": None}
     return [Case("compiled", "rules", "benchmarks.gpu.compiled:measure", config)]
+
+
+def tools(setup: Setup) -> list[Case]:
+    """`pretrain` and Trainer, resumed; FSDP2."""
+    run, shared = "benchmarks.gpu.tools", {"device": setup.device}
+    width = 16 if setup.tiny else 192
+    return [
+        Case("tools", "fsdp2", f"{run}:sharded", {**shared, "width": width}),
+        Case("tools", "pretrain", f"{run}:command", {**shared, "size": "llama-1m" if setup.tiny else "llama-60m"}, 2.0),
+        Case("tools", "trainer", f"{run}:trainer", {**shared, "packages": ["accelerate"]}),
+    ]
 
 
 def run_configs(setup: Setup) -> Line:
@@ -157,6 +168,7 @@ PARTS = [
     Part("train", "llama-60m with AdamW, APOLLO and APOLLO-Mini", 120, train, together=True),
     Part("plan", "what apollo_optim.plan says of the part 7b", 60, plan, background=True),
     Part("race", "llama-60m, AdamW and APOLLO-Mini at equal tokens", 360, race, by_default=False),
+    Part("tools", "pretrain and Trainer, resumed to the bit; FSDP2", 180, tools, by_default=False),
     Part("graph", "a whole step as one CUDA graph", 60, graph, by_default=False),
     Part("contract-full", "the test suite's -m gpu", 600, suite, by_default=False),
 ]

@@ -236,6 +236,7 @@ def refusals() -> Found:
 
 
 CHECKS = {
+    1: [through_fully_shard],
     2: [
         given_gradients,
         inside_backward,

@@ -53,6 +53,15 @@ def test_training_through_fully_shard(tmp_path: Path) -> None:
         assert row["unequal"] <= RARE, row
 
 
+def test_fully_shard_of_one_process(tmp_path: Path) -> None:
+    """A process that is alone is given no scales back: torch gathers nothing then, and takes the first tensor only."""
+    rows = find(1, tmp_path, CHECKS[1])["trained"]
+    assert {row["bits"] for row in rows} == {8, 4}
+    for row in rows:
+        assert row["stepped"] > 0.5, row
+        assert row["unequal"] == 0.0, row
+
+
 def test_the_step_inside_backward(two: Found) -> None:
     assert {row["synced"] for row in two["released"]} == {True, False}
     for row in two["released"]:
