@@ -69,22 +69,34 @@ def line_of(sent: Sequence[Collective]) -> Line:
 
 
 def counted(rule: str, layers: int = LAYERS) -> Line:
-    """Of one step of a sharded model, the second: `rule` for its matrices, AdamW for all else."""
+    """Of one step of a sharded model, the second."""
+    model = sharded_model(layers)
+    optimizer = optimizer_of(model, rule, compile=False)
+    for _ in range(2):
+        with_gradients(model)
+        with Counter() as counter:
+            optimizer.step()
+    return line_of(counter.sent)
+
+
+def sharded_model(layers: int) -> Model:
+    """Each layer, then the whole."""
     from torch.distributed.fsdp import fully_shard
 
     model = Model(layers)
     for block in model.layers:
         fully_shard(block)
     fully_shard(model)
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers")]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or not name.startswith("layers")]
+    return model
+
+
+def optimizer_of(model: nn.Module, rule: str, compile: bool | None) -> RuleOptimizer:
+    """`rule` for its matrices, AdamW for all else."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and name.startswith("layers")]
+    others = [p for name, p in named if p.ndim != 2 or not name.startswith("layers")]
     groups = [{"params": matrices, "rule": rule, **rank_for(rule, RANK)}, {"params": others, "rule": "adamw"}]
-    optimizer = RuleOptimizer(groups, compile=False)
-    for _ in range(2):
-        with_gradients(model)
-        with Counter() as counter:
-            optimizer.step()
-    return line_of(counter.sent)
+    return RuleOptimizer(groups, compile=compile)
 
 
 def with_gradients(model: nn.Module) -> None:

@@ -24,7 +24,8 @@ Plan the memory of training, for every optimizer side by side, before anything i
 
 WHAT is a LLaMA size by name (llama-60m ... llama-13b), a run file (.yaml), or the directory or config.json of any
 Hugging Face model. Weights and optimizer state are counted on the tensors that training will make, activations by the
-real forward and backward on tensors without memory. The table shows the fullest moment of a step."""
+real forward and backward on tensors without memory. The table shows the fullest moment of a step; of several GPUs
+(--gpus) there is one of what each sends in a step, too: collectives and bytes, the optimizer's apart."""
 EPILOG = """\
 examples:
   apollo-optim plan llama-7b --release                        what fits where, as in the paper's Figure 2
@@ -32,6 +33,7 @@ examples:
   apollo-optim plan llama-7b --release --memory 24GB --choose  the best optimizer that fits, and its run file
   apollo-optim plan llama-7b --optimizer apollo adamw --rank 256 --optim.state_dtype bfloat16
   apollo-optim plan llama-13b --optimizer apollo-mini --gpus 8 --parallel ddp
+  apollo-optim plan llama-7b --gpus 8 --parallel fsdp2         also what a step sends to other GPUs, beside AdamW's
   apollo-optim plan llama-7b --fit 80GB --gpus 8               every optimizer's largest micro-batch, sharded
   apollo-optim plan runs/llama-60m-apollo.yaml --out out/plan  also the picture and the page
   apollo-optim plan ./my-model/config.json --batch 4 --seq 2048
@@ -163,7 +165,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="cuda: with its allocator and context (cpu; with --fit cuda)"
     )
-    parser.add_argument("--gpus", type=int, default=1, help="plan the first of so many (1)")
+    parser.add_argument("--gpus", type=int, default=1, help="plan the first of so many (1), and what each sends")
     parser.add_argument("--parallel", choices=("ddp", "fsdp2"), help="how they share (ddp; with --fit fsdp2)")
     copies = "ddp without gradient_as_bucket_view: the reducer copies every gradient"
     parser.add_argument("--copy-buckets", action="store_true", help=copies)

@@ -99,11 +99,10 @@ def followed_rows(plans: Sequence[Plan]) -> list[list[str]]:
 
 
 def sends_rows(sends: Mapping[str, Sends]) -> list[list[str]]:
-    """What a step sends, a row an optimizer, the first row their head; AdamW beside them in any case."""
-    every = dict(sends)
-    if "adamw" not in every:
-        some = next(iter(every.values()))
-        every = {"adamw": Sends(some.weights, some.adamw, some.adamw, some.adamw), **every}
+    """What a step sends, a row an optimizer, the first row their head; AdamW before them, asked for or not."""
+    some = next(iter(sends.values()))
+    adamw = sends.get("adamw", Sends(some.weights, some.adamw, some.adamw, some.adamw))
+    every = {"adamw": adamw, **sends}
     rows = [["optimizer", "weights, gradients", "optimizer", "its first step", "wire"]]
     for name, one in every.items():
         first = said(one.first) if one.first != one.optimizer else "-"
@@ -121,7 +120,8 @@ def sized(size: float) -> str:
     if size < 1000:
         return f"{size:.0f} B"
     unit, word = next((unit for unit in UNITS if size >= unit[0]), UNITS[-1])
-    return f"{size / unit:,.3g} {word}" if size < 1000 * unit else f"{size / unit:,.0f} {word}"
+    figure = size / unit
+    return f"{figure:,.{2 if figure < 9.995 else 1 if figure < 99.95 else 0}f} {word}"
 
 
 def draw(plans: Sequence[Plan], title: str) -> Figure:

@@ -6,7 +6,7 @@ from apollo_optim.core.collectives import Collective
 from apollo_optim.core.compile import can_compile
 from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.plan import Sends, Traffic
-from apollo_optim.plan.draw import said, sized
+from apollo_optim.plan.draw import sized
 from apollo_optim.plan.shards import blocks_of
 from apollo_optim.plan.traffic import as_it_lies, ddp_sends, fsdp2_sends, sends, tensor_sends
 from apollo_optim.train.build import Job
@@ -46,10 +46,13 @@ def rows_of_pieces(cfg: RunConfig, shares: int) -> list[int]:
 
 def in_words(one: Sends, name: str) -> str:
     """One line; `name`: of the optimizer."""
-    own = [f"{of}: {said(traffic)}" for of, traffic in ((name, one.optimizer), ("AdamW", one.adamw)) if traffic.sent]
-    own = own[:1] if name == "adamw" else own
-    if one.first != one.optimizer:
-        own.insert(1, f"in its first step {said(one.first)}")
+    besides = [f"its first step {amount(one.first)}"] if one.first != one.optimizer else []
+    besides += [f"AdamW's {amount(one.adamw)}"] if one.adamw.sent and name != "adamw" else []
+    own = f"{amount(one.optimizer)} for {name}" + (f" ({', '.join(besides)})" if besides else "")
     wire = sized(one.weights.wire + one.optimizer.wire)
-    model = f"weights and gradients: {said(one.weights)}"
-    return f"what a step sends, collectives: bytes - {'; '.join([model, *own])} - {wire} leave each process"
+    return f"collectives of a step: {amount(one.weights)} for the model, {own}; {wire} leave each process"
+
+
+def amount(traffic: Traffic) -> str:
+    """Bytes and collectives."""
+    return f"{sized(traffic.nbytes)} in {traffic.collectives:,}" if traffic.sent else "none"

@@ -13,13 +13,12 @@ from train_tiny import MODEL, records, tiny
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.optim import together
-from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.plan import Parallel, Sends, planned_sends
 from apollo_optim.plan.traffic import BUCKET, FIRST_BUCKET, ddp_sends, pretended
 from apollo_optim.rules import RULES
 from apollo_optim.train.config import OptimConfig, RunConfig, save_config
-from benchmarks.collectives import RANK, Model, counted
-from benchmarks.processes import rank_for, spawned
+from benchmarks.collectives import Model, counted, optimizer_of
+from benchmarks.processes import spawned
 
 SOME = ["adafactor", "adamw", "apollo", "apollo-mini", "galore", "muon", "scale"]
 each_rule = pytest.mark.parametrize(
@@ -31,35 +30,11 @@ def sends_of(rule: str, layers: int, processes: int = 2, compile: bool | None = 
     """As `benchmarks.collectives.counted` builds it, on the meta device."""
     with torch.device("meta"):
         model = Model(layers)
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.ndim == 2 and name.startswith("layers")]
-    others = [p for name, p in named if p.ndim != 2 or not name.startswith("layers")]
-    groups = [{"params": matrices, "rule": rule, **rank_for(rule, RANK)}, {"params": others, "rule": "adamw"}]
-    return planned_sends(model, RuleOptimizer(groups, compile=compile), Parallel("fsdp2", processes))
+    return planned_sends(model, optimizer_of(model, rule, compile), Parallel("fsdp2", processes))
 
 
 def line(traffic) -> dict:
     return {key: value for key, value in traffic.line().items() if key != "wire"}
-
-
-# --- one step, in processes that are there ---
-
-
-def really_sent(tmp_path: Path, processes: int, rules: list[str], layers: int) -> dict:
-    spawned(processes, traffic_runs.step, rules, layers, tmp_path / "sent.json")
-    return json.loads((tmp_path / "sent.json").read_text())
-
-
-def test_two_processes_send_what_is_planned(tmp_path):
-    for rule, sent in really_sent(tmp_path, 2, SOME, 2).items():
-        assert line(sends_of(rule, 2).optimizer) == sent, rule
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
-def test_every_rule_sends_what_is_planned(tmp_path, processes):
-    for rule, sent in really_sent(tmp_path, processes, sorted(RULES), 3).items():
-        assert line(sends_of(rule, 3, processes).optimizer) == sent, rule
 
 
 # --- the same where others only seem to be there ---
@@ -141,12 +116,15 @@ def cfg_of(folder: Path, name: str, **changes) -> RunConfig:
     return cfg
 
 
-def compare(folder: Path, processes: int, runs: dict[str, dict]) -> None:
+def compare(folder: Path, processes: int, runs: dict[str, dict], rules: list[str], layers: int = 2) -> None:
+    """Runs, and the second step of each rule, in processes that are there."""
     files = []
     for name, changes in runs.items():
         files.append(folder / f"{name}.yaml")
         save_config(cfg_of(folder, name, **changes), files[-1])
-    spawned(processes, traffic_runs.train, files)
+    spawned(processes, traffic_runs.work, files, rules, layers, folder / "rules.json")
+    for rule, sent in json.loads((folder / "rules.json").read_text()).items():
+        assert line(sends_of(rule, layers, processes).optimizer) == sent, rule
     for name in runs:
         planned = records(folder / name, "start")[0]["sends"]
         for of in planned.values():
@@ -158,21 +136,35 @@ def compare(folder: Path, processes: int, runs: dict[str, dict]) -> None:
         assert steps[0]["optimizer"] == planned.get("optimizer_first", planned["optimizer"]), name
 
 
-def test_a_run_sends_what_its_log_says(tmp_path):
+def test_two_processes_send_what_is_planned(tmp_path):
     some = ("ddp", "fsdp2-galore", "tp")
-    compare(tmp_path, 2, {name: MODES[name] for name in some})
+    compare(tmp_path, 2, {name: MODES[name] for name in some}, SOME)
     galore = records(tmp_path / "fsdp2-galore", "start")[0]["sends"]
     assert galore["optimizer_first"]["bytes"] > galore["optimizer"]["bytes"] > galore["adamw"]["bytes"] > 0
 
 
 @pytest.mark.slow
-def test_every_run_sends_what_its_log_says(tmp_path):
-    compare(tmp_path, 2, MODES)
+def test_every_rule_and_mode_of_two_processes_sends_what_is_planned(tmp_path):
+    compare(tmp_path, 2, MODES, sorted(RULES), layers=3)
     low, plain = (records(tmp_path / name, "start")[0]["sends"] for name in ("fsdp2-8bit", "fsdp2"))
     assert low["weights"]["bytes"] < plain["weights"]["bytes"]
     assert low["optimizer"] == plain["optimizer"]
 
 
 @pytest.mark.slow
-def test_a_run_of_four_sends_what_its_log_says(tmp_path):
-    compare(tmp_path, 4, OF_FOUR)
+def test_three_processes_send_what_is_planned(tmp_path):
+    """Rows are filled up."""
+    compare(tmp_path, 3, {}, sorted(RULES), layers=3)
+
+
+@pytest.mark.slow
+def test_four_processes_send_what_is_planned(tmp_path):
+    compare(tmp_path, 4, OF_FOUR, [])
+
+
+@pytest.mark.slow
+def test_compiled_steps_send_what_is_planned(tmp_path):
+    """What a step sends within its graph takes no turn, and one number a channel is gathered for each matrix."""
+    spawned(2, traffic_runs.compiled, ["apollo", "muon"], 2, tmp_path / "sent.json")
+    for rule, sent in json.loads((tmp_path / "sent.json").read_text()).items():
+        assert sent == line(sends_of(rule, 2, compile=True).optimizer) != line(sends_of(rule, 2).optimizer), rule
