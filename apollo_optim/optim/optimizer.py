@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -192,24 +192,20 @@ class RuleOptimizer(torch.optim.Optimizer):
         steps: list[Prepared] = []
         eager: defaultdict[Any, list[Given]] = defaultdict(list)
         memo: Memo = {}
-        for p, known, given in self.next_steps(pairs):
-            if is_compiled(self.compile, p, p.device.type) and can_compile(p.device.type):
-                steps.append((given, prepare_compiled(self.graphs, known.shared.graphs, memo, *given)))
-            else:
-                eager[alike(given)].append(given)
-        for some in eager.values():
-            steps += together(some)
-        take_steps(steps)
-
-    def next_steps(self, pairs: Iterable[tuple[Group, list[Tensor]]]) -> Iterator[tuple[Tensor, Known, Given]]:
-        """Their steps before they are taken, which count as taken."""
         for group, params in pairs:
             knobs = [value for key, value in group.items() if key not in _PER_STEP]
             for p in params:
                 known, state = self._known.get(p), self.state[p]
                 if known is None or not known.fits(group, knobs, state):
                     known = self._learn(p, group, knobs, state)
-                yield p, known, known.next_step(p)
+                given = known.next_step(p)
+                if is_compiled(self.compile, p, p.device.type) and can_compile(p.device.type):
+                    steps.append((given, prepare_compiled(self.graphs, known.shared.graphs, memo, *given)))
+                else:
+                    eager[alike(given)].append(given)
+        for some in eager.values():
+            steps += together(some)
+        take_steps(steps)
 
     def _learn(self, p: Tensor, group: Group, knobs: list[Any], state: dict[str, Any]) -> Known:
         """What stays of a parameter from step to step; its state, where there is none yet."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,37 +19,54 @@ from apollo_optim.core.lockstep import Sum, put_together, rounds_of
 from apollo_optim.core.placements import group_name
 from apollo_optim.optim.apply import apply_update
 from apollo_optim.optim.compiled import is_compiled
-from apollo_optim.optim.optimizer import RuleOptimizer
+from apollo_optim.optim.knobs import Group
+from apollo_optim.optim.parameter import Known, Shared, chosen_rule, init_state, static_of
 from apollo_optim.optim.together import Given, alike, windows
 
 Asked = tuple[list["Sum | None"], list[Collective]]
 
 
+class Stepped(NamedTuple):
+    """A parameter without memory, with its gradient and its state: it may stand for many."""
+
+    parameter: Tensor
+    known: Known
+
+
+def stepped(p: Tensor, group: Group, known: dict[Any, Shared]) -> Stepped:
+    """Of a parameter on the meta device that has a gradient. `known`: what it shares with others of its group."""
+    rule = chosen_rule(p, group)
+    static = static_of(p, group, rule)
+    shared = known.setdefault((rule, static), Shared(group, rule, static))
+    return Stepped(p, Known(p, group, [], init_state(p, group), shared))
+
+
 def next_sends(
-    optimizer: RuleOptimizer, every: Sequence[Tensor], device_type: str, *, one_by_one: bool = False
+    every: Sequence[Stepped], compile: bool | None, device_type: str, *, one_by_one: bool = False
 ) -> list[Collective]:
-    """The collectives of the next `step()`, which counts as taken.
+    """The collectives of the next step of all of them, which counts as taken.
 
     Args:
-        optimizer: Its parameters are DTensors (or nothing is sent), they and their gradients on the meta device; of a
-            mesh of processes that are there, or seem to be.
-        every: In the order of the groups, for each parameter that is stepped the one of `optimizer` that stands for it.
+        every: In the order of the optimizer's groups, some of them many times. Those that are no DTensors send nothing;
+            the processes of a mesh are there, or seem to be.
+        compile: As of the optimizer.
         device_type: Of the weights that they stand for, by which steps are compiled and put together.
         one_by_one: As `release` steps them: inside backward, each by itself.
     """
-    pairs = [(group, [p for p in group["params"] if p.grad is not None]) for group in optimizer.param_groups]
-    prepared = {p: given for p, _, given in optimizer.next_steps(pairs)}
-    steps, sizes = _in_order([(p, prepared[p]) for p in every], optimizer.compile, device_type), dict[str, int]()
+    known = {one.parameter: one.known for one in every}
+    given = {p: of.next_step(p) for p, of in known.items()}
+    steps = _in_order([(one.parameter, given[one.parameter]) for one in every], compile, device_type)
     asked: dict[Any, Asked] = {}
+    sizes: dict[str, int] = {}
     found: list[Collective] = []
     for window in [[step] for step in steps] if one_by_one else windows(steps, cpu=device_type == "cpu"):
         rounds = []
-        for given, compiled in window:
-            mesh = given.static.place.mesh
+        for step, compiled in window:
+            mesh = step.static.place.mesh
             sizes |= {group_name(mesh, dim): mesh.size(dim) for dim in range(mesh.ndim)}
-            key = compiled, *alike(given)
+            key = compiled, *alike(step)
             if key not in asked:
-                asked[key] = _asked(given, compiled)
+                asked[key] = _asked(step, compiled)
             own, others = asked[key]
             rounds.append(own)
             found += others

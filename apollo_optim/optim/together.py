@@ -54,19 +54,25 @@ def alike(given: Given) -> tuple[Any, ...]:
 
 def take_steps(steps: list[Prepared]) -> None:
     """Take them, those of sharded parameters side by side: what they send to other processes goes together."""
-    for window in windows(steps, cpu=not steps or is_cpu(steps[0][0].grad.device)):
-        side_by_side([take for _, take in window], window[-1][0].grad.device)
+    sharded = []
+    for step in steps:
+        given, take = step
+        if given.static.place.mesh is None or is_planned():
+            take()
+        else:
+            sharded.append(step)
+    if sharded:
+        device = sharded[0][0].grad.device
+        for window in windows(sharded, cpu=is_cpu(device)):
+            side_by_side([take for _, take in window], device)
 
 
 def windows(steps: Iterable[tuple[Given, T]], *, cpu: bool) -> Iterator[list[tuple[Given, T]]]:
-    """So many of these at a time as keep little in memory while they wait; what is not sharded waits for nothing."""
+    """So many steps of sharded parameters at a time as keep little in memory while they wait for each other."""
     window: list[tuple[Given, T]] = []
     entries, most = 0, WINDOW if cpu else 4 * WINDOW
     for step in steps:
         place = step[0].static.place
-        if place.mesh is None or is_planned():
-            yield [step]
-            continue
         more = prod(place.shape) // place.mesh.size()  # (not this one's own: all of them must cut alike)
         if window and (entries + more > most or len(window) == MEMBERS):
             yield window

@@ -7,7 +7,6 @@ tensor parallelism work, and is held to what a run of several processes really s
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,10 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.core.place import is_sharded, local
 from apollo_optim.core.placements import assembled, cuts
 from apollo_optim.core.storage import parts, rebuilt
+from apollo_optim.optim.knobs import Group
 from apollo_optim.optim.optimizer import RuleOptimizer
-from apollo_optim.optim.sends import next_sends
+from apollo_optim.optim.parameter import Shared
+from apollo_optim.optim.sends import Stepped, next_sends, stepped
 from apollo_optim.plan.shards import Parallel, blocks_of, first_part, gradient_bytes
 
 if TYPE_CHECKING:
@@ -143,22 +144,25 @@ def optimizer_sends(
         device_type, one_by_one: As of `next_sends`.
         compiler: Is there one, where steps are to be compiled?
     """
-    groups, every = list[dict[str, Any]](), list[Tensor]()
+    every = list[Stepped]()
     for group in optimizer.param_groups:
-        ours: dict[Any, Tensor] = {}
+        ours = group if rule is None else {**_defaults(rule), "view": group["view"]}
+        looks, known = dict[Any, Stepped](), dict[Any, Shared]()
         for p in (p for p in group["params"] if p.requires_grad):
             look = p.shape, p.dtype, type(local(p)), getattr(p, "placements", ()), getattr(p, "device_mesh", None)
-            if look not in ours:
-                ours[look] = stand_in(p)
-                ours[look].grad = _empty_like(ours[look])
-            every.append(ours[look])
-        named = {key: value for key, value in group.items() if key != "param_names"} if rule is None else {"rule": rule}
-        groups += [{**named, "params": list(ours.values())}] if ours else []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it was said when the optimizer was built
-        without_memory = RuleOptimizer(groups, compile=optimizer.compile if compiler else False)
-    first, second = (next_sends(without_memory, every, device_type, one_by_one=one_by_one) for _ in range(2))
+            if look not in looks:
+                own = stand_in(p)
+                own.grad = _empty_like(own)
+                looks[look] = stepped(own, ours, known)
+            every.append(looks[look])
+    compile = optimizer.compile if compiler else False
+    first, second = (next_sends(every, compile, device_type, one_by_one=one_by_one) for _ in range(2))
     return Traffic(tuple(first)), Traffic(tuple(second))
+
+
+def _defaults(rule: str) -> Group:
+    """A group that says nothing else."""
+    return RuleOptimizer([torch.empty(0, device="meta")], rule).param_groups[0]
 
 
 def _empty_like(p: Tensor) -> Tensor:
