@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib
-import operator
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +45,7 @@ def compiled_directly(function: Callable[..., Any], options: dict[str, Any] = OP
     """
     direct: Callable[..., Any] | None = None
     given: tuple[Tensor, ...] = ()
-    made: tuple[Callable[..., Any], Sequence[Any]] | None = None
+    made: tuple[Callable[..., Any], Sequence[Any], Sequence[Any]] | None = None
 
     def backend(traced: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from torch import _inductor  # a second and hundreds of modules, for those who compile
@@ -56,10 +55,8 @@ def compiled_directly(function: Callable[..., Any], options: dict[str, Any] = OP
 
         def first(*taken: Tensor) -> Any:
             nonlocal made
-            order = [next((i for i, t in enumerate(given) if t is own), -1) for own in taken]
             returned = inner(*taken)
-            if -1 not in order:  # otherwise something else is needed, which torch must fetch each time
-                made = (lambda *tensors: inner(*[tensors[i] for i in order])), returned
+            made = inner, taken, returned
             return returned
 
         return first
@@ -73,9 +70,8 @@ def compiled_directly(function: Callable[..., Any], options: dict[str, Any] = OP
         given = tensors
         try:
             results = checked(*tensors)
-            # what the graph returns is what the function does, with nothing left to torch to put together
-            if made is not None and _are(results or (), made[1]) and all(t.device.type in COMPILED_ON for t in given):
-                direct = made[0]
+            if made is not None and all(t.device.type in COMPILED_ON for t in given):
+                direct = _past_checks(*made, given, results or ())
             return results
         finally:
             given, made = (), None
@@ -83,9 +79,34 @@ def compiled_directly(function: Callable[..., Any], options: dict[str, Any] = OP
     return call
 
 
-def _are(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Are these the same objects, in the same order?"""
-    return len(some) == len(others) and all(map(operator.is_, some, others))
+def _past_checks(
+    graph: Callable[..., Any],
+    taken: Sequence[Any],
+    returned: Sequence[Any],
+    given: Sequence[Any],
+    results: Sequence[Any],
+) -> Callable[..., Any] | None:
+    """A function by its graph alone, from one call of both: what they were given, and what came back.
+
+    None if something else is needed, which torch must fetch each time, or put together.
+    """
+    order, picks = _places(taken, given), _places(results, [*returned, *given])
+    if -1 in order or -1 in picks:
+        return None
+
+    def direct(*tensors: Tensor) -> tuple[Any, ...]:
+        back = graph(*[tensors[i] for i in order])
+        if not picks:
+            return ()
+        every = *back, *tensors
+        return tuple([every[i] for i in picks])
+
+    return direct
+
+
+def _places(some: Sequence[Any], among: Sequence[Any]) -> list[int]:
+    """Where these objects are; -1 for one that is not there."""
+    return [next((i for i, other in enumerate(among) if other is own), -1) for own in some]
 
 
 @contextlib.contextmanager
@@ -132,10 +153,24 @@ def in_memory(value: Tensor) -> Tensor: ...
 @overload
 def in_memory(value: float | Tensor) -> float | Tensor: ...
 def in_memory(value: float | Tensor) -> float | Tensor:
-    """`value`, which a compiler would otherwise compute again for every entry that it is combined with."""
-    if isinstance(value, Tensor) and torch.compiler.is_compiling():
+    """`value`, which a compiler would otherwise compute again for every entry that it is combined with.
+
+    (A single number of a GPU is computed again: a kernel more costs more than that.)
+    """
+    if isinstance(value, Tensor) and torch.compiler.is_compiling() and (value.ndim or value.is_cpu):
         return value.as_strided(value.shape, value.stride())
     return value
+
+
+def number_on(device: torch.device, number: float | Tensor) -> float | Tensor:
+    """A number of the host (0-D) as one of `device`, for a compiled function: what is computed of it alone is, too.
+
+    Else that would be compiled for the CPU, in C++: a minute for the first step of all on a GPU, and an error where
+    there is no compiler of C++. Nothing is copied: it is an argument of the kernels that need it.
+    """
+    if not isinstance(number, Tensor) or number.device == device:
+        return number
+    return number * torch.ones((), dtype=number.dtype, device=device)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.core.names import unwrapped
 from apollo_optim.optim.recipes import build_optimizer
 
 __all__ = ["ApolloContainer"]
@@ -41,5 +42,8 @@ class ApolloContainer(OptimizersContainer):
         self.model_parts = model_parts
         knobs: dict[str, Any] = {"targets": "all-linear", **config.knobs}  # its models have no `attn` and `mlp`
         self.optimizers = [build_optimizer(config.name, part, **knobs) for part in model_parts]
-        trained = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group in groups:  # torchtitan saves state under these names, whatever wraps the layers of the run at hand
+            group["param_names"] = [unwrapped(name) for name in group["param_names"]]
+        trained = [p for group in groups for p in group["params"]]
         Optimizer.__init__(self, trained, {})  # for the hooks that torchtitan registers; the groups are the optimizers'

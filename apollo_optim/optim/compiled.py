@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apollo_optim.core.compile import COMPILED_FROM, COMPILED_ON, compiled_directly
+from apollo_optim.core.compile import COMPILED_FROM, COMPILED_ON, compiled_directly, number_on
 from apollo_optim.core.matrix import Number
-from apollo_optim.core.random import Key
+from apollo_optim.core.random import Dither, Key
 from apollo_optim.optim.apply import Inputs, Static, Tensors, apply_update, compute_update
 
 Graphs = dict[Any, Callable[..., Any]]
@@ -62,35 +62,37 @@ def prepare_compiled(
             graphs[everything] = make(static, list(tensors), list(inputs.numbers), list(inputs.keys))
         known[key] = graphs[everything]
     graph = known[key]
-    return partial(_write_itself, graph, static, weight, given, inputs) if static.own else partial(graph, *given)
+    return partial(_write_itself, graph, weight, given, inputs) if static.own else partial(graph, *given)
 
 
-def _write_itself(graph: Callable[..., Any], static: Static, weight: Any, given: list[Tensor], inputs: Inputs) -> None:
-    step = graph(*given)
-    key = inputs.keys.get("weight")
-    noise = None if key is None else static.place.noise(key, weight.device)
-    weight._write_rows_((), *step, inputs.numbers["lr"], inputs.numbers["weight_decay"], noise)
+def _write_itself(graph: Callable[..., Any], weight: Any, given: list[Tensor], inputs: Inputs) -> None:
+    tensor, factor, finite, *noise = graph(*given)
+    lr, weight_decay = inputs.numbers["lr"], inputs.numbers["weight_decay"]
+    weight._write_rows_((), tensor, factor, finite, lr, weight_decay, Dither(*noise) if noise else None)
 
 
 def _applying(static: Static, names: list[str], numbers: list[str], keys: list[str]) -> Callable[..., None]:
     def step(weight: Tensor, grad: Tensor, *others: Tensor) -> None:
-        apply_update(static, weight, grad, *_state_and_inputs(others, names, numbers, keys))
+        apply_update(static, weight, grad, *_state_and_inputs(others, names, numbers, keys, grad.device))
 
     return compiled_directly(step)
 
 
 def _computing(static: Static, names: list[str], numbers: list[str], keys: list[str]) -> Callable[..., Any]:
     def step(grad: Tensor, *others: Tensor) -> Any:
-        return tuple(compute_update(static, grad, *_state_and_inputs(others, names, numbers, keys)))
+        tensors, inputs = _state_and_inputs(others, names, numbers, keys, grad.device)
+        key = inputs.keys.get("weight")
+        noise = () if key is None else static.place.noise(key, grad.device)
+        return (*compute_update(static, grad, tensors, inputs), *noise)
 
     return compiled_directly(step)
 
 
 def _state_and_inputs(
-    others: Sequence[Tensor], names: list[str], numbers: list[str], keys: list[str]
+    others: Sequence[Tensor], names: list[str], numbers: list[str], keys: list[str], device: torch.device
 ) -> tuple[dict[str, Tensor], Inputs]:
     n = len(names)
-    return dict(zip(names, others[:n], strict=True)), from_tensors(others[n:], numbers, keys)
+    return dict(zip(names, others[:n], strict=True)), from_tensors(others[n:], numbers, keys, device)
 
 
 def as_tensors(inputs: Inputs, device: torch.device, memo: Memo) -> list[Tensor]:
@@ -113,10 +115,12 @@ def as_tensors(inputs: Inputs, device: torch.device, memo: Memo) -> list[Tensor]
     return [*memo[number][1], *(torch.tensor(word, dtype=torch.int32) for word in words)]
 
 
-def from_tensors(given: Sequence[Tensor], numbers: list[str], keys: list[str]) -> Inputs:
-    """The inverse of `as_tensors`."""
+def from_tensors(given: Sequence[Tensor], numbers: list[str], keys: list[str], device: torch.device) -> Inputs:
+    """The inverse of `as_tensors`, on the device that they are needed on."""
     one_by_one = given[0].ndim == 0
-    plain = given[: len(numbers)] if one_by_one else given[0]
+    plain: Any = given[: len(numbers)] if one_by_one else given[0]
     words: Any = given[len(numbers) :] if one_by_one else given[1] if keys else []
+    if one_by_one:
+        plain, words = ([number_on(device, number) for number in some] for some in (plain, words))
     named: dict[str, Key] = {name: (words[2 * i], words[2 * i + 1]) for i, name in enumerate(keys)}
     return Inputs({name: plain[i] for i, name in enumerate(numbers)}, named)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apollo_optim.core.blocks import is_cpu
 from apollo_optim.core.compile import can_compile
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.names import unwrapped
@@ -179,7 +180,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._take([(group, [p])])
 
     def _take(self, pairs: list[tuple[Group, list[Tensor]]]) -> None:
-        """Step them, all of them prepared first: a large matrix leaves nothing of Python in a core's cache.
+        """Step them, on a CPU all of them prepared first: a large matrix leaves nothing of Python in a core's cache.
 
         What steps without a compiler does so together with what is like it.
         """
@@ -200,7 +201,11 @@ class RuleOptimizer(torch.optim.Optimizer):
                     known = self._learn(p, group, knobs, state)
                 given = known.next_step(p)
                 if is_compiled(self.compile, p, p.device.type) and can_compile(p.device.type):
-                    steps.append((given, prepare_compiled(self.graphs, known.shared.graphs, memo, *given)))
+                    take = prepare_compiled(self.graphs, known.shared.graphs, memo, *given)
+                    if is_cpu(p.device) or given.static.place.mesh is not None:
+                        steps.append((given, take))
+                    else:
+                        take()  # it goes on there while the next one is prepared here
                 else:
                     eager[alike(given)].append(given)
         for some in eager.values():

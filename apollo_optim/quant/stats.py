@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apollo_optim.core.compile import number_on
 from apollo_optim.core.matrix import Number
 from apollo_optim.core.placements import held
 from apollo_optim.core.storage import writes_itself
@@ -69,6 +70,7 @@ def measured(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes changed, <moved, intended> and <intended, intended> of a block: codes and scales before and after."""
     n = tensor_rn.shape[-1]
+    lr, weight_decay = (number_on(codes.device, rate) for rate in (lr, weight_decay))
     before, after = (format.unpack(it)[..., :n] for it in (old_codes, codes))
     old_rn, new_rn = (format.dequantised(*it, n, torch.float32) for it in ((old_codes, old_scales), (codes, scales)))
     intended = torch.where(finite, -lr * (weight_decay * old_rn + factor * tensor_rn.float()), 0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apollo_optim.core.blocks import Block, block_size, is_cpu
-from apollo_optim.core.compile import COMPILED_FROM, COMPILED_ON, can_compile, compiled, compiled_directly
+from apollo_optim.core.compile import COMPILED_FROM, COMPILED_ON, can_compile, compiled, compiled_directly, number_on
 from apollo_optim.core.matrix import Number
 from apollo_optim.core.place import Place
 from apollo_optim.core.random import Dither
@@ -108,6 +108,7 @@ def _writer(bits: int) -> Callable[..., None]:
 
     def write(codes: Tensor, scales: Tensor, *others: Any) -> None:
         tensor, factor, finite, lr, weight_decay, *noise = others
+        lr, weight_decay = (number_on(codes.device, rate) for rate in (lr, weight_decay))
         new = format.stepped(codes, scales, tensor, factor, finite, lr, weight_decay, Dither(*noise), bits)
         codes.copy_(new[0])
         scales.copy_(new[1])

@@ -14,7 +14,7 @@ from benchmarks.kit import ROOT, Line
 RATES = {"adamw": 2e-3, "apollo": 1e-2, "apollo-mini": 1e-2}
 """Learning rates of the parts `train` and `race`: nobody's is tuned here."""
 OPTIONAL = ["pytest", "rich", "matplotlib", "tokenizers", "safetensors", "pyyaml"]
-PEERS = ["hakuli", "apollo-torch", "flashoptim", "torchao", "bitsandbytes", "adafactor8bit"]
+PEERS = ["apollo-torch", "bitsandbytes", "hakuli", "flashoptim", "torchao", "adafactor8bit"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def compiled(setup: Setup) -> list[Case]:
     if setup.tiny:  # a CPU's compiler takes ten seconds for each
         config |= {"shape": [48, 96], "kinds": ["float32"], "only": ["apollo-mini"]}
     else:
-        config |= {"shape": [1376, 512], "kinds": ["bfloat16", "low-bit", "float32"], "only": None}
+        config |= {"shape": [1376, 512], "kinds": ["low-bit", "bfloat16", "float32"], "only": None}
     return [Case("compiled", "rules", "benchmarks.gpu.compiled:measure", config)]
 
 
@@ -161,11 +161,11 @@ def race(setup: Setup) -> list[Case]:
 
 PARTS = [
     Part("env", "the machine, its two ceilings, a compiler", 15, environment),
-    Part("step", "the step beside fused AdamW and the peers", 100, step, together=True),
-    Part("7b", "LLaMA-7B: forward, backward and step; memory, tokens/s", 125, large),
+    Part("step", "the step beside fused AdamW and the peers", 90, step, together=True),
+    Part("7b", "LLaMA-7B: forward, backward and step; memory, tokens/s", 140, large),
     Part("contract", "every optimizer beside the CPU's numbers", 50, contract, together=True),
     Part("compiled", "every rule compiled beside itself eager", 60, compiled),
-    Part("train", "llama-60m with AdamW, APOLLO and APOLLO-Mini", 120, train, together=True),
+    Part("train", "llama-60m with AdamW, APOLLO and APOLLO-Mini", 115, train, together=True),
     Part("plan", "what apollo_optim.plan says of the part 7b", 60, plan, background=True),
     Part("race", "llama-60m, AdamW and APOLLO-Mini at equal tokens", 360, race, by_default=False),
     Part("tools", "pretrain and Trainer, resumed to the bit; FSDP2", 180, tools, by_default=False),

@@ -47,7 +47,6 @@ fused_adamw = _plain("torch.optim", "AdamW", fused=True)
 
 PEERS: dict[str, tuple[str, Build]] = {
     # name -> (distribution, how); what compiles C++ or CUDA by itself, and so may take minutes, comes last
-    "hakuli": ("hakuli", _ranked("hakuli", "Hakuli", rank=RANK, scale=1.0, scale_type="channel", update_proj_gap=200)),
     "apollo-torch": (
         "apollo-torch",
         _ranked(
@@ -74,10 +73,11 @@ PEERS: dict[str, tuple[str, Build]] = {
             proj_type="std",
         ),
     ),
-    "flashoptim AdamW": ("flashoptim", _plain("flashoptim", "FlashAdamW")),
-    "torchao AdamW8bit": ("torchao", _plain("torchao.optim", "AdamW8bit")),
     "bitsandbytes AdamW8bit": ("bitsandbytes", _plain("bitsandbytes.optim", "AdamW8bit")),
     "torch AdamW": ("torch", _plain("torch.optim", "AdamW")),
+    "hakuli": ("hakuli", _ranked("hakuli", "Hakuli", rank=RANK, scale=1.0, scale_type="channel", update_proj_gap=200)),
+    "flashoptim AdamW": ("flashoptim", _plain("flashoptim", "FlashAdamW")),
+    "torchao AdamW8bit": ("torchao", _plain("torchao.optim", "AdamW8bit")),
     "adafactor8bit apollo": ("adafactor8bit", _ranked("adafactor8bit", "Adafactor8Bit", apollo_rank=RANK)),
 }
 

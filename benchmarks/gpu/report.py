@@ -19,7 +19,7 @@ def of(lines: Lines, part: str, **keys: Any) -> list[Line]:
 
 
 def in_short(lines: Lines) -> str:
-    """How a case went: for the line that is printed while it runs."""
+    """How a case went."""
     counts = Counter(line["status"] for line in lines)
     ends = [line for line in lines if line["kind"] == "end" and line["status"] != "ok"]
     text = ", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing"
@@ -59,6 +59,7 @@ def tables(lines: Lines) -> list[Table]:
         compiled_table(lines),
         training_table(lines, "train"),
         training_table(lines, "race"),
+        tools_table(lines),
         graph_table(lines),
         others(lines),
     ]
@@ -207,6 +208,21 @@ def training_table(lines: Lines, part: str) -> Table:
     return table
 
 
+def tools_table(lines: Lines) -> Table:
+    """How two runs that are alike differ, and a resumed one, or one on shards."""
+    head = ("tool", "optimizer", "weights", "made again", "resumed, or on shards")
+    table = Table("pretrain, transformers' Trainer, FSDP2", head, words=3)
+    for line in of(lines, "tools", kind="figures"):
+        unlike = {text.partition(":")[0]: "DIFFERS" for text in line.get("unlike", [])}
+        found = [line.get("again"), line.get("resumed", line.get("difference"))]
+        cells = [number(t) if t else "bitwise" for t in found] if "unlike" not in line else ["bitwise"] * 2
+        cells = [unlike.get(which, cell) for which, cell in zip(("again", "resumed"), cells, strict=True)]
+        cells = cells if line["status"] in ("ok", "differs") else [line["status"]] * 2
+        cells[0] = "-" if line["what"] == "FSDP2" else cells[0]
+        table.rows.append((*(line[key] for key in ("what", "optimizer", "weights")), *cells))
+    return table
+
+
 def graph_table(lines: Lines) -> Table:
     """Medians of a step and of its graph."""
     head = ("step as a CUDA graph", "ms", "of the graph", "host ms", "of the graph", "note")
@@ -270,8 +286,7 @@ def _peaks(axis: Any, peaks: Lines, lines: Lines) -> None:
     axis.barh(range(len(peaks)), [line["allocated"] / 1e9 for line in peaks], height=0.5, label="allocated")
     marks = [(plan / 1e9, i) for i, line in enumerate(peaks) if (plan := planned(lines, line))]
     axis.scatter([x for x, _ in marks], [y for _, y in marks], marker="|", s=160, color="black", label="planned")
-    names = [f"{line['case']}, {line['batch']} x {line['seq']}" for line in peaks]
-    axis.set_yticks(range(len(peaks)), names, fontsize=7)
+    axis.set_yticks(range(len(peaks)), [f"{x['case']}, {x['batch']} x {x['seq']}" for x in peaks], fontsize=7)
     axis.set(xlabel="peak, GB")
     axis.legend(fontsize=7, frameon=False)
     axis.invert_yaxis()

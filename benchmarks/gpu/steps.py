@@ -127,7 +127,7 @@ def baseline_of(module: Module) -> Optimizer:
 
 
 def contenders(stage: Stage, compiles: bool) -> Iterator[Contender]:
-    """In order of worth: ours compiled, the peers, ours eager (slow on a GPU today), the others of the registry."""
+    """In order of worth: ours, compiled and eager, the peers (some compile for long), the others of the registry."""
     rank, build = stage.config["rank"], functools.partial(build_optimizer, model=stage.module, lr=LR)
     ours: dict[str, dict[str, Any]] = {"apollo-mini": {}, "apollo": {"rank": rank, "proj": "sketch"}, "adamw": {}}
     modes = [True, False] if compiles else [False]
@@ -135,8 +135,7 @@ def contenders(stage: Stage, compiles: bool) -> Iterator[Contender]:
         for name, knobs in ours.items():
             make = functools.partial(build, name, compile=mode, **knobs)
             yield Contender(f"{name} r={rank}" if "rank" in knobs else name, make, reads=2, compile=mode)
-        if mode is modes[0]:
-            yield from peers(stage)
+    yield from peers(stage)
     for info in list_optimizers() if stage.config["registry"] else []:
         if info.bits is None and info.name not in ours:
             yield Contender(info.name, functools.partial(build, info.name), reads=2)

@@ -278,6 +278,18 @@ def test_what_a_profiler_lists_is_told_apart():
     assert not any(device.LAUNCH.match(name) for name in ("cudaMemcpyAsync", "cudaStreamSynchronize", *kernels))
 
 
+def test_what_tools_said():
+    base = {"part": "tools", "kind": "figures", "status": "ok", "optimizer": "muon", "weights": "bfloat16"}
+    lines = [
+        {**base, "what": "FSDP2", "difference": 2e-7},
+        {**base, "what": "Trainer", "again": 0.0, "resumed": 1e-3, "status": "differs"},
+        {**base, "what": "pretrain", "unlike": ["resumed: figures of steps [5]"], "status": "differs"},
+        {**base, "what": "pretrain", "status": "failed", "reason": "no room"},
+    ]
+    cells = [row[3:] for row in report.tools_table(lines).rows]
+    assert cells == [("-", "2e-07"), ("bitwise", "0.001"), ("bitwise", "DIFFERS"), ("failed", "failed")]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import Optimizer
 
 from apollo_optim import InputError, RuleOptimizer
@@ -151,6 +152,16 @@ def test_torchtitan(titan: Any) -> None:
     assert hooked == [1]
     assert not torch.equal(matrix, before)
     assert container.optimizers[1].state[matrix]["exp_avg"].shape == (24, 4)
+
+
+def test_torchtitan_saves_under_names_without_wrappers(titan: Any) -> None:
+    """Activation checkpointing wraps layers: a checkpoint has to be readable by a run without it."""
+    part = Tiny("attention", "feed_forward")
+    plain = [name for name, _ in part.named_parameters()]
+    part.layers["attention"] = checkpoint_wrapper(part.layers["attention"])
+    assert [name for name, _ in part.named_parameters()] != plain
+    [optimizer] = titan(titan.Config(), model_parts=[part]).optimizers
+    assert {name for group in optimizer.param_groups for name in group["param_names"]} == set(plain)
 
 
 def test_torchtitan_refuses_groups_that_it_would_not_read(titan: Any) -> None:
