@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from apollo_optim.cli.words import Parser
+from apollo_optim.core.collectives import Collective, Counter
 from apollo_optim.core.place import local
 from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.rules import RULES
@@ -59,53 +58,45 @@ class Model(nn.Module):
         """Never called."""
 
 
-class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Collectives that this thread asks torch for, within it.
-
-    Attributes:
-        sent: Of each, its name and the bytes of the larger of what goes in and what comes out.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sent: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.__name__.partition(".")[0].removesuffix("_")
-        if func.namespace in ("_c10d_functional", "c10d") and "wait" not in name and "wrap" not in name:
-            tensors = [t for t in (args[0], result) if isinstance(t, Tensor)]
-            self.sent.append((name, max(t.nbytes for t in tensors)))
-        return result
-
-    def line(self) -> Line:
-        """Counts and bytes."""
-        kinds = [kind for kind, _ in self.sent]
-        return {
-            "collectives": len(kinds),
-            "bytes": sum(size for _, size in self.sent),
-            "kinds": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
-        }
+def line_of(sent: Sequence[Collective]) -> Line:
+    """Counts and bytes."""
+    kinds = [one.kind for one in sent]
+    return {
+        "collectives": len(kinds),
+        "bytes": sum(one.nbytes for one in sent),
+        "kinds": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+    }
 
 
 def counted(rule: str, layers: int = LAYERS) -> Line:
-    """Of one step of a sharded model, the second: `rule` for its matrices, AdamW for all else."""
+    """Of one step of a sharded model, the second."""
+    model = sharded_model(layers)
+    optimizer = optimizer_of(model, rule, compile=False)
+    for _ in range(2):
+        with_gradients(model)
+        with Counter() as counter:
+            optimizer.step()
+    return line_of(counter.sent)
+
+
+def sharded_model(layers: int) -> Model:
+    """Each layer, then the whole."""
     from torch.distributed.fsdp import fully_shard
 
     model = Model(layers)
     for block in model.layers:
         fully_shard(block)
     fully_shard(model)
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers")]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or not name.startswith("layers")]
+    return model
+
+
+def optimizer_of(model: nn.Module, rule: str, compile: bool | None) -> RuleOptimizer:
+    """`rule` for its matrices, AdamW for all else."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and name.startswith("layers")]
+    others = [p for name, p in named if p.ndim != 2 or not name.startswith("layers")]
     groups = [{"params": matrices, "rule": rule, **rank_for(rule, RANK)}, {"params": others, "rule": "adamw"}]
-    optimizer = RuleOptimizer(groups, compile=False)
-    for _ in range(2):
-        with_gradients(model)
-        with Counter() as counter:
-            optimizer.step()
-        found: Line = counter.line()
-    return found
+    return RuleOptimizer(groups, compile=compile)
 
 
 def with_gradients(model: nn.Module) -> None:

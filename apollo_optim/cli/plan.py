@@ -11,7 +11,8 @@ from ..core.printing import say
 from .choice import print_choice
 from .fit import NOTE as FIT_NOTE
 from .fit import PACED, fit_rows, pace_of
-from .words import CONSENT, CONSENT_HELP, Parser, console, memory_of, show
+from .tables import print_below, print_table
+from .words import CONSENT, CONSENT_HELP, Parser, memory_of, show
 
 if TYPE_CHECKING:
     from ..plan import Plan, Traces
@@ -23,7 +24,8 @@ Plan the memory of training, for every optimizer side by side, before anything i
 
 WHAT is a LLaMA size by name (llama-60m ... llama-13b), a run file (.yaml), or the directory or config.json of any
 Hugging Face model. Weights and optimizer state are counted on the tensors that training will make, activations by the
-real forward and backward on tensors without memory. The table shows the fullest moment of a step."""
+real forward and backward on tensors without memory. The table shows the fullest moment of a step; of several GPUs
+(--gpus) there is one of what each sends in a step, too: collectives and bytes, the optimizer's apart."""
 EPILOG = """\
 examples:
   apollo-optim plan llama-7b --release                        what fits where, as in the paper's Figure 2
@@ -31,6 +33,7 @@ examples:
   apollo-optim plan llama-7b --release --memory 24GB --choose  the best optimizer that fits, and its run file
   apollo-optim plan llama-7b --optimizer apollo adamw --rank 256 --optim.state_dtype bfloat16
   apollo-optim plan llama-13b --optimizer apollo-mini --gpus 8 --parallel ddp
+  apollo-optim plan llama-7b --gpus 8 --parallel fsdp2         also what a step sends to other GPUs, beside AdamW's
   apollo-optim plan llama-7b --fit 80GB --gpus 8               every optimizer's largest micro-batch, sharded
   apollo-optim plan runs/llama-60m-apollo.yaml --out out/plan  also the picture and the page
   apollo-optim plan ./my-model/config.json --batch 4 --seq 2048
@@ -49,10 +52,10 @@ def run(argv: Sequence[str]) -> int:
         assert limit is not None  # check_words
         print_choice(cfg, limit, lambda one: models.plan_of(one, args.batch), lambda one, n: title_of(args, one, n))
         return 0
-    from ..plan import Budget, Parallel, largest_batch
+    from ..plan import Budget, Parallel, Sends, largest_batch
     from ..plan.cuda import advice
-    from ..plan.draw import CUDA_NOTE, NOTE, followed_rows, table_rows, write_plan
-    from ..train.plan import budget_of, micro_batch
+    from ..plan.draw import CUDA_NOTE, NOTE, SENDS, SENDS_NOTE, followed_rows, sends_rows, table_rows, write_plan
+    from ..train.plan import budget_of, micro_batch, micro_batches, sends_of
 
     batch = cfg.train.batch_size if args.fit else args.batch or micro_batch(cfg)
     parallel = Parallel(args.parallel, args.gpus, not args.copy_buckets) if args.gpus > 1 else None
@@ -70,7 +73,7 @@ def run(argv: Sequence[str]) -> int:
         words = FIT_NOTE + (PACED.format(**pace._asdict()) if pace else "")
         print_table(title_of(args, cfg, None), rows, words + note)
         return 0
-    plans, largest = [], []
+    plans, largest, sends = [], [], dict[str, Sends]()
     for name, one in runs.items():
         if limit is not None:  # this takes a while
             say(f"{name}: looking for the largest micro-batch within {args.memory} ...", error=True)
@@ -78,13 +81,19 @@ def run(argv: Sequence[str]) -> int:
         plans.append((planned := budget(one, model)).at(traces.at(batch)))
         if limit is not None:
             largest.append(largest_batch(planned, traces, limit))
+        if parallel is not None:
+            sends[name] = sends_of(one, model, parallel, batch=batch, device=args.device)
     title = title_of(args, cfg, batch)
     print_table(title, table_rows(plans, largest or None), note)
     if args.device == "cuda":
         show(advice(max(plans, key=lambda one: one.total).peak.sizes), style="dim")
-    print_followed(followed_rows(plans))
+    print_below("Rules and state of each group", followed_rows(plans), left=4)
+    if sends:
+        times = micro_batches(cfg, args.gpus, batch)
+        print_below(SENDS + (f" of {times} micro-batches" if times > 1 else ""), sends_rows(sends), left=1)
+        show(SENDS_NOTE, style="dim")
     if args.out:
-        written = write_plan(plans, title, args.out, largest or None)
+        written = write_plan(plans, title, args.out, largest or None, sends=sends)
         say(f"\npicture: {written.picture}\npage:    {written.page}")
     return 0
 
@@ -156,7 +165,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="cuda: with its allocator and context (cpu; with --fit cuda)"
     )
-    parser.add_argument("--gpus", type=int, default=1, help="plan the first of so many (1)")
+    parser.add_argument("--gpus", type=int, default=1, help="plan the first of so many (1), and what each sends")
     parser.add_argument("--parallel", choices=("ddp", "fsdp2"), help="how they share (ddp; with --fit fsdp2)")
     copies = "ddp without gradient_as_bucket_view: the reducer copies every gradient"
     parser.add_argument("--copy-buckets", action="store_true", help=copies)
@@ -253,45 +262,3 @@ def title_of(args: argparse.Namespace, cfg: "RunConfig", batch: int | None) -> s
         )
         words += [f"each of {args.gpus} GPUs by {args.parallel}{view}"]
     return ", ".join(words)
-
-
-def print_table(title: str, rows: list[list[str]], note: str) -> None:
-    """The table; on a narrow terminal in several pieces, for a figure that is cut off is none."""
-    from rich.table import Table
-
-    show(title, style="bold")
-    for columns in pieces(rows, console().width):
-        head, *body = ([row[column] for column in columns] for row in rows)
-        table = Table(header_style="bold")
-        for column, name in enumerate(head):
-            table.add_column(name, justify="right" if column else "left", no_wrap=True)
-        for row in body:
-            table.add_row(*row, style="bold" if row[0] == "total" else None, end_section=row[0] == "total")
-        show(table)
-    show(note, style="dim")
-
-
-def print_followed(rows: list[list[str]]) -> None:
-    """Rule, storage and bytes of every group's state."""
-    from rich.table import Table
-
-    head, *body = rows
-    table = Table(
-        title="\nRules and state of each group", title_justify="left", title_style="bold", header_style="bold"
-    )
-    for name in head:
-        table.add_column(name, justify="right" if name == head[-1] else "left", overflow="fold")
-    for row in body:
-        table.add_row(*row)
-    show(table)
-
-
-def pieces(rows: list[list[str]], width: int) -> list[list[int]]:
-    """The columns of as many tables as the width asks for, the first column in each of them."""
-    widths = [max(map(len, column)) + 3 for column in zip(*rows, strict=True)]
-    found: list[list[int]] = []
-    for column in range(1, len(widths)):
-        if not found or 1 + sum(widths[i] for i in found[-1]) + widths[column] > width:
-            found.append([0])
-        found[-1].append(column)
-    return found

@@ -4,15 +4,18 @@ A step is a plain function, which asks for a sum where it needs one and goes on 
 side, each in a thread of its own, of which one runs at a time: it runs until it asks, then the next one does, and what
 all have asked for is summed as one. A step that is called alone sums by itself. The order is that of the calls, so that
 every process asks for the same.
+
+What they would ask for is known without other processes, too (`rounds_of`, `put_together`): a plan of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,13 +143,13 @@ def summed(own: Tensor, group: str, operation: str = "sum") -> Tensor:
     if torch.compiler.is_compiling():
         result: Tensor = _compiled_sum(own, group, operation)
         return result
-    member: _Member | None = getattr(_here, "member", None)
+    member: _Member | _Listener | None = getattr(_here, "member", None)
     return _all_reduce(own, group, operation) if member is None else member.ask(own, (group, operation))
 
 
 def sent(function: Callable[[], Tensor]) -> Tensor:
     """What a function returns that sends something else to other processes: it is called alone, in its turn."""
-    member: _Member | None = getattr(_here, "member", None)
+    member: _Member | _Listener | None = getattr(_here, "member", None)
     return function() if member is None or torch.compiler.is_compiling() else member.ask(function)
 
 
@@ -159,3 +162,65 @@ def _compiled_sum(own: Tensor, group: str, operation: str) -> Tensor:
 @_compiled_sum.register_fake
 def _(own: Tensor, group: str, operation: str) -> Tensor:
     return torch.empty_like(own, memory_format=torch.contiguous_format)
+
+
+# --- for a planner ---
+
+
+class Sum(NamedTuple):
+    """A sum that steps ask for. (The operation may be another one.)"""
+
+    group: str
+    operation: str
+    dtype: torch.dtype
+    nbytes: int
+
+
+class _Listener:
+    """In the place of the other processes: it answers at once, and knows what it was asked for."""
+
+    def __init__(self, compiled: bool) -> None:
+        self.compiled = compiled
+        self.rounds: list[Sum | None] = []
+
+    def ask(self, asked: Tensor | Callable[[], Tensor], where: tuple[str, str] = ("", "")) -> Tensor:
+        if isinstance(asked, Tensor):
+            self.rounds.append(Sum(*where, asked.dtype, asked.nbytes))
+            return asked.clone(memory_format=torch.contiguous_format)
+        if not self.compiled:
+            self.rounds.append(None)
+        return asked()
+
+
+def is_traced() -> bool:
+    """Is a compiler at work, or somebody who wants to know what it would make?"""
+    return torch.compiler.is_compiling() or getattr(getattr(_here, "member", None), "compiled", False)
+
+
+def rounds_of(function: Callable[[], None], *, compiled: bool) -> list[Sum | None]:
+    """What a step asks for, round after round, on tensors that hold nothing: a sum, or None where it sends otherwise.
+
+    What it sends otherwise is sent. (On the meta device torch has nothing to send, and says so to nobody.)
+
+    Args:
+        compiled: As it would, were it compiled: what it sends otherwise is then part of it, and takes no round.
+    """
+    listener = _here.member = _Listener(compiled)
+    try:
+        with torch.no_grad():
+            function()
+    finally:
+        del _here.member
+    return listener.rounds
+
+
+def put_together(steps: Sequence[Sequence[Sum | None]]) -> list[Sum]:
+    """The sums that `side_by_side` makes of what these steps ask for."""
+    found: list[Sum] = []
+    for asked in itertools.zip_longest(*steps):
+        sums: dict[Any, Sum] = {}
+        for own in (own for own in asked if own is not None):
+            before = sums.get(own[:-1])
+            sums[own[:-1]] = own if before is None else own._replace(nbytes=before.nbytes + own.nbytes)
+        found += sums.values()
+    return found

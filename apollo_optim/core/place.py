@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apollo_optim.core.errors import InputError
-from apollo_optim.core.lockstep import sent, summed
+from apollo_optim.core.lockstep import is_traced, sent, summed
 from apollo_optim.core.placements import assembled, cuts, group_name, moved
 from apollo_optim.core.random import Dither, Key, dither
 
@@ -181,7 +181,7 @@ class Place:
         final = [Replicate() if dim in dims else p for dim, p in enumerate(self.placements)]
         shape = (*self.shape[:-1], own_cx.shape[-1])
         within = all(dim < dims[0] for dim, p in enumerate(final) if cuts(p, [len(self.shape) - 2]))
-        of = self if torch.compiler.is_compiling() else _placed(shape, self.mesh, tuple(final))
+        of = self if is_traced() else _placed(shape, self.mesh, tuple(final))
         if own_cx.shape[-1] > 1 or of is self or None in (channels.starts, of.starts) or not within:
             return self._redistributed(own_cx, shape, list(channels.placements), final)
         there = own_cx.new_zeros(of.own)  # what a rank has not is 0: so few are sent with all other sums

@@ -5,11 +5,11 @@ drawn for all of them at a time. Where they are small and their rule can (`Rule.
 too. The numbers are those of single steps, bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ WINDOW = 1 << 24
 """Most entries of sharded gradients whose steps are side by side on a CPU; on an accelerator four times as many."""
 
 Drawn = dict[str, Any]
+T = TypeVar("T")
 
 
 class Given(NamedTuple):
@@ -52,26 +53,34 @@ def alike(given: Given) -> tuple[Any, ...]:
 
 
 def take_steps(steps: list[Prepared]) -> None:
-    """Take them, those of sharded parameters side by side: what they send to other processes goes together.
-
-    So many of these at a time as keep little in memory while they wait.
-    """
-    window: list[Callable[[], None]] = []
-    entries = 0
-    for given, take in steps:
-        place = given.static.place
-        if place.mesh is None or is_planned():
+    """Take them, those of sharded parameters side by side: what they send to other processes goes together."""
+    sharded = []
+    for step in steps:
+        given, take = step
+        if given.static.place.mesh is None or is_planned():
             take()
-            continue
-        most = WINDOW if is_cpu(given.grad.device) else 4 * WINDOW
+        else:
+            sharded.append(step)
+    if sharded:
+        device = sharded[0][0].grad.device
+        for window in windows(sharded, cpu=is_cpu(device)):
+            side_by_side([take for _, take in window], device)
+
+
+def windows(steps: Iterable[tuple[Given, T]], *, cpu: bool) -> Iterator[list[tuple[Given, T]]]:
+    """So many steps of sharded parameters at a time as keep little in memory while they wait for each other."""
+    window: list[tuple[Given, T]] = []
+    entries, most = 0, WINDOW if cpu else 4 * WINDOW
+    for step in steps:
+        place = step[0].static.place
         more = prod(place.shape) // place.mesh.size()  # (not this one's own: all of them must cut alike)
         if window and (entries + more > most or len(window) == MEMBERS):
-            side_by_side(window, given.grad.device)
+            yield window
             window, entries = [], 0
-        window.append(take)
+        window.append(step)
         entries += more
     if window:
-        side_by_side(window, steps[-1][0].grad.device)
+        yield window
 
 
 def together(steps: list[Given]) -> list[Prepared]:

@@ -6,6 +6,7 @@ from apollo_optim.plan.largest import largest_batch
 from apollo_optim.plan.pace import Pace
 from apollo_optim.plan.shards import Parallel, held_weights
 from apollo_optim.plan.trace import Block, Trace, Traces, trace_step
+from apollo_optim.plan.traffic import Sends, Traffic, planned_sends
 
 __all__ = [
     "PARTS",
@@ -16,12 +17,15 @@ __all__ = [
     "Pace",
     "Parallel",
     "Plan",
+    "Sends",
     "Trace",
     "Traces",
+    "Traffic",
     "cards_for",
     "fit",
     "held_weights",
     "largest_batch",
     "plan",
+    "planned_sends",
     "trace_step",
 ]

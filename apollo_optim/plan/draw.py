@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from apollo_optim.core import disk
 from apollo_optim.core.printing import literal, printable
 from apollo_optim.plan.budget import PARTS, Followed, Plan
+from apollo_optim.plan.traffic import Sends, Traffic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,6 +43,13 @@ CUDA_NOTE = (
     'As PyTorch reserves it on a GPU at the fullest moment of a step ("peak in"). allocator: what is rounded up to its '
     "segments, without holes. context: not measured here, taken as 0.5 GB. Not counted: scratch memory of single "
     "kernels. The update is the eager one; a compiled one takes less. GB = 1e9 bytes."
+)
+SENDS = "What each process sends in a step"
+SENDS_NOTE = (
+    "Collectives, and the bytes of their tensors: of the larger of what goes in and what comes out. optimizer: what "
+    "its step asks for, beside torch's gathers and sums of weights and gradients. its first step: and each that makes "
+    "a basis anew. wire: what leaves each process, the first step apart, if collectives are rings. Not counted: the "
+    "loss, the question whether to stop and the norms for train.clip, a few numbers each."
 )
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -88,6 +96,32 @@ def followed_rows(plans: Sequence[Plan]) -> list[list[str]]:
         whose = "all" if len(names) == len(plans) > 1 else ", ".join(names)
         rows.append([whose, *row[:3], f"{row.size / unit:.3f}"])
     return [["optimizer", "group", "rule", "state", name], *rows]
+
+
+def sends_rows(sends: Mapping[str, Sends]) -> list[list[str]]:
+    """What a step sends, a row an optimizer, the first row their head; AdamW before them, asked for or not."""
+    some = next(iter(sends.values()))
+    adamw = sends.get("adamw", Sends(some.weights, some.adamw, some.adamw, some.adamw))
+    every = {"adamw": adamw, **sends}
+    rows = [["optimizer", "weights, gradients", "optimizer", "its first step", "wire"]]
+    for name, one in every.items():
+        first = said(one.first) if one.first != one.optimizer else "-"
+        rows.append([name, said(one.weights), said(one.optimizer), first, sized(one.weights.wire + one.optimizer.wire)])
+    return rows if any(row[3] != "-" for row in rows[1:]) else [[*row[:3], row[4]] for row in rows]
+
+
+def said(traffic: Traffic) -> str:
+    """Its collectives and their bytes."""
+    return f"{traffic.collectives:,}: {sized(traffic.nbytes)}" if traffic.sent else "-"
+
+
+def sized(size: float) -> str:
+    """Bytes in their own unit."""
+    if size < 1000:
+        return f"{size:.0f} B"
+    unit, word = next((unit for unit in UNITS if size >= unit[0]), UNITS[-1])
+    figure = size / unit
+    return f"{figure:,.{2 if figure < 9.995 else 1 if figure < 99.95 else 0}f} {word}"
 
 
 def draw(plans: Sequence[Plan], title: str) -> Figure:
@@ -154,6 +188,7 @@ th:first-child, td:first-child {{ text-align: left }}
 <p class="note">{note}</p>
 <h2>Rules and state</h2>
 {followed}
+{sends}
 </body></html>
 """  # noqa: E501
 
@@ -164,7 +199,12 @@ class Written(NamedTuple):
 
 
 def write_plan(
-    plans: Sequence[Plan], title: str, out: str | Path, largest: Sequence[int | None] | None = None, note: str = NOTE
+    plans: Sequence[Plan],
+    title: str,
+    out: str | Path,
+    largest: Sequence[int | None] | None = None,
+    note: str = NOTE,
+    sends: Mapping[str, Sends] | None = None,
 ) -> Written:
     """Write `plan.png` and `plan.html`, which needs nothing beside it, into the directory `out`."""
     buffer = io.BytesIO()
@@ -175,6 +215,7 @@ def write_plan(
         table=_table(table_rows(plans, largest)),
         followed=_table(followed_rows(plans)),
         note=html.escape(note),
+        sends=f"<h2>{SENDS}</h2>\n{_table(sends_rows(sends))}\n<p class=note>{SENDS_NOTE}</p>" if sends else "",
     )
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

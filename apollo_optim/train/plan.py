@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from apollo_optim.optim.describe import state_bytes
-from apollo_optim.plan import Budget, Parallel, Plan, Trace, trace_step
+from apollo_optim.plan import Budget, Parallel, Plan, Sends, Trace, planned_sends, trace_step
 from apollo_optim.quant import quantize_weights
 from apollo_optim.train.config import RunConfig
 from apollo_optim.train.loss import summed_loss
@@ -57,6 +57,23 @@ def budget_of(
     )
 
 
+def sends_of(
+    cfg: RunConfig, model: PreTrainedModel, parallel: Parallel, *, batch: int | None = None, device: str = "cpu"
+) -> Sends:
+    """What each process of a run sends in a step, by the optimizer and by whatever shares the weights.
+
+    Arguments: as of `budget_of`.
+    """
+    return planned_sends(
+        model,
+        make_optimizer(cfg.optim, model),
+        parallel,
+        micro_batches=micro_batches(cfg, parallel.gpus, batch),
+        release=cfg.train.release,
+        device=device,
+    )
+
+
 def state_of(cfg: RunConfig) -> int:
     """Bytes of the optimizer's state alone, which needs no trace."""
     groups = make_optimizer(cfg.optim, model_of(cfg)).param_groups
@@ -66,6 +83,12 @@ def state_of(cfg: RunConfig) -> int:
 def micro_batch(cfg: RunConfig) -> int:
     """Rows of one forward pass."""
     return min(cfg.train.micro_batch or cfg.train.batch_size, cfg.train.batch_size)
+
+
+def micro_batches(cfg: RunConfig, shares: int = 1, batch: int | None = None) -> int:
+    """How many of them a step has, where so many processes share its rows."""
+    rows = -(-cfg.train.batch_size // shares)
+    return -(-rows // (batch or micro_batch(cfg)))
 
 
 def model_of(

@@ -32,6 +32,7 @@ from apollo_optim.train.schedule import factor
 from apollo_optim.train.signals import stop_signals
 from apollo_optim.train.skips import Skips
 from apollo_optim.train.step import TrainStep
+from apollo_optim.train.traffic import in_words, sends_of_run
 
 if TYPE_CHECKING:
     from apollo_optim.data import Data
@@ -186,7 +187,12 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
     """The first line of the log, and what a reader wants to know before the first step."""
     metrics, display = record.metrics, record.display
     parameters = sum(p.numel() for p in {id(p): p for p in job.model.parameters()}.values())
-    processes = {"processes": job.world.size, "parallel": job.cfg.parallel.mode} if job.world.size > 1 else {}
+    processes: dict[str, object] = {}
+    if job.world.size > 1:
+        processes |= {"processes": job.world.size, "parallel": job.cfg.parallel.mode}
+    sends = sends_of_run(job) if job.world.size > 1 else None
+    if sends is not None:
+        processes["sends"] = sends.line()
     metrics.write(
         "start",
         time=time.time(),
@@ -210,6 +216,8 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
         display.note(line)
     if processes:
         display.note(f"{job.world.size} processes, {job.cfg.parallel.mode}")
+    if sends is not None:
+        display.note(in_words(sends, job.cfg.optim.name))
     if isinstance(job.optimizer, RuleOptimizer):
         display.note(describe(job.optimizer))
     for warning in filter(None, (told, measure.advice_on_dtype(job.state.model.dtype, job.state.device))):

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import nn
 
 from apollo_optim.core import lockstep
+from apollo_optim.core.collectives import Counter
 from apollo_optim.rules import RULES
 from apollo_optim.train.skips import clip_each, total_norm
-from benchmarks.collectives import Counter, Model, counted, with_gradients
+from benchmarks.collectives import Model, counted, line_of, with_gradients
 
 MATRICES = 7  # of a layer
 
@@ -62,7 +63,7 @@ def test_norms_are_one_sum(norm):
     with_gradients(model)
     with Counter() as counter:
         norm([p.grad for p in model.parameters()])
-    assert counter.line()["kinds"] == {"all_reduce": 1}
+    assert line_of(counter.sent)["kinds"] == {"all_reduce": 1}
 
 
 def test_each_is_clipped_as_torch_clips_one():

@@ -12,6 +12,7 @@ from torch import nn
 
 from apollo_optim import build_optimizer, list_optimizers
 from apollo_optim.cli import plan as command
+from apollo_optim.cli import tables
 from apollo_optim.cli.main import main
 from apollo_optim.core import blocks
 from apollo_optim.core.errors import InputError
@@ -392,7 +393,26 @@ def test_a_run_file_a_model_and_its_pictures(tmp_path: Path, capsys: pytest.Capt
     skeleton(SMALL).config.save_pretrained(tmp_path / "hf")
     for what in (tmp_path / "hf", tmp_path / "hf" / "config.json"):
         assert run(str(what), "--optimizer", "adamw", "--gpus", "2", "--parallel", "fsdp2") == 0
-        assert "each of 2 GPUs by fsdp2" in " ".join(capsys.readouterr().out.split())
+        text = " ".join(capsys.readouterr().out.split())
+        assert "each of 2 GPUs by fsdp2" in text
+        assert "What each process sends in a step" in text
+
+
+def test_what_a_step_sends_is_beside_what_adamw_sends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--gpus", "8", "--optimizer", "muon", "apollo-svd", "--rank", "8"]
+    assert run("llama-1m", *words, "--parallel", "fsdp2", "--out", str(tmp_path)) == 0
+    text = capsys.readouterr().out
+    for row in (
+        r"adamw +│ +\d+: \S+ MB │ +1: \d+ B │ +- │",
+        r"muon .* MB │ +- │",
+        r"apollo-svd .* kB │ +\d+: \d+ kB │",
+    ):
+        assert re.search(row, text), row
+    assert "What each process sends" in (tmp_path / "plan.html").read_text()
+    assert run("llama-1m", *words[:-2]) == 0  # ddp: every process steps all by itself
+    assert re.search(r"muon +│ +\d+: \S+ MB │ +- │", capsys.readouterr().out)
+    assert run("llama-1m", "--optimizer", "muon") == 0
+    assert "sends" not in capsys.readouterr().out
 
 
 def test_the_printed_parts_add_up() -> None:
@@ -475,7 +495,7 @@ def test_other_optimizers_keep_their_own_rule() -> None:
 def test_a_narrow_terminal_gets_several_tables() -> None:
     rows = [["GB", *NAMES], ["total", *("1.000" for _ in NAMES)]]
     for width in (20, 40, 80):
-        found = command.pieces(rows, width)
+        found = tables.pieces(rows, width)
         assert [i for columns in found for i in columns if i] == list(range(1, len(NAMES) + 1))
         assert all(columns[0] == 0 for columns in found)
-    assert len(command.pieces(rows, 40)) > len(command.pieces(rows, 400)) == 1
+    assert len(tables.pieces(rows, 40)) > len(tables.pieces(rows, 400)) == 1
