@@ -83,9 +83,12 @@ def read(target: Path) -> list[Row]:
 
 
 def merged(old: list[Row], new: list[Row]) -> list[Row]:
-    """The old rows, each in its newest form, then those that are new."""
-    rows = {(row["client"], row["case"]): row for row in old}
-    return list((rows | {(row["client"], row["case"]): row for row in new}).values())
+    """The old rows, each in its newest form, then those that are new; what a run tells of one case is one row."""
+    found: dict[tuple[str, str], Row] = {}
+    for row in new:
+        key = row["client"], row["case"]
+        found[key] = found.get(key, {}) | row
+    return list(({(row["client"], row["case"]): row for row in old} | found).values())
 
 
 def main() -> int:
