@@ -59,7 +59,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented  # what a DTensor makes of it comes back here
         result = func(*args, **(kwargs or {}))
         name = func.__name__.partition(".")[0].removesuffix("_")
-        if func.namespace in ("_c10d_functional", "c10d") and "wait" not in name and "wrap" not in name:
+        if func.namespace in ("_c10d_functional", "c10d", "_dtensor") and "wait" not in name and "wrap" not in name:
             group = next((arg for arg in reversed(args) if isinstance(arg, str)), "")
             size = max((t.nbytes for t in _tensors((*args, result))), default=0)
             self.sent.append(Collective(_NAMES.get(name, name), size, group))
