@@ -149,7 +149,7 @@ def gathered() -> Found:
         model = split_in_two(one(bits, torch.bfloat16))
         with Counter() as counter, torch.no_grad():
             model(torch.zeros(1, N, dtype=torch.bfloat16))
-        yield "gathered", {"bits": bits, "sent": [size for kind, size in counter.sent if "gather" in kind]}
+        yield "gathered", {"bits": bits, "sent": [one.nbytes for one in counter.sent if "gather" in one.kind]}
     model = split_in_two(one())
     local = model[0].weight.to_local()
     yield "kept", {"rows": len(local), "bytes": local.codes.nbytes + local.scales.nbytes}
