@@ -42,9 +42,7 @@ def implements(*functions: Any) -> Callable[[Handler], Handler]:
     return register
 
 
-CALLERS: dict[
-    str, Handler
-] = {}  # module of torch or accelerate -> what is asked first where code of it touches a low-bit weight
+CALLERS: dict[str, Handler] = {}  # module of torch or accelerate -> what is asked first where it touches a weight
 
 
 def called_from(module: str) -> Callable[[Handler], Handler]:

@@ -188,9 +188,10 @@ def introduce(job: Job, record: Record, resumed_from: int | None) -> None:
     metrics, display = record.metrics, record.display
     parameters = sum(p.numel() for p in {id(p): p for p in job.model.parameters()}.values())
     processes: dict[str, object] = {}
+    sends = None
     if job.world.size > 1:
-        processes |= {"processes": job.world.size, "parallel": job.cfg.parallel.mode}
-    sends = sends_of_run(job) if job.world.size > 1 else None
+        processes = {"processes": job.world.size, "parallel": job.cfg.parallel.mode}
+        sends = sends_of_run(job)
     if sends is not None:
         processes["sends"] = sends.line()
     metrics.write(
