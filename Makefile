@@ -104,14 +104,16 @@ $(VENV)/clients/%/.done: tests/clients/%.txt | $(BIN)/pip
 	done
 	@touch $@
 
+# What fails is told at the end: the other clients are still tried.
 test-clients: $(CLIENTS:=/.done)
-	@for client in $(CLIENTS); do \
+	@failed=; for client in $(CLIENTS); do \
 	  $(SAY) "the quick tests in $$client"; \
 	  own=tests/clients/test_$${client##*/}.py; [ -f $$own ] || own=tests/clients; \
-	  PYTHONPATH=. $$client/bin/python -m pytest -q -m '' $$own || exit; \
-	done
-	@$(SAY) "the long ones"
-	$(BIN)/python tests/clients/table.py results/clients.md $(CLIENTS) $(TABLE_ARGS)
+	  PYTHONPATH=. $$client/bin/python -m pytest -q -m '' $$own || failed="$$failed $$client"; \
+	done; \
+	$(SAY) "the long ones"; \
+	$(BIN)/python tests/clients/table.py results/clients.md $(CLIENTS) $(TABLE_ARGS) || failed="$$failed results/clients.md"; \
+	[ -z "$$failed" ] || { echo "error: not as it has to be:$$failed" >&2; exit 1; }
 
 lint: $(VENV)/.dev
 	@$(SAY) "ruff"

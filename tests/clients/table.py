@@ -3,10 +3,11 @@
     python tests/clients/table.py results/clients.md ENVIRONMENT... [--keep-others] [--only NAME...]
 
 The long half is `NAME_runs.py` in an environment that has one of its name, else `long.py`. `--keep-others` keeps the
-rows that this run does not make, `--only` asks `long.py` for some of its rows.
+rows that this run does not make, `--only` asks `long.py` for some of its rows. The table is written after every
+environment, with the old rows of those that are still to come or whose long half ended with an error.
 
-Exit 1 where a figure is not what it has to be: release and resumed runs are bitwise those without, wherever the same
-client resumes bitwise with torch.optim.AdamW.
+Exit 1 where one did, or where a figure is not what it has to be: release and resumed runs are bitwise those without,
+wherever the same client resumes bitwise with torch.optim.AdamW.
 """
 
 import argparse
@@ -42,8 +43,8 @@ another order. Counted as on the rule is a matrix that has the rule's state, in 
 """
 
 
-def run(environment: Path, kept: Path, others: list[Path], only: list[str]) -> list[Row]:
-    """The rows of one environment, as they come."""
+def run(environment: Path, kept: Path, others: list[Path], only: list[str]) -> tuple[list[Row], int]:
+    """The rows of one environment, printed as they come, and the exit code of its long half."""
     own = HERE / f"{environment.name}_runs.py"
     asked = ["--only", *only] if only else []
     words: list[Any] = [own] if own.exists() else [HERE / "long.py", "--keep", kept, *asked, "--from", *others]
@@ -54,9 +55,7 @@ def run(environment: Path, kept: Path, others: list[Path], only: list[str]) -> l
         for line in process.stdout or ():
             print(line, end="", flush=True)
             found.append(json.loads(line))
-    if process.returncode:
-        raise SystemExit(f"error: {environment}: its long half ended with {process.returncode}")
-    return found
+    return found, process.returncode
 
 
 def fails(row: Row) -> bool:
@@ -98,17 +97,23 @@ def main() -> int:
     parser.add_argument("--keep-others", action="store_true")
     parser.add_argument("--only", nargs="*", default=[])
     asked = parser.parse_args()
-    rows: list[Row] = []
+    old, rows, ended = read(asked.target), [], []
     with tempfile.TemporaryDirectory() as folder:
         kept: list[Path] = []
         for number, environment in enumerate(asked.environments):
-            rows += run(environment, Path(folder) / str(number), kept, asked.only)
-            kept.append(Path(folder) / str(number))
-    everything = merged(read(asked.target) if asked.keep_others else [], rows)
-    asked.target.write_text(TOP + table(everything))
+            made, code = run(environment, Path(folder) / str(number), kept, asked.only)
+            rows += made
+            if code:
+                ended.append(f"error: {environment}: its long half ended with {code}")
+            else:
+                kept.append(Path(folder) / str(number))
+            asked.target.write_text(TOP + table(merged(old, rows)))
+    if not (asked.keep_others or ended):
+        asked.target.write_text(TOP + table(merged([], rows)))
     bad = [row for row in rows if fails(row)]
     print(f"{asked.target}: {len(rows)} rows made, {len(bad)} not as they have to be", *map(json.dumps, bad), sep="\n")
-    return bool(bad)
+    print(*ended, sep="\n", end="", file=sys.stderr)
+    return bool(bad or ended)
 
 
 if __name__ == "__main__":
