@@ -69,6 +69,10 @@ METHODS: dict[str, Method] = {
         {"optim.name": "apollo", "optim.rest": "scale"}, {"embedding_lr": 5e-3, "head_lr": 5e-3}, start="apollo"
     ),
     "muon": Method({"optim.name": "muon+adamw"}, start="muon-8bit", knob=MOMENTUM),
+    # Half a byte a weight.
+    "muon-4bit": Method(
+        {"optim.name": "muon+adamw8bit", "optim.state_dtype": "4bit"}, start="muon-8bit", knob=MOMENTUM
+    ),
     "apollo-mini-rest-adafactor": Method({"optim.name": "apollo-mini", "optim.rest": "adafactor"}, start="apollo-mini"),
     # At rank d/4 as APOLLO, or at its state. They start at the rate of GaLore's paper, whose scale of 0.25 all have.
     "galore": Method({"optim.name": "galore"}, {"lr": 0.01}, start="adamw"),
