@@ -47,7 +47,7 @@ def apollo(
             raise InputError(f"{knob}={knobs[knob]!r}: this is Trainer's: say {argument}=... in its arguments instead")
     recipe = find_optimizer(name) if isinstance(name, str) else name
     own = inspect.signature(build_optimizer).parameters
-    check_knobs(recipe, {knob: value for knob, value in knobs.items() if knob not in own})
+    check_knobs(recipe.choosing(knobs), {knob: value for knob, value in knobs.items() if knob not in own})
     settings = {
         "lr": args.learning_rate,
         "weight_decay": args.weight_decay,

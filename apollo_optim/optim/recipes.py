@@ -18,7 +18,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.optim.classes import AdamW, Apollo, ApolloMini, ApolloSvd
 from apollo_optim.optim.groups import KINDS, param_groups, rule_and_codec
-from apollo_optim.optim.knobs import Group, check_keys, find_rule, nearest, tidy
+from apollo_optim.optim.knobs import Group, check_keys, find_rule, known_keys, nearest, tidy
 from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.optim.parameter import chosen_rule
 from apollo_optim.rules import RULES, Rule
@@ -62,6 +62,11 @@ class Recipe(NamedTuple):
         own = {"lr": self.cls.lr, "weight_decay": 1e-2 if self.rule == "adamw" else 0.0, **self.cls.defaults()}
         own |= {key: value for key, value in self.groups.items() if key in self.cls.knobs()}
         return {"rank": "auto", **own} if "rank" in self.cls.knobs() else own
+
+    def choosing(self, asked: Mapping[str, Any]) -> Recipe:
+        """The same with the rules of the rest that are `asked` for: their knobs may be said, too."""
+        chosen = {key: asked[key] for key in ("rest", *KINDS) if asked.get(key) is not None}
+        return self._replace(groups={**self.groups, **chosen})
 
 
 RECIPES = (
@@ -182,14 +187,15 @@ def build_optimizer(
         raise InputError(f"optimizer {name!r} says what embedding and head use: leave rest={rest!r} out")
     if not ranked and rest == "apollo":
         raise InputError(f"optimizer {name!r} has no rank, so rest='apollo' has no rule to use. Choose another rest")
-    check_knobs(recipe, knobs)
     asked = {
         "rest": rest, "embedding": embedding, "head": head, "rest_rank": rest_rank, "rest_lr": rest_lr,
         "embedding_lr": embedding_lr, "head_lr": head_lr, "norm_lr": norm_lr,
     }  # fmt: skip
+    check_knobs(recipe.choosing(asked), knobs)
     given = {**recipe.groups, **{key: value for key, value in asked.items() if value is not None}, **knobs}
     given["rank"] = recipe.defaults["rank"] if ranked and rank is None else rank
-    given["rule"] = recipe.rule if recipe.groups else None
+    of_others = knobs.keys() - known_keys([recipe.cls, find_rule("adamw")])  # `param_groups` must know whose they are
+    given["rule"] = recipe.rule if recipe.groups or of_others else None
     groups = param_groups(model, targets=targets, exclude=exclude, no_decay=no_decay, **given)
     settings: dict[str, Any] = {"lr": recipe.cls.lr if lr is None else lr, "compile": compile}
     make = CLASSES.get(recipe.rule, partial(RuleOptimizer, rule=recipe.rule))

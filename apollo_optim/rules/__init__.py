@@ -18,6 +18,8 @@ from apollo_optim.rules.rmnp import Rmnp
 from apollo_optim.rules.scale import Scale
 from apollo_optim.rules.sgd import Sgd
 from apollo_optim.rules.sinkgd import SinkGd
+from apollo_optim.rules.slimadam import SlimAdam
+from apollo_optim.rules.swan import Swan
 
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
@@ -40,6 +42,8 @@ RULES: dict[str, type[Rule]] = {
         AdamMini,
         Flora,
         Foam,
+        SlimAdam,
+        Swan,
     )
 }
 

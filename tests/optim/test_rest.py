@@ -27,6 +27,8 @@ from apollo_optim.core.random import uniform
 from apollo_optim.optim.describe import state_bytes
 from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.rules import RULES as REGISTRY
+from apollo_optim.train.config import OptimConfig
+from apollo_optim.train.config.check import check_optimizer
 
 RESTS = ("adamw", "adamw8bit", "adamw4bit", "adafactor", "scale", "scale8bit", "apollo")
 CASES = [
@@ -388,6 +390,22 @@ def test_groups_say_what_they_follow():
     optimizer = Apollo(param_groups(model, rank=4, targets="mlp", rest="apollo", rest_rank=1))
     run(model, optimizer, [0])
     assert optimizer.state[model.lm_head.weight]["exp_avg"].shape == (300, 1)
+
+
+def test_knobs_of_the_rules_that_are_asked_for_may_be_said():
+    """In code and in a run file; they go to the groups of these rules alone."""
+    asked = {"embedding": "slimadam", "head": "adam-mini8bit", "averaged": False, "state_dtype": "4bit"}
+    optimizer = build_optimizer("muon", Model(), targets="mlp", **asked)
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert {name: group["rule"] for name, group in groups.items()} == {
+        "matrices": "muon", "embedding": "slimadam", "head": "adam-mini", "norms": "adamw",
+        "others": "adamw",
+    }  # fmt: skip
+    assert [name for name, group in groups.items() if "averaged" in group] == ["embedding"]
+    assert groups["head"]["state_dtype"] == "8bit"
+    check_optimizer(OptimConfig.of(name="muon", **asked))
+    with pytest.raises(InputError, match="It is a key of slimadam"):
+        check_optimizer(OptimConfig.of(name="muon", averaged=False))
 
 
 def test_small_matrices_keep_fp32_moments():

@@ -63,6 +63,9 @@ RESTS: dict[str, dict[str, Any]] = {  # what every matrix is told to follow inst
     "foam": {"rule": "foam"},
     "racs": {"rule": "racs"},
     "sinkgd": {"rule": "sinkgd"},
+    "slimadam rows": {"rule": "slimadam"},
+    "slimadam columns": {"rule": "slimadam", "share": "columns", "averaged": False},
+    "swan": {"rule": "swan"},
 }
 ELSEWHERE = ("adamw8bit", "adafactor", "normuon", "fira", "flora", "foam", "racs")  # one of a kind, but for `LONG`
 Row = dict[str, Any]

@@ -326,6 +326,56 @@ def test_adam_mini_of_rows_of_one_entry_is_adamw():
         torch.testing.assert_close(mini, adamw, rtol=1e-5, atol=1e-7)
 
 
+@BLOCKS
+@MATRICES
+@pytest.mark.parametrize("averaged", [True, False])
+@pytest.mark.parametrize(("share", "dim"), [("rows", -1), ("columns", -2)])
+def test_slimadam_is_the_papers(monkeypatch, shape, size, share, dim, averaged):
+    """One second moment for each row or column, in plain fp64; without an average no state of the weight's size."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    grads = gradients(shape)
+    m = v = torch.zeros(shape, dtype=torch.float64)
+    for t, (grad, our) in enumerate(
+        zip(grads, steps("slimadam", grads, share=share, averaged=averaged), strict=True), 1
+    ):
+        g = grad.double()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 1e-3 * g.square().mean(dim, keepdim=True)
+        stepped = m / (1 - 0.9**t) if averaged else g
+        torch.testing.assert_close(our, stepped / ((v / (1 - 0.999**t)).sqrt() + 1e-8), rtol=1e-4, atol=1e-6)
+
+
+def test_slimadam_of_rows_is_adam_mini():
+    grads = gradients((30, 20))
+    for slim, mini in zip(steps("slimadam", grads), steps("adam-mini", grads), strict=True):
+        assert torch.equal(slim, mini)
+
+
+def test_slimadam_without_an_average_keeps_a_number_a_row():
+    p = nn.Parameter(torch.zeros(12, 8))
+    optimizer = RuleOptimizer([p], "slimadam", averaged=False)
+    p.grad = torch.ones(12, 8)
+    optimizer.step()
+    assert {name: state.shape for name, state in optimizer.state[p].items() if name.startswith("exp_")} == {
+        "exp_avg_sq_shared": (12, 1)
+    }
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (3, 12, 8)], ids=str)
+def test_swan_is_the_papers(shape):
+    """Singular vectors of the standardised gradient, singular values nearly one, its norm: RMS 1."""
+    grads = [grad * torch.randn(shape[-2], 1).exp() + torch.randn(shape[-2], 1) for grad in torch.randn(3, *shape)]
+    for grad, our in zip(grads, steps("swan", grads), strict=True):
+        g = grad.double()
+        standard = (g - g.mean(-1, keepdim=True)) / g.std(-1, correction=0, keepdim=True)
+        u, values, vh = torch.linalg.svd(standard, full_matrices=False)
+        inside = u.mT @ our @ vh.mT
+        own = inside.diagonal(dim1=-2, dim2=-1) / norm(our, -2, -1).squeeze(-1) * values.shape[-1] ** 0.5
+        rank = values > 1e-6 * values[..., :1]  # rows without their mean may leave a dimension out
+        assert ((own > 0.5) & (own < 1.5))[rank].all(), own  # 0.7 to 1.2 over their RMS
+        torch.testing.assert_close(inside, torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1)), atol=1e-4, rtol=0)
+        torch.testing.assert_close(norm(our, -2, -1), norm(standard, -2, -1), rtol=1e-5, atol=0)
+
+
 def test_adam_mini_takes_whole_blocks_only():
     """A matrix whose rows a head does not divide uses AdamW, and the state is dn + m."""
     even, odd = nn.Parameter(torch.zeros(12, 8)), nn.Parameter(torch.zeros(10, 8))

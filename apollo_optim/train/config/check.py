@@ -187,4 +187,6 @@ def check_optimizer(cfg: OptimConfig) -> None:
         if choice is not None:
             rule_and_codec(choice)
     asked = {key: value for key, value in cfg.flat().items() if value is not None}
-    check_knobs(recipe, {key: value for key, value in asked.items() if key in GENERAL or key in cfg.knobs})
+    check_knobs(
+        recipe.choosing(asked), {key: value for key, value in asked.items() if key in GENERAL or key in cfg.knobs}
+    )
