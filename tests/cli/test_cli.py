@@ -216,7 +216,7 @@ def test_help_teaches_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     for key in key_types():
         assert f"--{key} " in text or f"--{key}," in text, key
     assert "Peak learning rate of the matrices" in text
-    assert "muon, normuon: Newton-Schulz steps. (a whole number >= 1;" in " ".join(text.split())
+    assert "muon, normuon, swan: Newton-Schulz steps. (a whole number >= 1;" in " ".join(text.split())
     assert "--config runs/llama-60m-apollo.yaml" in text
 
 
