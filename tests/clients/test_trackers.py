@@ -1,4 +1,7 @@
-"""Trackers with the real packages: what a run and its continuation send is in their files, as metrics.jsonl has it."""
+"""Trackers with the real packages: what a run and its continuation send is in their files, as metrics.jsonl has it.
+
+Where they are not installed, as by default, `make test-clients` runs them in an environment of their own.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import types
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("jsonargparse")  # other clients' environments have nothing for the command
 from train_tiny import records, tiny
 
 from apollo_optim.core.errors import InputError
