@@ -105,14 +105,14 @@ def main() -> int:
             rows += made
             if code:
                 ended.append(f"error: {environment}: its long half ended with {code}")
-            else:
-                kept.append(Path(folder) / str(number))
+            kept += [left for left in [Path(folder) / str(number)] if (left / "version").exists()]  # (`long.py` alone)
             asked.target.write_text(TOP + table(merged(old, rows)))
     if not (asked.keep_others or ended):
         asked.target.write_text(TOP + table(merged([], rows)))
     bad = [row for row in rows if fails(row)]
     print(f"{asked.target}: {len(rows)} rows made, {len(bad)} not as they have to be", *map(json.dumps, bad), sep="\n")
-    print(*ended, sep="\n", end="", file=sys.stderr)
+    for line in ended:
+        print(line, file=sys.stderr)
     return bool(bad or ended)
 
 

@@ -38,3 +38,13 @@ def test_an_environment_that_fails_stops_no_other_and_loses_no_row(tmp_path):
 
     assert subprocess.run([*run, good], check=False, capture_output=True).returncode == 0
     assert [row["client"] for row in read(target)] == ["TRL"]  # a whole run makes the whole table
+
+
+def test_checkpoints_of_other_versions_are_those_that_were_kept(tmp_path):
+    """An environment with a long half of its own keeps none."""
+    own = stand_in(tmp_path / "own", ":")
+    keeps = stand_in(tmp_path / "keeps", """mkdir "$3" && touch "$3/version" """)
+    asks = stand_in(tmp_path / "asks", """echo "{\\"client\\": \\"asks\\", \\"case\\": \\"$# words\\"}" """)
+    run = [sys.executable, Path(__file__).with_name("table.py"), tmp_path / "clients.md", own, keeps, asks]
+    subprocess.run(run, check=True, capture_output=True)
+    assert [row["case"] for row in read(tmp_path / "clients.md")] == ["5 words"]  # long.py --keep DIR --from DIR
