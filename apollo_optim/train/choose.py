@@ -34,8 +34,8 @@ class Candidate(NamedTuple):
 SMALL_REST = {"rest": "adamw8bit"}
 CANDIDATES = (
     Candidate(
-        "muon+adamw8bit",
-        {"state_dtype": "8bit"},
+        "full",
+        {},
         None,
         "the lowest perplexity of the race so far, with a byte of momentum for a weight (docs/race.md)",
     ),

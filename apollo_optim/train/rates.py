@@ -55,6 +55,8 @@ RATES = (
     Rate("apollo", 131_072, 0.01, 0.01, PAPER),
     Rate("apollo-mini", 131_072, 0.01, 0.01, PAPER),
 )
+IN_THE_LOGS = {"full": "muon+adamw8bit"}
+"""What a recipe was called when it was run."""
 
 
 def known(cfg: RunConfig) -> Rate | None:
@@ -64,7 +66,8 @@ def known(cfg: RunConfig) -> Rate | None:
     """
     if cfg.model.pretrained or cfg.data.format != "text":
         return None
-    rows = [row for row in RATES if row.optimizer == cfg.optim.name]
+    name = IN_THE_LOGS.get(cfg.optim.name, cfg.optim.name)
+    rows = [row for row in RATES if row.optimizer == name]
     rows = [row for row in rows if row.rest == _rest(cfg.optim)] or rows
     return min(rows, key=lambda row: abs(math.log(row.tokens / tokens_a_step(cfg))), default=None)
 

@@ -67,12 +67,10 @@ def test_the_command_names_it_and_its_run_file(capsys: pytest.CaptureFixture[str
     words = ["llama-1m", "--memory", "1GB", "--choose", "--model.config.num_hidden_layers", "1", "--batch", "16"]
     assert run(words) == 0
     told, _, section = capsys.readouterr().out.partition("# for a run file\n")
-    assert "muon+adamw8bit: 0." in told
+    assert "full: 0." in told
     assert "docs/race.md" in told
     optim = yaml.safe_load(section)["optim"]
-    assert (optim["name"], optim["state_dtype"], optim["lr"], optim["momentum"]) == (
-        "muon+adamw8bit", "8bit", 0.008, 0.8145,
-    )  # fmt: skip
+    assert (optim["name"], optim["lr"], optim["momentum"]) == ("full", 0.008, 0.8145)
 
 
 @pytest.mark.parametrize("more", [[], ["--memory", "1GB", "--optimizer", "adamw"], ["--memory", "1GB", "--bits", "8"]])
@@ -100,7 +98,7 @@ def test_auto_trains_and_goes_on_with_what_it_chose(tmp_path: Any) -> None:
     cfg = tiny(tmp_path, optim=nothing, train={"steps": 2})
     pretrain(cfg)
     kept = load_config(tmp_path / "run" / "config.yaml")
-    assert (kept.optim.name, kept.optim.flat()["state_dtype"]) == ("muon+adamw8bit", "8bit")
+    assert kept.optim.name == "full"
     assert pretrain(cfg, resume=True).step == 2
 
 

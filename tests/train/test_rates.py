@@ -76,6 +76,7 @@ def test_keys_that_were_tuned_with_a_rate_come_with_it() -> None:
         return [optim.get(key) for key in ("lr", "rest_lr", "embedding_lr", "head_lr", "norm_lr", "momentum")]
 
     assert more() == [0.008, 0.04, 0.32, None, 0.02, 0.8145]
+    assert more("--optim.name", "full") == more()
     assert more("--optim.momentum", "0.9", "--optim.embedding_lr", "0.1") == [0.008, 0.04, 0.1, None, 0.02, 0.9]
     assert more("--optim.rest_lr", "0.01") == [0.008, 0.01, None, None, None, 0.8145]
     assert more("--optim.lr", "0.004") == [0.004, None, None, None, None, None]
