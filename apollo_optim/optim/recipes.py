@@ -211,7 +211,7 @@ def build_optimizer(
         rank = next((group["rank"] for group in optimizer.param_groups if "rank" in group), rank)
         why = f" at rank {rank}: every small side is no larger. Choose a smaller rank" if ranked else ""
         raise InputError(f"{name}: no matrix uses the rule{why}")
-    if "rest" in recipe.groups:
+    if "+" in name and "rest" in recipe.groups:  # somebody asked for this second rule
         rest = rule_and_codec(recipe.groups["rest"])["rule"]
         if not _is_followed(rest, optimizer):
             raise InputError(
