@@ -190,6 +190,7 @@ def test_something_that_differs_is_the_exit_code(tmp_path, capsys, monkeypatch):
 # --- the measurements ---
 
 
+@pytest.mark.slow
 def test_a_step_of_a_large_model_is_split_and_held_against_its_plan(tmp_path):
     case = next(case for case in of_part("7b") if case.name == "8-bit")
     lines = in_process(case, tmp_path)
@@ -218,6 +219,7 @@ def test_no_float_copy_of_a_low_bit_model_is_made(tmp_path):
     assert model.model.rotary_emb.inv_freq[0] == 1.0
 
 
+@pytest.mark.slow
 def test_a_step_is_timed_beside_fused_adamw(tmp_path, monkeypatch):
     def greedy(matrices, rest, rank):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 54.00 GiB")

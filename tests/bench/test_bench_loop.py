@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import pytest
 from train_tiny import tiny
 
 from benchmarks import loop
 from benchmarks.step.contenders import BASELINE
 
 
+@pytest.mark.slow
 def test_every_optimizer_is_measured_in_both_loops(tmp_path, capsys, monkeypatch):
     real = loop.config_of
 

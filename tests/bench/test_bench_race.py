@@ -237,6 +237,7 @@ work(Store(Path({folder!r}) / "results", Path({folder!r}) / "work", TWO), ["adam
 """
 
 
+@pytest.mark.slow
 def test_two_workers_never_compute_one_trial_twice(tmp_path, monkeypatch):
     code = WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     code = code.replace("work(Store", "import benchmarks.race.worker as w; w.PAUSE = 0.01\nwork(Store")
