@@ -179,8 +179,9 @@ def can_compile(device_type: str) -> bool:
     if device_type == "meta":  # where nothing is computed
         return False
     try:
-        from apollo_optim.core.libraries import remove_cut_off  # for those who compile
+        from apollo_optim.core.libraries import remember_loads, remove_cut_off  # for those who compile
 
+        remember_loads()
         inductor: Any = importlib.import_module("torch._inductor.runtime.runtime_utils")
         for library in remove_cut_off(Path(inductor.cache_dir())):
             warnings.warn(f"{library}: a compile was killed there; removed, it is compiled again", stacklevel=2)

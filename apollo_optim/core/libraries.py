@@ -1,4 +1,4 @@
-"""Libraries that a kill in the middle of a compile left cut off in torch's cache.
+"""Libraries in torch's cache: those that a kill in the middle of a compile left cut off, and what is known of others.
 
 torch looks only whether a file is there, and fails to load it in every later run: steps would be eager from then on,
 slower and with other last bits than those of the run that is resumed.
@@ -6,10 +6,14 @@ slower and with other last bits than those of the run that is resumed.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import os
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 from apollo_optim.core import disk
 
@@ -45,3 +49,30 @@ def remove_cut_off(cache: Path) -> list[Path]:
         except OSError:  # gone meanwhile, or not ours to read or remove: torch says what it cannot do
             continue
     return removed
+
+
+def remember_loads() -> None:
+    """Ask once whether a library of some instructions can be loaded, not once in every process.
+
+    Before its first compile for a CPU torch 2.13 starts a Python for each instruction set of the processor, up to ten
+    one after the other, that loads a library out of the cache: six seconds of two slow cores with AMX. What was loaded
+    is marked by a file beside it, and asked again once the library is newer. torch has no option for it that is not
+    part of the keys of all that is compiled; one that lacks these names does as it likes.
+    """
+    isa: Any = getattr(importlib.import_module("torch._inductor.cpu_vec_isa"), "VecISA", None)
+    asks = getattr(isa, "_probe_load", None)
+    if asks is None or hasattr(asks, "__wrapped__"):
+        return
+
+    @functools.wraps(asks)
+    def loads(self: Any, library: str) -> bool:
+        loaded = Path(f"{library}.loaded")
+        if loaded.exists() and loaded.stat().st_mtime_ns >= Path(library).stat().st_mtime_ns:
+            return True
+        fine = bool(asks(self, library))
+        with contextlib.suppress(OSError):  # a cache that is not ours to write: it is asked again
+            if fine:
+                disk.write(loaded, "")
+        return fine
+
+    isa._probe_load = loads

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apollo_optim.core.libraries import is_cut_off, remove_cut_off
+from apollo_optim.core.libraries import is_cut_off, remember_loads, remove_cut_off
 
 LIBRARY = Path(torch.__file__).parent / "lib" / "libshm.so"
 WHOLE = LIBRARY.read_bytes() if LIBRARY.exists() else b""
@@ -60,3 +60,31 @@ def test_the_run_after_a_killed_compile_compiles(tmp_path: Path) -> None:
         os.utime(library, (1e9, 1e9))
     assert run(warnings="always").count("a compile was killed there") == len(libraries)
     run(warnings="error")
+
+
+def test_a_library_that_was_loaded_is_not_loaded_in_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that could not be is asked for again, and so is one that is newer."""
+    isa = pytest.importorskip("torch._inductor.cpu_vec_isa").VecISA
+    if not hasattr(isa, "_probe_load"):
+        pytest.skip("this torch has another way")
+    asked, answers = [], [False, True, True]
+
+    def asks(self: object, library: str) -> bool:
+        asked.append(library)
+        return answers.pop(0)
+
+    monkeypatch.setattr(isa, "_probe_load", asks)
+    remember_loads()
+    remember_loads()  # (a second time changes nothing)
+    library = tmp_path / "some.so"
+    library.touch()
+    assert [isa._probe_load(None, str(library)) for _ in range(3)] == [False, True, True]
+    assert len(asked) == 2
+    later = library.stat().st_mtime_ns + 10**9
+    os.utime(library, ns=(later, later))
+    assert isa._probe_load(None, str(library))
+    assert len(asked) == 3
+    answers.append(True)
+    assert isa._probe_load(None, str(tmp_path / "gone" / "other.so")), "where nothing can be written"
