@@ -55,9 +55,9 @@ def remember_loads() -> None:
     """Ask once whether a library of some instructions can be loaded, not once in every process.
 
     Before its first compile for a CPU torch 2.13 starts a Python for each instruction set of the processor, up to ten
-    one after the other, that loads a library out of the cache: six seconds of two slow cores with AMX. What was loaded
-    is marked by a file beside it, and asked again once the library is newer. torch has no option for it that is not
-    part of the keys of all that is compiled; one that lacks these names does as it likes.
+    one after the other, that loads a library out of the cache. What was loaded is marked by a file beside it, and asked
+    again once the library is newer. torch has no option for it that is not part of the keys of all that is compiled;
+    one that lacks these names does as it likes.
     """
     isa: Any = getattr(importlib.import_module("torch._inductor.cpu_vec_isa"), "VecISA", None)
     asks = getattr(isa, "_probe_load", None)

@@ -25,8 +25,8 @@ class Muon(Rule):
     When: Hidden matrices, with AdamW for embedding and head (`muon+adamw`), where half of AdamW's state is
     affordable.
 
-    Evidence: torch.optim.Muon's step within its own noise (`tests/rules/test_parity.py`). No quality run of it is
-    in the logs yet; the race (`docs/race.md`) has it in its queue.
+    Evidence: torch.optim.Muon's step within its own noise (`tests/rules/test_parity.py`). With its
+    momentum in 8 bits (`full`) it ends 18 to 26 % below AdamW's perplexity, at 4,096 tokens a step (`docs/race.md`).
     """
 
     name: ClassVar[str] = "muon"

@@ -101,11 +101,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         kept: list[Path] = []
         for number, environment in enumerate(asked.environments):
-            made, code = run(environment, Path(folder) / str(number), kept, asked.only)
+            left = Path(folder) / str(number)
+            made, code = run(environment, left, kept, asked.only)
             rows += made
             if code:
                 ended.append(f"error: {environment}: its long half ended with {code}")
-            kept += [left for left in [Path(folder) / str(number)] if (left / "version").exists()]  # (`long.py` alone)
+            if (left / "version").exists():  # `long.py` alone keeps checkpoints
+                kept.append(left)
             asked.target.write_text(TOP + table(merged(old, rows)))
     if not (asked.keep_others or ended):
         asked.target.write_text(TOP + table(merged([], rows)))

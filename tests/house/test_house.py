@@ -260,6 +260,8 @@ def test_an_import_brings_nothing_along() -> None:
     assert not [name for name in new if name.startswith(HEAVY)]
     rooms = {name.split(".")[1] for name in new if name.startswith("apollo_optim.")}
     assert rooms <= {"core", "rules", "optim", "quant"}, "rooms above the optimizer"
+    others = [name for name in new if name.startswith("apollo_optim") and not name.startswith("apollo_optim.rules.")]
+    assert len(others) < 41, "a rule is a file; all else has to be worth one"
 
 
 def run_python(*words: str) -> str:

@@ -408,6 +408,16 @@ def test_knobs_of_the_rules_that_are_asked_for_may_be_said():
         check_optimizer(OptimConfig.of(name="muon", averaged=False))
 
 
+def test_full_is_what_was_raced():
+    """Group by group: the race's lines call it muon+adamw8bit, with state in 8 bits."""
+    full, raced = (build_optimizer(*of, targets="mlp", **knobs) for *of, knobs in (
+        ("full", Model(), {}), ("muon+adamw8bit", Model(), {"state_dtype": "8bit"}),
+    ))  # fmt: skip
+    of_full, of_raced = ([{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in (full, raced))
+    assert of_full == of_raced
+    assert [g["state_dtype"] for g in of_full if g["name"] in ("matrices", "embedding", "head")] == ["8bit"] * 3
+
+
 def test_small_matrices_keep_fp32_moments():
     model = nn.ModuleDict({"small": nn.Linear(64, 8), "prime": nn.Linear(257, 64), "embedding": nn.Embedding(100, 64)})
     optimizer = build_optimizer("adamw", model, targets="embedding", exclude="small.weight", rest="adamw8bit")
