@@ -120,9 +120,14 @@ def decode_square(codes: Tensor, unit: Tensor) -> Tensor:
 
 
 def encode_mean4(value: Tensor, noise: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Two codes in a byte, the first in the low half; each is 8 + a signed number up to 7 in size."""
+    """Two codes in a byte, the first in the low half; each is 8 + a signed number up to 7 in size.
+
+    The scale is each group's largest size, rounded up to what bf16 can hold: codes are taken by what is stored.
+    """
     value, noise = (_grouped(t, groups) for t in (value, noise))
-    scale = value.abs().amax(-1, keepdim=True)
+    largest = value.abs().amax(-1, keepdim=True)
+    space = torch.where(largest > 0, spacing(largest, 7), 1.0)
+    scale = (largest / space).ceil() * space
     code = (value * (7.0 / torch.where(scale > 0, scale, 1.0)) + noise).floor().clamp(-7.0, 7.0)
     return _pack(code.flatten(-2) + 8), scale.squeeze(-1)
 
@@ -130,7 +135,7 @@ def encode_mean4(value: Tensor, noise: Tensor, groups: int) -> tuple[Tensor, Ten
 def decode_mean4(codes: Tensor, scale: Tensor) -> Tensor:
     """The fp32 numbers (.., n) that codes and scales mean."""
     code = _grouped(_unpack(codes) - 8, scale.shape[-1])
-    return (code * (scale[..., None] / 7.0)).flatten(-2)
+    return (code * (scale[..., None].float() / 7.0)).flatten(-2)
 
 
 def encode_square4(value: Tensor, noise: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -183,7 +188,7 @@ FOUR_BITS = Codec(
     largest=128,
     packed=2,
     coding={
-        "mean": Coding(torch.uint8, torch.float32, encode_mean4, decode_mean4),
+        "mean": Coding(torch.uint8, torch.bfloat16, encode_mean4, decode_mean4),
         "square": Coding(torch.uint8, torch.bfloat16, encode_square4, decode_square4),
     },
 )

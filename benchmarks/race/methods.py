@@ -82,7 +82,7 @@ METHODS: dict[str, Method] = {
         {"optim.name": "muon+adamw8bit", "optim.state_dtype": "4bit"}, start="muon-8bit", knob=MOMENTUM
     ),
     "apollo-mini-rest-adafactor": Method({"optim.name": "apollo-mini", "optim.rest": "adafactor"}, start="apollo-mini"),
-    # A slim rest: one second moment a token, of the head with a momentum of a byte. With it 7B keeps 3.6 and 0.15 GB.
+    # A slim rest: one second moment a token, of the head with a momentum of a byte. With it 7B keeps 3.48 and 0.15 GB.
     "muon-4bit-slim": slim("muon", "muon-4bit", MOMENTUM, state_dtype="4bit"),
     "apollo-mini-slim": slim("apollo-mini", "apollo-mini"),
     # At rank d/4 as APOLLO, or at its state. They start at the rate of GaLore's paper, whose scale of 0.25 all have.

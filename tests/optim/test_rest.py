@@ -259,7 +259,8 @@ def spread_out(draw: torch.Generator) -> Tensor:
 
 def read_back(value: Tensor, encode, decode, draws: int = 200) -> Tensor:
     """(draws, .., n): ``value`` kept, in the dtypes of the state, and read, with other noise each time."""
-    coding = next(coding for coding in codecs.EIGHT_BITS.coding.values() if coding.encode is encode)
+    all_codings = [coding for codec in codecs.CODECS.values() for coding in codec.coding.values()]
+    coding = next(coding for coding in all_codings if coding.encode is encode)
     dtypes = coding.codes, coding.scale
 
     def kept(noise: Tensor) -> Tensor:
@@ -283,6 +284,25 @@ def test_an_8_bit_mean_is_fine_where_it_is_small():
     bias = (read.mean(0) - value) / step
     assert bias.abs().max() < 6 * 0.5 / math.sqrt(len(read))
     assert abs(bias.mean()) < 0.01
+
+
+def test_a_4_bit_mean_is_read_by_the_scale_that_is_stored():
+    """A scale of two bytes: rounded up, so that the largest entry has a code and no mean is moved."""
+    value = spread_out(torch.Generator().manual_seed(0))[:, :600]
+    _, scale = codecs.encode_mean4(value, torch.zeros(40, 600), 4)
+    assert torch.equal(scale.bfloat16().float(), scale)
+    read = read_back(value, codecs.encode_mean4, codecs.decode_mean4)
+    step = scale.repeat_interleave(150, -1) / 7
+    assert ((read - value).abs() <= 1.01 * step).all()
+    assert (read[..., 5] == 0).all()
+    largest = torch.stack([group.abs().amax(-1) for group in value.split(150, -1)], -1)
+    assert (scale >= largest).all()
+    assert (scale <= largest * (1 + 2**-7)).all()
+    bias = (read.mean(0) - value) / step
+    assert bias.abs().max() < 6 * 0.5 / math.sqrt(len(read))
+    assert abs(bias.mean()) < 0.01
+    empty = codecs.encode_mean4(torch.zeros(3, 64), torch.rand(3, 64), 1)
+    assert not codecs.decode_mean4(empty[0].to(torch.uint8), empty[1].bfloat16()).any()
 
 
 def test_an_8_bit_square_survives_beside_a_large_one():
