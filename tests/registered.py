@@ -80,8 +80,8 @@ def bare(name: str, params, rank: int = 1, **knobs) -> torch.optim.Optimizer:
 
 def make(name: str, model: nn.Module, **knobs) -> torch.optim.Optimizer:
     prepare(name, model)
-    if has(name, "rank"):
-        knobs = {**rank_of(name, 2), **SHORT_GAP, **knobs}
+    gap = SHORT_GAP if has(name, "update_proj_gap") else {}
+    knobs = {**rank_of(name, 2), **gap, **knobs}
     return build_optimizer(name, model, targets="mlp", **{"lr": 1e-2, **knobs})
 
 

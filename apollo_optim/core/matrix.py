@@ -176,6 +176,14 @@ def orthogonalise(matrix: Tensor, steps: int, eps: float, precision: str) -> Ten
     return x.mT if tall else x
 
 
+def polar(matrix: Tensor) -> Tensor:
+    """The orthogonal matrix U V^T that is nearest to U S V^T (.., m, n), fp32. What has no size gets no direction."""
+    finite = matrix.float().nan_to_num(0.0, 0.0, 0.0)  # svd raises on others; the step is skipped
+    u, size, vh = torch.linalg.svd(finite, full_matrices=False)
+    nearest: Tensor = (u * (size > 1e-6 * size[..., :1]).unsqueeze(-2)) @ vh
+    return nearest
+
+
 # --- projections ---
 
 

@@ -59,7 +59,7 @@ def codec_of(name: str, slot: Slot, group: Group) -> Codec:
     asked = group["state_dtype"]
     if slot.kind not in ("mean", "square"):
         return FP32
-    codec = CODECS[asked.get(name, FP32.name) if isinstance(asked, dict) else asked]
+    codec = CODECS[slot.codec or (asked.get(name, FP32.name) if isinstance(asked, dict) else asked)]
     return codec if codec.fits(slot.shape) else FP32
 
 

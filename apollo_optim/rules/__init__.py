@@ -6,19 +6,24 @@ from apollo_optim.rules.adam_mini import AdamMini
 from apollo_optim.rules.adamw import AdamW
 from apollo_optim.rules.apollo import Apollo, ApolloMini, ApolloSvd
 from apollo_optim.rules.base import Rule
+from apollo_optim.rules.dct_adamw import DctAdamW
 from apollo_optim.rules.fira import Fira
 from apollo_optim.rules.flora import Flora
 from apollo_optim.rules.foam import Foam
 from apollo_optim.rules.galore import Galore
 from apollo_optim.rules.lion import Lion
+from apollo_optim.rules.lora_pre import LoraPre
 from apollo_optim.rules.muon import Muon
 from apollo_optim.rules.normuon import NorMuon
+from apollo_optim.rules.q_galore import QGalore
 from apollo_optim.rules.racs import Racs
 from apollo_optim.rules.rmnp import Rmnp
+from apollo_optim.rules.sage import Sage
 from apollo_optim.rules.scale import Scale
 from apollo_optim.rules.sgd import Sgd
 from apollo_optim.rules.sinkgd import SinkGd
 from apollo_optim.rules.slimadam import SlimAdam
+from apollo_optim.rules.sumo import Sumo
 from apollo_optim.rules.swan import Swan
 
 RULES: dict[str, type[Rule]] = {
@@ -44,6 +49,11 @@ RULES: dict[str, type[Rule]] = {
         Foam,
         SlimAdam,
         Swan,
+        QGalore,
+        Sumo,
+        DctAdamW,
+        Sage,
+        LoraPre,
     )
 }
 

@@ -35,13 +35,15 @@ class Slot(NamedTuple):
         kind: How it may be stored. "mean" and "square" (never negative, used under a root) are in the codec that the
             group asks for; "exact" in fp32; "drawn" in fp32, and it is stored even if the gradient is not finite.
         split: Over ranks, as `Place.zeros` says.
-        start: Its value before the first step; "eye": the first columns of the identity.
+        start: Its value before the first step; "eye": the first columns of the identity (of exact slots).
+        codec: How a mean or a square is always stored, whatever the group asks for.
     """
 
     shape: tuple[int, ...]
     kind: Literal["mean", "square", "exact", "drawn"] = "exact"
     split: Literal["same", "rows", "columns", "channels", "whole"] = "same"
     start: Literal["zeros", "eye"] = "zeros"
+    codec: str | None = None
 
 
 class Update(NamedTuple):

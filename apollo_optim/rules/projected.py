@@ -1,4 +1,4 @@
-"""What rules share that see a gradient's projection R = G P alone: its rank, and where P comes from."""
+"""What rules share that have a rank, and those of them that see a gradient's projection R = G P: where P comes from."""
 
 from dataclasses import dataclass
 from math import prod
@@ -15,8 +15,8 @@ from apollo_optim.rules.knobs import SWITCH, count, one_of
 
 
 @dataclass(frozen=True)
-class Projected(Rule):
-    """No rule yet: P (.., k, r) is drawn from the parameter's seed, or the gradient's singular vectors."""
+class Ranked(Rule):
+    """No rule yet: it has a rank, and is for matrices whose small side is larger."""
 
     view: ClassVar = "channels"
 
@@ -24,6 +24,18 @@ class Projected(Rule):
         count(1),
         "r, columns of the sketch: a quarter of the small side (the papers' choice; 256 at 7B), or an eighth.",
     )
+
+    def applies(self, shape: tuple[int, ...]) -> bool:
+        return shape[-1] > self.rank  # else there is nothing to compress
+
+    def describe(self) -> str:
+        return f"{self.title} r={self.rank}"
+
+
+@dataclass(frozen=True)
+class Projected(Ranked):
+    """No rule yet: P (.., k, r) is drawn from the parameter's seed, or the gradient's singular vectors."""
+
     proj: str = knob(
         one_of(*PROJECTIONS),
         '"sketch" (CountSketch: signs and sums, no matrix product), "gaussian" (the paper\'s: the same perplexity in '
@@ -37,9 +49,6 @@ class Projected(Rule):
         "Otherwise every step draws it again, the same numbers.",
         False,
     )
-
-    def applies(self, shape: tuple[int, ...]) -> bool:
-        return shape[-1] > self.rank  # else there is nothing to compress
 
     def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
         *stack, _, k = shape
@@ -73,6 +82,3 @@ class Projected(Rule):
         if self.keep_proj and not s["phase"]:
             return state["basis"]
         return cast("Tensor", s["projection"])
-
-    def describe(self) -> str:
-        return f"{self.title} r={self.rank}"

@@ -108,6 +108,19 @@ METHODS: dict[str, Method] = {
     ),
     # A step's RMS is 1, five times what AdamW's and Muon's are about.
     "swan": Method({"optim.name": "swan+adamw"}, {"lr": 4e-4}, start="adamw"),
+    # A step's norm is a quarter of the root of the rank: as long as AdamW's at a rate of about 0.05.
+    "sumo": Method({"optim.name": "sumo"}, {"lr": 0.05}, start="adamw", knob=MOMENTUM),
+    # Adam's step in another basis, or with moments of low rank: they start at AdamW's rates.
+    "dct-adamw": Method({"optim.name": "dct-adamw"}, start="adamw"),
+    "lora-pre": Method({"optim.name": "lora-pre"}, start="adamw"),
+    "q-galore": Method({"optim.name": "q-galore", "quant.bits": 8}, start="galore"),
+    # The embedding's every entry moves by the rate, as Lion's does: a fifth of AdamW's is as long.
+    "sinkgd-sage": Method(
+        {"optim.name": "sinkgd", "optim.embedding": "sage", "optim.head": "sage"},
+        {"lr": 0.02, "embedding_lr": 0.02, "head_lr": 4e-3},
+        start="adamw",
+        knob=Knob("optim.beta2", 282_500, kind="half-life"),
+    ),
     "lion": Method(
         {"optim.name": "lion+adamw"}, {"lr": 4e-4}, start="adamw", knob=Knob("optim.beta2", 282_500, kind="half-life")
     ),

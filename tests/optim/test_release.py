@@ -67,8 +67,8 @@ def make_model(dtype: torch.dtype = torch.float32, **kinds: bool) -> Model:
 
 def make(name: str, model: nn.Module, **knobs) -> RuleOptimizer:
     prepare(name, model)
-    if "rank" in find_optimizer(name).cls.knobs():
-        knobs = {"rank": 1 if "mini" in name else 2, "update_proj_gap": 2, **knobs}
+    own = {"rank": 1 if "mini" in name else 2, "update_proj_gap": 2}
+    knobs = {key: own[key] for key in own.keys() & find_optimizer(name).cls.knobs().keys()} | knobs
     return build_optimizer(name, model, targets="mlp", **{"lr": 1e-2, "rest_lr": 3e-3, **knobs})
 
 

@@ -68,8 +68,8 @@ def make(name: str, rest: str, **knobs) -> tuple[Model, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = Model().bfloat16()
     prepare(name, model)
-    if "rank" in find_optimizer(name).cls.knobs():
-        knobs = {"rank": 1 if "mini" in name else 4, "update_proj_gap": 3, **knobs}
+    own = {"rank": 1 if "mini" in name else 4, "update_proj_gap": 3}
+    knobs = {key: own[key] for key in own.keys() & find_optimizer(name).cls.knobs().keys()} | knobs
     return model, build_optimizer(name, model, targets="mlp", rest=rest, **{"lr": 1e-2, **knobs})
 
 

@@ -66,6 +66,11 @@ RESTS: dict[str, dict[str, Any]] = {  # what every matrix is told to follow inst
     "slimadam rows": {"rule": "slimadam"},
     "slimadam columns": {"rule": "slimadam", "share": "columns", "averaged": False},
     "swan": {"rule": "swan"},
+    "q-galore": {"rule": "q-galore", "rank": 3, "update_proj_gap": GAP},
+    "sumo": {"rule": "sumo", "rank": 3, "update_proj_gap": GAP},
+    "dct-adamw": {"rule": "dct-adamw", "rank": 3},
+    "sage": {"rule": "sage"},
+    "lora-pre": {"rule": "lora-pre", "rank": 3},
 }
 ELSEWHERE = ("adamw8bit", "adafactor", "normuon", "fira", "flora", "foam", "racs")  # one of a kind, but for `LONG`
 Row = dict[str, Any]
