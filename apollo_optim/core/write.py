@@ -18,6 +18,7 @@ def write(
     lr: Number,
     weight_decay: Number,
     noise: Dither | None,
+    cautious: bool = False,
 ) -> None:
     """`W <- (1 - lr weight_decay) W - lr factor tensor`, in fp32 and rounded once, block after block.
 
@@ -25,11 +26,12 @@ def write(
         weight: Plain, of `tensor`'s shape or its unflattened form.
         tensor: (.., m, n); `factor` and `finite` (bool) broadcast to it. Where not `finite`, the weight stays.
         noise: Rounds a bf16 weight stochastically; None: to nearest.
+        cautious: Decay only where the step goes towards zero, too ("Cautious Weight Decay", arXiv 2510.12402).
     """
     for at in blocks(tuple(tensor.shape), tensor.device, whole=int(weight.ndim != tensor.ndim)):
         here = part(factor, at) if isinstance(factor, Tensor) else factor
         rounding = None if noise is None else noise.part(at)
-        write_block(part(weight, at), part(tensor, at), here, part(finite, at), lr, weight_decay, rounding)
+        write_block(part(weight, at), part(tensor, at), here, part(finite, at), lr, weight_decay, rounding, cautious)
 
 
 def write_block(
@@ -40,6 +42,7 @@ def write_block(
     lr: Number,
     weight_decay: Number,
     noise: Dither | None,
+    cautious: bool = False,
 ) -> None:
     """The arithmetic of `write`, of one block."""
     # in memory: a compiler would make them anew for every few entries, roots and quotients of norms included
@@ -48,6 +51,8 @@ def write_block(
     old = weight.reshape(tensor.shape) if flat else weight
     # All in fp32, and no copy is made for it: bf16 becomes that where it meets an fp32 tensor that has dimensions.
     step = (tensor if isinstance(size, Tensor) and size.ndim else tensor.float()) * size
+    if cautious:
+        keep = torch.where(step * old >= 0, keep, 1.0)
     as_it_is = old.dtype.itemsize == 2 and isinstance(keep, float) and keep == 1.0  # without decay
     stepped = torch.where(finite, (old if as_it_is else old.float() * keep) - step, old)
     stepped = stepped if noise is None else round_stochastically(stepped, noise)

@@ -52,6 +52,8 @@ class Static:
         place: Of the matrix form, as it lies.
         seen: Of the rule's view.
         stochastic: Is the weight rounded stochastically?
+        power: Of the gradient's entries, which keep their signs.
+        cautious: Does the weight decay only where the step goes towards zero, too?
         own: Does the weight write itself? (A low-bit one does.)
         small: Is it one block?
         phase: Of the rule.
@@ -68,6 +70,8 @@ class Static:
     slots: tuple[tuple[str, Stored], ...]
     stochastic: bool
     maximize: bool
+    power: float
+    cautious: bool
     own: bool
     small: bool
     phase: Hashable = None
@@ -145,9 +149,9 @@ def apply_update(static: Static, weight: Tensor, grad: Tensor, tensors: Tensors,
         if static.own:
             weight._write_rows_(at, *step, lr, weight_decay, here)  # type: ignore[attr-defined]
         elif at or static.small:
-            write_block(part(weight, at), *step, lr, weight_decay, here)
+            write_block(part(weight, at), *step, lr, weight_decay, here, static.cautious)
         else:
-            write(weight, *step, lr, weight_decay, here)
+            write(weight, *step, lr, weight_decay, here, static.cautious)
 
 
 def compute_update(static: Static, grad: Tensor, tensors: Tensors, inputs: Inputs) -> Step:
@@ -165,6 +169,7 @@ def _observe(static: Static, grad: Tensor, tensors: Tensors, inputs: Inputs) -> 
     """Look at all of the gradient, and store what is known of the state after that."""
     matrix = grad.flatten(1) if static.conv else grad
     matrix = -matrix if static.maximize else matrix
+    matrix = matrix if static.power == 1 else matrix.abs().pow(static.power).copysign(matrix)
     view = matrix.mT if static.wide else matrix
     state = State(tensors, static.codings, tuple(view.shape))
     drawn = inputs.drawn or draw(static, inputs.keys, grad.device)

@@ -42,8 +42,8 @@ class Apollo(RuleOptimizer):
         keep_proj: Keep a random projection from one refresh to the next, as state: small side x r fp32 numbers per
             matrix. Otherwise every step draws it again, the same numbers.
         norm_growth: A step's norm may be at most this times the one before (Fira's limiter); None for no limit.
-        **general: `state_dtype`, `stochastic_rounding`, `seed`, `view`, `maximize`, `otherwise`, `compile`: those of
-            `RuleOptimizer`.
+        **general: `state_dtype`, `stochastic_rounding`, `seed`, `view`, `maximize`, `grad_power`, `cautious_decay`,
+            `otherwise`, `compile`: those of `RuleOptimizer`.
 
     Raises InputError (a ValueError) for unknown keys and wrong values, naming the key, and where nothing names a rank.
     """

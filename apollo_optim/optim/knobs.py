@@ -38,6 +38,8 @@ GENERAL: dict[str, Knob] = {
     "seed": Knob("a whole number", is_whole),
     "view": one_of(None, "stack", "conv"),
     "maximize": SWITCH,
+    "grad_power": number(0, above=True),
+    "cautious_decay": SWITCH,
 }
 
 # keys that torch, its schedulers, timm and our own `param_groups` put into a group; they pass unchecked

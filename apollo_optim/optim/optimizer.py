@@ -43,6 +43,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         seed: Every parameter draws its own from this and its name (where there are none, its position) at its first
             step, and keeps it in its state.
         maximize: Step up the gradient, as in torch.optim.
+        grad_power: Step by |g|^p sign(g) in the place of the gradient g, with any rule ("GradPower", arXiv 2505.24275:
+            1.2). A copy of the gradient more.
+        cautious_decay: Weights decay only where the step takes them towards zero, too ("Cautious Weight Decay", arXiv
+            2510.12402). Not for low-bit weights.
         compile: Step a parameter by one compiled function, made once for each shape; None: on a CPU and with CUDA,
             those of 262,144 entries and more; on a CPU they take a quarter to a tenth of the time then.
         **knobs: The rule's own, for groups that do not name them.
@@ -65,6 +69,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         view: str | None = None,
         maximize: bool = False,
+        grad_power: float = 1.0,
+        cautious_decay: bool = False,
         compile: bool | None = None,
         **knobs: Any,
     ) -> None:
@@ -80,6 +86,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         defaults = {
             "lr": 1e-3 if lr is None else lr, "weight_decay": weight_decay, "state_dtype": state_dtype,
             "stochastic_rounding": stochastic_rounding, "seed": seed, "view": view, "maximize": maximize,
+            "grad_power": grad_power, "cautious_decay": cautious_decay,
         }  # fmt: skip
         entries = list(params) if not isinstance(params, (dict, set)) else params
         self._some_rank = any(isinstance(entry, dict) and "rank" in entry for entry in entries)

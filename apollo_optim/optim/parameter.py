@@ -86,8 +86,11 @@ def static_of(p: Tensor, group: Group, rule: Rule) -> Static:
         slots.append((name, Stored(slot, codec, seen.of_state(slot.shape, slot.split), coding, rounds)))
     own = writes_itself(p)
     stochastic = group["stochastic_rounding"] and (p.dtype is torch.bfloat16 or own)
+    if own and group["cautious_decay"]:
+        raise InputError("cautious_decay has no step for low-bit weights, which decay as codes: leave it out")
     small = len(blocks(form, p.device)) == 1
-    return Static(rule.static, conv, wide, place, seen, tuple(slots), stochastic, group["maximize"], own, small)
+    options = group["maximize"], float(group["grad_power"]), group["cautious_decay"]
+    return Static(rule.static, conv, wide, place, seen, tuple(slots), stochastic, *options, own, small)
 
 
 def _in_codes(rule: Rule, shape: tuple[int, ...], group: Group) -> bool:

@@ -80,6 +80,10 @@ class OptimConfig:
     """Rank of embedding and head, if they use a rule with one; None: with `rest: apollo` the same `rank`."""
     weight_decay: float | None = None
     """Decoupled, as in AdamW: taken from the old weight, times the lr."""
+    cautious_decay: bool | None = None
+    """Decay a weight only where the step takes it towards zero, too (arXiv 2510.12402). Not for low-bit weights."""
+    grad_power: float | None = None
+    """Step by |g|^p sign(g) in the place of the gradient g, whatever the rule (GradPower, arXiv 2505.24275: 1.2)."""
     state_dtype: str | None = None
     """How the moments are stored: float32, bfloat16, 8bit or 4bit."""
     stochastic_rounding: bool | None = None
