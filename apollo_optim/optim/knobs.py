@@ -48,6 +48,8 @@ PASSED = frozenset(
     | {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "lr_scale", "group_name"}
 )
 
+PER_STEP = PASSED | {"lr", "weight_decay"}  # may change between two steps: nothing is made anew for it
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """' Did you mean ...?' for the known word most like this one, or the list of them all."""

@@ -16,7 +16,7 @@ from apollo_optim.core.names import unwrapped
 from apollo_optim.core.random import mix_seed, name_word
 from apollo_optim.optim.compiled import Graphs, Memo, is_compiled, prepare_compiled
 from apollo_optim.optim.describe import warn_of_others
-from apollo_optim.optim.knobs import GENERAL, PASSED, Group, check_group, find_rule, known_keys, refuse_flat
+from apollo_optim.optim.knobs import GENERAL, PASSED, PER_STEP, Group, check_group, find_rule, known_keys, refuse_flat
 from apollo_optim.optim.loading import fit_groups, fit_state
 from apollo_optim.optim.parameter import Known, Shared, chosen_rule, init_state, static_of
 from apollo_optim.optim.together import Given, Prepared, alike, take_steps, together
@@ -40,13 +40,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             stochastically, or 0.999 v rounds back to v), "8bit" or "4bit", for all slots or in a dict by slot. A tensor
             that is too small or too odd for a format with codes stays in fp32.
         stochastic_rounding: Of bf16 weights and bf16 state at their one write per step. fp32 is not affected.
-        seed: Every parameter draws its own from this and its name (where there are none, its position) at its first
-            step, and keeps it in its state.
+        seed: Every parameter draws its own from this and its name, or its place, at its first step, and keeps it.
         maximize: Step up the gradient, as in torch.optim.
-        grad_power: Step by |g|^p sign(g) in the place of the gradient g, with any rule ("GradPower", arXiv 2505.24275:
-            1.2). A copy of the gradient more.
-        cautious_decay: Weights decay only where the step takes them towards zero, too ("Cautious Weight Decay", arXiv
-            2510.12402). Not for low-bit weights.
+        grad_power: Rules see |g|^p sign(g) in the place of the gradient g, a copy of it (arXiv 2505.24275: 1.2).
+        cautious_decay: Decay only where the step goes towards zero, too (arXiv 2510.12402); not of low-bit weights.
         compile: Step a parameter by one compiled function, made once for each shape; None: on a CPU and with CUDA,
             those of 262,144 entries and more; on a CPU they take a quarter to a tenth of the time then.
         **knobs: The rule's own, for groups that do not name them.
@@ -201,7 +198,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         eager: defaultdict[Any, list[Given]] = defaultdict(list)
         memo: Memo = {}
         for group, params in pairs:
-            knobs = [value for key, value in group.items() if key not in _PER_STEP]
+            knobs = [value for key, value in group.items() if key not in PER_STEP]
             for p in params:
                 known, state = self._known.get(p), self.state[p]
                 if known is None or not known.fits(group, knobs, state):
@@ -299,8 +296,4 @@ class RuleOptimizer(torch.optim.Optimizer):
             state = {**state, "state": defaultdict(dict, incoming)}
         super().__setstate__(state)
         self._forget()
-        self.__dict__.setdefault("graphs", {})
-        self.__dict__.setdefault("_incoming", None)
-
-
-_PER_STEP = PASSED | {"lr", "weight_decay"}
+        self.__dict__ = {"graphs": {}, "_incoming": None, **self.__dict__}
