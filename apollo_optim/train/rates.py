@@ -51,6 +51,9 @@ RATES = (
     Rate("adamw", 4_096, 0.002, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.16, "betas": (0.9, 0.9613)}),
     Rate("apollo-mini", 4_096, 0.005, 0.02, RACE2, more={**NORMS, "embedding_lr": 0.08, "betas": (0.9, 0.9613)}),
     Rate("muon+adamw8bit", 4_096, 0.008, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.32, "momentum": 0.8145}),
+    # the same half-lives; these two have a search of their own at this batch
+    Rate("adamw", 32_768, 0.002, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.08, "betas": (0.9, 0.7295)}),
+    Rate("muon+adamw8bit", 32_768, 0.032, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.32, "momentum": 0.1938}),
     Rate("adamw", 131_072, 0.001, 0.001, PAPER),
     Rate("apollo", 131_072, 0.01, 0.01, PAPER),
     Rate("apollo-mini", 131_072, 0.01, 0.01, PAPER),
