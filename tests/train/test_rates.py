@@ -31,14 +31,14 @@ def test_the_table_of_the_docs_is_that_of_the_code() -> None:
 
 @needs_results
 @pytest.mark.parametrize(
-    "row", [row for row in RATES if row.log != PAPER], ids=lambda row: f"{row.optimizer}-{row.rest}"
+    "row", [row for row in RATES if row.log != PAPER], ids=lambda row: f"{row.optimizer}-{row.rest}-{row.tokens}"
 )
 def test_what_is_known_was_run(row: Rate) -> None:
     folder = RESULTS / row.log
     if row.log == RACE2:
-        method = row.optimizer.replace("+adamw", "-")
+        method, setting = row.optimizer.replace("+adamw", "-"), {4_096: "4k", 32_768: "32k"}[row.tokens]
         lines = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if (line["method"], line["setting"]) == (method, "4k")]
+        lines = [line for line in lines if (line["method"], line["setting"]) == (method, setting)]
         best = min((line for line in lines if line["search"]), key=lambda line: line["loss"])
         whole = next(line for line in lines if not line["search"])
         for line in (best, whole):
@@ -80,7 +80,8 @@ def test_keys_that_were_tuned_with_a_rate_come_with_it() -> None:
     assert more("--optim.momentum", "0.9", "--optim.embedding_lr", "0.1") == [0.008, 0.04, 0.1, None, 0.02, 0.9]
     assert more("--optim.rest_lr", "0.01") == [0.008, 0.01, None, None, None, 0.8145]
     assert more("--optim.lr", "0.004") == [0.004, None, None, None, None, None]
-    assert more("--train.batch_size", "512") == [0.008, 0.04, None, None, None, None]  # averages belong to a batch
+    assert more("--train.batch_size", "128") == [0.032, 0.04, 0.32, None, 0.02, 0.1938]
+    assert more("--train.batch_size", "512") == [0.032, 0.04, None, None, None, None]  # averages belong to a batch
     mini = ("--optim.name", "apollo-mini", "--optim.rest")
     assert more(*mini, "adamw8bit") == [0.005, 0.02, 0.08, None, 0.02, None]
     assert more(*mini, "scale") == [0.005, None, None, None, None, None]  # rates of another rule
