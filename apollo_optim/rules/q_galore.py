@@ -51,7 +51,7 @@ class QGalore(Galore):
         old_kr, waits, in_a_row, doublings = (state[name] for name in ("basis", "waits", "in_a_row", "doublings"))
         due = waits < 1
         basis_kr = old_kr
-        if torch.compiler.is_compiling() or bool(due.any()):  # eagerly a decomposition that is not due is not made
+        if torch.compiler.is_compiling() or due.is_meta or bool(due.any()):  # eagerly none is made that is not due
             fresh_kr = svd_basis(place.whole(grad_ck), self.rank)
             basis_kr = torch.where(due[..., None, None], fresh_kr, old_kr)
         sizes = (basis_kr.square().sum((-2, -1)) * old_kr.square().sum((-2, -1))).sqrt()

@@ -14,6 +14,8 @@ from apollo_optim.train.skips import clip_each, total_norm
 from benchmarks.collectives import Model, counted, line_of, with_gradients
 
 MATRICES = 7  # of a layer
+# Of a matrix, where it is more than one: these see a whole gradient or average at every step, and shares of it.
+SENT = {"dct-adamw": 2, "sumo": 2, "lora-pre": 5}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,14 +30,14 @@ def one_of_two():
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_sums_are_as_many_whatever_the_depth(rule):
-    """All small ones of a step go together; besides, a matrix is reduced once or gathered once, if at all."""
+    """All small ones of a step go together; besides, a matrix is reduced once or gathered once, if at all (`SENT`)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         two, four = counted(rule, layers=2), counted(rule, layers=4)
     sums, others = ([line["kinds"].get("all_reduce", 0) for line in (two, four)], [])
     assert sums[0] == sums[1] <= 20, (two, four)
     others = [line["collectives"] - line["kinds"].get("all_reduce", 0) for line in (two, four)]
-    assert others[1] == 2 * others[0] <= 4 * MATRICES, (two, four)
+    assert others[1] == 2 * others[0] <= 4 * MATRICES * SENT.get(rule, 1), (two, four)
 
 
 def test_adamw_sums_once():

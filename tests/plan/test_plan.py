@@ -15,10 +15,11 @@ from apollo_optim.cli import plan as command
 from apollo_optim.cli import tables
 from apollo_optim.cli.main import main
 from apollo_optim.core import blocks
+from apollo_optim.core.codecs import SCALE
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.matrix import is_wide
 from apollo_optim.core.storage import parts
-from apollo_optim.optim.parameter import chosen_rule, init_state
+from apollo_optim.optim.parameter import chosen_rule, init_state, static_of
 from apollo_optim.plan import (
     PARTS,
     Budget,
@@ -270,11 +271,15 @@ def test_fsdp2_keeps_the_first_chunk(name: str, gpus: int) -> None:
     optimizer, state = build_optimizer(name, model), 0
     for group in optimizer.param_groups:
         for p in group["params"]:
+            static = static_of(p, group, chosen_rule(p, group))
+            whole = {
+                key for name, stored in static.slots if stored.slot.split == "whole" for key in (name, name + SCALE)
+            }
             for key, t in init_state(p, group).items():
                 if isinstance(t, torch.Tensor):
                     # A wide matrix is seen transposed: then its rows are columns.
                     across = key == "exp_avg_sq_col" and chosen_rule(p, group).view == "channels" and is_wide(p.shape)
-                    part = t.chunk(gpus, -1 if across else 0)[0] if t.ndim and key != "basis" else t  # a basis is whole
+                    part = t.chunk(gpus, -1 if across else 0)[0] if t.ndim and key not in whole else t
                     state += part.numel() * t.element_size()
     assert one.rows["state, matrices"] + one.rows["state, rest"] == state
     assert at(one, "update")["parallel"] == 0 < at(one, "forward")["parallel"]
