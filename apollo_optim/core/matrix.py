@@ -176,14 +176,6 @@ def orthogonalise(matrix: Tensor, steps: int, eps: float, precision: str) -> Ten
     return x.mT if tall else x
 
 
-def polar(matrix: Tensor) -> Tensor:
-    """The orthogonal matrix U V^T that is nearest to U S V^T (.., m, n), fp32. What has no size gets no direction."""
-    finite = matrix.float().nan_to_num(0.0, 0.0, 0.0)  # svd raises on others; the step is skipped
-    u, size, vh = torch.linalg.svd(finite, full_matrices=False)
-    nearest: Tensor = (u * (size > 1e-6 * size[..., :1]).unsqueeze(-2)) @ vh
-    return nearest
-
-
 # --- projections ---
 
 
@@ -280,6 +272,12 @@ def factors(low_cr: Tensor, basis: Tensor, grad_ck: Tensor, place: Place) -> tup
     Each has the gradient's sizes or 1 but for its last one, so that `State.at` cuts it as it cuts the gradient.
     """
     return place.from_channels(low_cr).unsqueeze(-2), _own_rows(basis, grad_ck, place).unsqueeze(-3)
+
+
+def whole_factors(whole_cr: Tensor, basis: Tensor, grad_ck: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    """`factors` of an R (.., c, r) of which every rank has all: nothing is sent."""
+    own_cr = own_matrices(whole_cr, place).narrow(-2, place.offsets[-2], grad_ck.shape[-2])
+    return own_cr.unsqueeze(-2), _own_rows(basis, grad_ck, place).unsqueeze(-3)
 
 
 def projected_back(low_c1r: Tensor, basis_1kr: Tensor) -> Tensor:

@@ -60,17 +60,22 @@ class DctAdamW(Ranked):
         return (step - 1) % self.update_proj_gap == 0
 
     def observe(self, grad_ck: Tensor, state: State, s: Scalars, place: Place) -> dict[str, Tensor]:
-        k, columns_1r = place.shape[-1], state["columns"]
+        *stack, c, k = place.shape
+        columns_1r = state["columns"]
         exp_avg, exp_avg_sq, new = state["exp_avg"].float(), state["exp_avg_sq"].float(), {}
         if s["phase"]:
-            of_all = torch.arange(k, device=grad_ck.device, dtype=torch.float32)
-            sizes_k = (place.whole(grad_ck).float() @ cosines(of_all, k)).square().sum(-2)
-            chosen_1r = sizes_k.topk(self.rank).indices.sort().values.float().unsqueeze(-2)
+            every = torch.arange(k, device=grad_ck.device, dtype=torch.float32).expand(*stack, k)
+            of_every = place.of_state((*stack, c, k), "channels")
+            every_ck = project(grad_ck, cosines(every, k), k, place)
+            sizes_1k = of_every.sum(every_ck.square().sum(-2, keepdim=True), -2)
+            chosen_1r = of_every.along(-2).whole(sizes_1k).topk(self.rank).indices.sort().values
             stays_rr = own_matrices((columns_1r.mT == chosen_1r).float(), place)
             exp_avg, exp_avg_sq = exp_avg @ stays_rr, exp_avg_sq @ stays_rr
-            new["columns"] = columns_1r = chosen_1r
+            low_cr = every_ck.gather(-1, own_matrices(chosen_1r, place).expand(*every_ck.shape[:-1], self.rank))
+            new["columns"] = columns_1r = chosen_1r.float()
         basis = cosines(columns_1r.squeeze(-2), k)
-        low_cr = project(grad_ck, basis, self.rank, place)
+        if not s["phase"]:
+            low_cr = project(grad_ck, basis, self.rank, place)
         exp_avg, exp_avg_sq = adam_moments(low_cr, exp_avg, exp_avg_sq, s["new1"], s["new2"])
         adam_cr = exp_avg / s["c1"] / (exp_avg_sq.sqrt() / s["c2"] + self.eps)
         low_c1r, basis_1kr = factors(adam_cr, basis, grad_ck, place)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from apollo_optim.core.matrix import bias_corrections, factors, lerp, project, projected_back
+from apollo_optim.core.matrix import bias_corrections, lerp, projected_back, whole_factors
 from apollo_optim.core.place import Place
 from apollo_optim.rules.base import Scalars, Slot, State, Update, knob
 from apollo_optim.rules.knobs import BETAS, EPS
@@ -23,7 +23,8 @@ class LoraPre(Ranked):
     `B <- (1 - c) B + c G A^T (A A^T)^-1`, `A <- (1 - c) A + c (B^T B)^-1 B^T G` (both from what was there before),
     `M = beta1 B A + (1 - beta1) G`, `V = beta2 (B' A')^2 + (1 - beta2) G^2`, and Adam's step of M and V with its bias
     corrections: of full rank through this gradient. The paper does not say where B and A begin; here B is zero and A
-    the first r unit vectors, and what is inverted has a millionth of its mean diagonal added.
+    the first r unit vectors, and what is inverted has a millionth of its mean diagonal added. Of a sharded weight every
+    rank has all of A and B, and the gradient is gathered at each step.
 
     When: To compare with: a moment of full rank at APOLLO's state.
 
@@ -44,10 +45,8 @@ class LoraPre(Ranked):
 
     def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
         *stack, c, k = shape
-        left, right = (
-            Slot((*stack, c, self.rank), "mean", "channels"),
-            Slot((*stack, k, self.rank), split="whole", start="eye"),
-        )
+        left = Slot((*stack, c, self.rank), "mean", "whole")
+        right = Slot((*stack, k, self.rank), split="whole", start="eye")
         return {"exp_avg_left": left, "exp_avg_right": right, "exp_abs_left": left, "exp_abs_right": right}
 
     def scalars(self, step: int, shape: tuple[int, ...]) -> dict[str, float]:
@@ -65,16 +64,15 @@ class LoraPre(Ranked):
         }
 
     def observe(self, grad_ck: Tensor, state: State, s: Scalars, place: Place) -> dict[str, Tensor]:
-        of_left = place.of_state((*place.shape[:-1], self.rank), "channels")
+        whole_ck = place.whole(grad_ck).float()
         new: dict[str, Tensor] = {}
-        for name, target_ck in (("avg", grad_ck), ("abs", grad_ck.abs())):
+        for name, target_ck in (("avg", whole_ck), ("abs", whole_ck.abs())):
             left_cr, right_kr = state[f"exp_{name}_left"].float(), state[f"exp_{name}_right"]
-            whole_cr, fit = of_left.whole(left_cr), s[f"fit_{name}"]
-            onto_left_cr = project(target_ck, over_gram(right_kr), self.rank, place)
-            onto_right_kr = place.whole(target_ck).float().nan_to_num(0.0, 0.0, 0.0).mT @ over_gram(whole_cr)
+            onto_left_cr, onto_right_kr = target_ck @ over_gram(right_kr), target_ck.mT @ over_gram(left_cr)
+            fit = s[f"fit_{name}"]
             left_cr, right_kr = lerp(left_cr, onto_left_cr, fit), lerp(right_kr, onto_right_kr, fit)
             new |= {f"exp_{name}_left": left_cr, f"exp_{name}_right": right_kr}
-            new[f"{name}_low"], new[f"{name}_high"] = factors(left_cr, right_kr, grad_ck, place)
+            new[f"{name}_low"], new[f"{name}_high"] = whole_factors(left_cr, right_kr, grad_ck, place)
         return new
 
     def update(self, grad_ck: Tensor, state: State, s: Scalars) -> Update:

@@ -4,9 +4,10 @@ arXiv 2505.24749."""
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from apollo_optim.core.matrix import factors, lerp, own_matrices, polar, project, projected_back
+from apollo_optim.core.matrix import lerp, own_matrices, project, projected_back, whole_factors
 from apollo_optim.core.place import Place
 from apollo_optim.rules.base import Scalars, Slot, State, Update, knob, preset
 from apollo_optim.rules.galore import Galore
@@ -55,9 +56,16 @@ class Sumo(Projected):
             new["basis"] = basis
             average_cr = average_cr @ own_matrices(state["basis"].mT @ basis, place)
         average_cr = lerp(average_cr, project(grad_ck, basis, self.rank, place), s["new"])
-        direction = of_state.part_of(polar(of_state.whole(average_cr)), average_cr)
-        low_c1r, basis_1kr = factors(direction, basis, grad_ck, place)
+        low_c1r, basis_1kr = whole_factors(polar(of_state.whole(average_cr)), basis, grad_ck, place)
         return {**new, "exp_avg": average_cr, "low": low_c1r, "high": basis_1kr}
 
     def update(self, grad_ck: Tensor, state: State, s: Scalars) -> Update:
         return Update(projected_back(state["low"], state["high"]), s["size"])
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The orthogonal matrix U V^T that is nearest to U S V^T (.., m, n), fp32. What has no size gets no direction."""
+    finite = matrix.float().nan_to_num(0.0, 0.0, 0.0)  # svd raises on others; the step is skipped
+    u, size, vh = torch.linalg.svd(finite, full_matrices=False)
+    nearest: Tensor = (u * (size > 1e-6 * size[..., :1]).unsqueeze(-2)) @ vh
+    return nearest

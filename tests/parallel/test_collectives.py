@@ -14,8 +14,7 @@ from apollo_optim.train.skips import clip_each, total_norm
 from benchmarks.collectives import Model, counted, line_of, with_gradients
 
 MATRICES = 7  # of a layer
-# Of a matrix, where it is more than one: these see a whole gradient or average at every step, and shares of it.
-SENT = {"dct-adamw": 2, "sumo": 2, "lora-pre": 5}
+SENT = {"sumo": 8}  # of a layer: a wide matrix's projection is reduced, and its average gathered as every other one's
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +36,7 @@ def test_sums_are_as_many_whatever_the_depth(rule):
     sums, others = ([line["kinds"].get("all_reduce", 0) for line in (two, four)], [])
     assert sums[0] == sums[1] <= 20, (two, four)
     others = [line["collectives"] - line["kinds"].get("all_reduce", 0) for line in (two, four)]
-    assert others[1] == 2 * others[0] <= 4 * MATRICES * SENT.get(rule, 1), (two, four)
+    assert others[1] == 2 * others[0] <= 4 * SENT.get(rule, MATRICES), (two, four)
 
 
 def test_adamw_sums_once():
