@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_rivals import MATRICES, gradients, norm, steps
+from test_rivals import MATRICES, gradients, norm, steps, steps_and_states
 from torch import Tensor, nn
 
 from apollo_optim import RuleOptimizer
@@ -164,26 +164,12 @@ def test_lora_pre_finds_a_gradient_of_low_rank():
     torch.testing.assert_close(last, grad.sign().double(), rtol=0, atol=0.05)
 
 
-def q_galore(grads: list[Tensor], **knobs) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    p = nn.Parameter(torch.zeros(grads[0].shape))
-    optimizer = RuleOptimizer([p], "q-galore", lr=1.0, compile=False, **knobs)
-    taken, states = [], []
-    for grad in grads:
-        with torch.no_grad():
-            p.zero_()
-        p.grad = grad.clone()
-        optimizer.step()
-        taken.append(-p.detach().double())
-        states.append({name: t.clone() for name, t in optimizer.state[p].items() if isinstance(t, Tensor)})
-    return taken, states
-
-
 def test_q_galore_is_galore_but_for_roundings():
     """A code is a seventh of the largest of 64 entries: a quarter of a step is noise, whose mean is zero."""
     draw = torch.Generator().manual_seed(1)
     grads = [grad + 0.02 * torch.randn(grad.shape, generator=draw) for grad in smooth((128, 96), 6)]
     galore = steps("galore", grads, rank=64, update_proj_gap=3)
-    ours, states = q_galore(grads, rank=64, update_proj_gap=3)
+    ours, states = steps_and_states("q-galore", grads, rank=64, update_proj_gap=3)
     for our, their in zip(ours, galore, strict=True):
         assert norm(our - their, -2, -1) < 0.35 * norm(their, -2, -1)
     state = states[-1]
@@ -201,12 +187,12 @@ def test_q_galore_of_small_matrices_is_galore():
 def test_a_subspace_that_stays_is_refreshed_less_and_less():
     """At 1, then 2 (alike), 4, 8, ...: after each that is like the one before the wait doubles."""
     grad = smooth((30, 20), 1)[0]
-    _, states = q_galore([grad] * 16, rank=3, update_proj_gap=1)
+    _, states = steps_and_states("q-galore", [grad] * 16, rank=3, update_proj_gap=1)
     assert [int(state["doublings"]) for state in states] == [0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 4]
     changing = smooth((30, 20), 8)
-    _, states = q_galore(changing, rank=3, update_proj_gap=1, threshold=0.9)
+    _, states = steps_and_states("q-galore", changing, rank=3, update_proj_gap=1, threshold=0.9)
     assert not states[-1]["doublings"].any()
-    _, states = q_galore([grad] * 8, rank=3, update_proj_gap=1, alike=3)
+    _, states = steps_and_states("q-galore", [grad] * 8, rank=3, update_proj_gap=1, alike=3)
     assert [int(state["doublings"]) for state in states] == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
@@ -215,5 +201,5 @@ def test_q_galore_takes_no_decomposition_that_is_not_due(monkeypatch):
     monkeypatch.setattr(
         "apollo_optim.rules.q_galore.svd_basis", lambda g, r: made.append(1) or torch.eye(g.shape[-1])[:, :r]
     )
-    q_galore([smooth((30, 20), 1)[0]] * 8, rank=3, update_proj_gap=1)
+    steps_and_states("q-galore", [smooth((30, 20), 1)[0]] * 8, rank=3, update_proj_gap=1)
     assert len(made) == 4  # steps 1, 2, 4 and 8

@@ -23,18 +23,24 @@ def gradients(shape: tuple[int, ...], count: int = 5) -> list[Tensor]:
     return grads
 
 
-def steps(rule: str, grads: list[Tensor], **knobs) -> list[Tensor]:
-    """What a step at lr 1 takes off the weight, in fp64."""
+def steps_and_states(rule: str, grads: list[Tensor], **knobs) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """What each step at lr 1 takes off the weight, in fp64, and the tensors of the state after it."""
     p = nn.Parameter(torch.zeros(grads[0].shape))
     optimizer = RuleOptimizer([p], rule, lr=1.0, compile=False, **knobs)
-    taken = []
+    taken, states = [], []
     for grad in grads:
         with torch.no_grad():
             p.zero_()
         p.grad = grad.clone()
         optimizer.step()
         taken.append(-p.detach().double())
-    return taken
+        states.append({name: t.clone() for name, t in optimizer.state[p].items() if isinstance(t, Tensor)})
+    return taken, states
+
+
+def steps(rule: str, grads: list[Tensor], **knobs) -> list[Tensor]:
+    """What each step at lr 1 takes off the weight."""
+    return steps_and_states(rule, grads, **knobs)[0]
 
 
 def norm(t: Tensor, *dims: int) -> Tensor:
