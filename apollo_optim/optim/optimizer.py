@@ -296,4 +296,5 @@ class RuleOptimizer(torch.optim.Optimizer):
             state = {**state, "state": defaultdict(dict, incoming)}
         super().__setstate__(state)
         self._forget()
-        self.__dict__ = {"graphs": {}, "_incoming": None, **self.__dict__}
+        self.__dict__.setdefault("graphs", {})
+        self.__dict__.setdefault("_incoming", None)
