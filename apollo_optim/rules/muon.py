@@ -22,6 +22,8 @@ class Muon(Rule):
     `W <- (1 - lr wd) W - lr size O`, O near the orthogonal matrix that is nearest to the average. The size makes the
     RMS of a step 0.2, as AdamW's is about, so that AdamW's learning rates serve; or it is the original's.
 
+    With `stateless` the average is left out (ours): the gradient of one step is orthogonalised, and nothing is kept.
+
     When: Hidden matrices, with AdamW for embedding and head (`muon+adamw`), where half of AdamW's state is
     affordable.
 
@@ -33,13 +35,14 @@ class Muon(Rule):
     name: ClassVar[str] = "muon"
     title: ClassVar[str] = "Muon"
     paper: ClassVar[str] = "arXiv 2502.16982"
-    summary: ClassVar[str] = "The gradient's average, orthogonalised; state dn per matrix."
+    summary: ClassVar[str] = "The gradient's average, orthogonalised; state dn per matrix, or 0 if stateless."
     view: ClassVar = "matrix"
     per_step: ClassVar[frozenset[str]] = frozenset({"momentum"})
     lr: ClassVar[float] = 2e-3
 
     momentum: float = knob(BETA, "Decay of the gradient's average.", 0.95)
     nesterov: bool = knob(SWITCH, "Mix this gradient in once more.", True)
+    stateless: bool = knob(SWITCH, "Orthogonalise the gradient itself: no average is kept, momentum is unused.", False)
     steps: int = knob(count(1), "Newton-Schulz steps.", 5)
     size: str = knob(
         one_of("match_rms_adamw", "original"),
@@ -55,7 +58,7 @@ class Muon(Rule):
     eps: float = knob(EPS, "The least norm that a matrix is divided by.", 1e-7)
 
     def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
-        return {"exp_avg": Slot(shape, "mean")}
+        return {} if self.stateless else {"exp_avg": Slot(shape, "mean")}
 
     def scalars(self, step: int, shape: tuple[int, ...]) -> dict[str, float]:
         *_, m, n = shape
@@ -63,10 +66,14 @@ class Muon(Rule):
         return {"new": 1 - self.momentum, "momentum": self.momentum, "size": size}
 
     def observe(self, grad: Tensor, state: State, s: Scalars, place: Place) -> dict[str, Tensor]:
-        average = lerp(state["exp_avg"], grad, s["new"])
-        mixed = lerp(grad, average, s["momentum"]) if self.nesterov else average
+        kept = {} if self.stateless else {"exp_avg": lerp(state["exp_avg"], grad, s["new"])}
+        average = kept.get("exp_avg", grad)
+        mixed = lerp(grad, average, s["momentum"]) if kept and self.nesterov else average
         orthogonal = orthogonalise(place.whole(mixed), self.steps, self.eps, self.precision)
-        return {"exp_avg": average, "orthogonal": place.part_of(orthogonal, grad)}
+        return {**kept, "orthogonal": place.part_of(orthogonal, grad)}
 
     def update(self, grad: Tensor, state: State, s: Scalars) -> Update:
         return Update(state["orthogonal"], s["size"])
+
+    def describe(self) -> str:
+        return f"{self.title}{', stateless' if self.stateless else ''}"

@@ -105,6 +105,22 @@ def test_normuon_is_muon_with_its_rows_normalised(monkeypatch, shape, size):
     torch.testing.assert_close(norm(first, -1), alike, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("rule", ["muon", "normuon"])
+@BLOCKS
+@MATRICES
+def test_a_stateless_muon_steps_each_gradient_as_the_first(monkeypatch, shape, size, rule):
+    """Of one gradient its average is a multiple, and the orthogonal matrix the same; no tensor of a weight is kept."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", size)
+    grads = gradients(shape)
+    taken, states = steps_and_states(rule, grads, stateless=True, **({"beta2": 0.0} if rule == "normuon" else {}))
+    for grad, our in zip(grads, taken, strict=True):
+        expected = steps(rule, [grad], nesterov=False, **({"beta2": 0.0} if rule == "normuon" else {}))[0]
+        torch.testing.assert_close(our, expected, rtol=1e-3, atol=1e-4)
+    for state in states:
+        assert "exp_avg" not in state
+        assert all(t.numel() < grads[0].numel() for t in state.values())
+
+
 @BLOCKS
 @MATRICES
 def test_racs_is_the_papers(monkeypatch, shape, size):
