@@ -3,11 +3,13 @@
 import math
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from apollo_optim.core.errors import InputError
 from benchmarks.kit import mb
 from benchmarks.race.agenda import Board, Row
+from benchmarks.race.methods import AXES
 from benchmarks.race.protocol import LEADERS, SEARCH_SHARE, SETTINGS, STAGES, Setting, Trial
 from benchmarks.race.trial import events
 from benchmarks.table import markdown
@@ -99,26 +101,23 @@ def against(board: Board, trials: list[Trial], base: list[Trial]) -> str:
 
 
 def basin(board: Board, tried: tuple[Trial, ...]) -> str:
-    """How much a search run is worse at twice and at half of each rate: `lr +9/+4 %, embedding +2/+1 %`."""
+    """How much a search run is worse at twice and at half of each best rate: `lr +9/+4 %, embedding +2/+1 %`.
+
+    Of the best pair of runs that differ in this rate alone: the others may have become better since.
+    """
     if not tried:
         return ""
     best = min(tried, key=board.loss)
     told = []
-    for axis in ("lr", "embedding_lr", "head_lr"):
+    for axis in (axis for axis in AXES if axis != "knob"):
         sides = []
         for factor in (2.0, 0.5):
             wanted = getattr(best, axis) * factor
-            losses = [
-                board.loss(trial)
-                for trial in tried
-                if math.isclose(getattr(trial, axis), wanted, rel_tol=0.01)
-                and all(
-                    getattr(trial, o) == getattr(best, o)
-                    for o in ("lr", "embedding_lr", "head_lr", "knob")
-                    if o != axis
-                )
-            ]
-            worse = math.expm1(losses[0] - board.loss(best)) if losses else math.nan
+            there = [trial for trial in tried if math.isclose(getattr(trial, axis), wanted, rel_tol=0.01)]
+            at_best = {replace(trial, **{axis: getattr(best, axis)}): trial for trial in there}
+            pairs = [(board.loss(here), board.loss(at_best[here])) for here in tried if here in at_best]
+            here_loss, there_loss = min(pairs, default=(0.0, math.nan))
+            worse = math.expm1(there_loss - here_loss)
             sides.append("?" if math.isnan(worse) else "stopped" if math.isinf(worse) else f"{100 * worse:+.0f}")
         told.append(f"{axis.removesuffix('_lr')} {'/'.join(sides)} %")
     return ", ".join(told)

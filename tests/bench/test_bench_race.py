@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from kept import RESULTS, needs_results
@@ -222,6 +223,7 @@ def test_a_worker_goes_on_where_another_was_killed(tmp_path):
 WORKER = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, {tests!r})
 from test_bench_race import TWO, stand_in
 from benchmarks.race.store import Store
@@ -315,6 +317,23 @@ def test_the_table_has_the_seeds_their_pairs_and_all_state(lines):
     assert len(cells["perplexity, each seed"].split(",")) == 5
     assert cells["off by 2x"].startswith("lr +2/+2 %")
     assert report.table(board, SETTINGS["32k"]) != report.table(board, FIRST)
+
+
+def test_a_basin_is_of_the_best_pair_that_differs_in_one_rate_alone():
+    """An axis was tried when another one was not yet at its best: the pair of then is told, not a question mark."""
+
+    def at(**rates: float) -> Trial:
+        everything = {"lr": 1.0, "embedding_lr": 1.0, "head_lr": 1.0, "knob": 1.0, **rates}
+        return Trial("4k", "adamw", **everything, norm_lr=1.0, seed=0, steps=140, search=True)
+
+    losses = {
+        at(): 3.0, at(lr=2.0): 3.0 + math.log(1.05), at(lr=0.5): math.inf, at(embedding_lr=2.0): 2.9,
+        at(embedding_lr=2.0, knob=4.0): 2.8, at(embedding_lr=4.0): 2.9 + math.log(1.1),
+    }  # fmt: skip
+    board = SimpleNamespace(loss=losses.__getitem__)
+    told = report.basin(board, tuple(losses))
+    assert told == "lr +5/stopped %, embedding +10/+11 %, head ?/? %"
+    assert report.basin(board, ()) == ""
 
 
 def test_the_table_refuses_lines_of_two_corpora(lines):
