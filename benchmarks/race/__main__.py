@@ -25,8 +25,8 @@ for its learning rates (matrices, embedding, head) and one knob of its own.
            computed twice.
   status   what is done, what is running, what comes next, and what the whole race costs
   table    the table of a setting, from the lines there are
-  picture  everything that a reader wants: RESULTS/report.md with its table, pareto.png (loss against bytes of state)
-           and curves.png
+  picture  everything that a reader wants: RESULTS/report.md with its table, pareto.png (loss against bytes of state),
+           curves.png, and all of it in one file, report.html
   config   the run file of the line called TRIAL, for `apollo-optim pretrain --config`: how to reproduce one row
 
 settings: {", ".join(f"{s.name} ({s.model}, {s.tokens:,} tokens a step, {s.steps} steps)" for s in SETTINGS.values())}
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise InputError(f"--only {name}: no such method; there are {', '.join(METHODS)}")
         if args.action == "run":
             return work_on(args)
-        from benchmarks.race import report
+        from benchmarks.race import page, report
         from benchmarks.race.store import Store
 
         store = Store(args.results, args.work)
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.action == "config":
             print(run_file(store.board().rows, args.trial, config_of), end="")
         else:
-            for path in report.write(store.board(), args.results):
+            for path in page.write(store.board(), args.results):
                 print(f"{path} ({time.time() - started:.1f} s)")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

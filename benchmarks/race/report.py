@@ -1,5 +1,7 @@
 """The table, the pictures, the page: from the lines alone."""
 
+import functools
+import json
 import math
 import statistics
 from collections.abc import Iterable
@@ -7,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from apollo_optim.core.errors import InputError
+from apollo_optim.train.config import from_dict
+from apollo_optim.train.plan import state_of
 from benchmarks.kit import mb
 from benchmarks.race.agenda import Board, Row
 from benchmarks.race.methods import AXES
-from benchmarks.race.protocol import LEADERS, SEARCH_SHARE, SETTINGS, STAGES, Setting, Trial
+from benchmarks.race.protocol import LEADERS, SEARCH_SHARE, SETTINGS, STAGES, Setting, Trial, config_of
 from benchmarks.race.trial import events
 from benchmarks.table import markdown
 
@@ -43,10 +47,19 @@ def table(board: Board, setting: Setting) -> str:
         return f"No full run of {setting.name} yet."
     base = next(iter(board.methods))
     order = sorted(finals, key=lambda name: mean_loss(board, finals[name]))
-    head = ["method", "perplexity, each seed", "mean", "sd", f"against {base}, paired", "bits per byte", "state, MB"]
+    head = [
+        "method",
+        "perplexity, each seed",
+        "mean",
+        "sd",
+        f"against {base}, paired",
+        "bits per byte",
+        "state, MB",
+        "at 7B, GB",
+    ]
     head += ["lr matrices / embedding / head", "knob", "search", "off by 2x", "optimizer, ms a step"]
     cells = [table_row(board, setting, name, finals[name], finals.get(base, [])) for name in order]
-    return markdown(head, cells, "llrrlrrllllr")
+    return markdown(head, cells, "llrrlrrrllllr")
 
 
 def table_row(board: Board, setting: Setting, name: str, trials: list[Trial], base: list[Trial]) -> list[str]:
@@ -67,12 +80,25 @@ def table_row(board: Board, setting: Setting, name: str, trials: list[Trial], ba
         against(board, trials, base),
         f"{statistics.mean(bits):.3f}" if bits else "",
         mb(rows[0]["state_total"], ".2f"),
+        f"{state_at_7b(board, trial) / 1e9:.2f}",
         f"{trial.lr:g} / {trial.embedding_lr:g} / {trial.head_lr:g}",
         f"{method.knob.key.removeprefix('optim.')} {method.knob.kind} {trial.knob:g}",
         found,
         basin(board, searched.tried),
         f"{1e3 * statistics.median(slow):.0f}" if slow else "",
     ]
+
+
+def state_at_7b(board: Board, trial: Trial) -> int:
+    """Bytes that this method would keep for LLaMA-7B, as the planner counts them."""
+    cfg = config_of(trial, "out", board.methods)
+    optim = {key: value for key, value in cfg.optim.flat().items() if not key.endswith("lr") and key != "seed"}
+    return _state_at_7b(json.dumps(optim))
+
+
+@functools.cache
+def _state_at_7b(optim: str) -> int:
+    return state_of(from_dict({"model": {"name": "llama-7b", "dtype": "bfloat16"}, "optim": json.loads(optim)}))
 
 
 def mean_loss(board: Board, trials: list[Trial]) -> float:
@@ -184,22 +210,6 @@ def ahead(board: Board) -> float:
 
 
 # --- the pictures ---
-
-
-def write(board: Board, results: Path) -> list[Path]:
-    """`report.md`, `pareto.png` and `curves.png` in the results folder. Raises InputError for mixed corpora."""
-    settings = [s for s in SETTINGS.values() if any(board.finals(s, name) for name in board.methods)]
-    page = ["# The race", "", "Made by `python -m benchmarks.race picture`; docs/race.md says what is compared.", ""]
-    written = []
-    if settings:
-        written = [pareto(board, settings, results / "pareto.png"), curves(board, settings[0], results)]
-        page += ["![Loss against bytes of optimizer state](pareto.png)", "", "![Curves](curves.png)", ""]
-    for setting in settings:
-        page += [f"## {describe(setting)}", "", table(board, setting), ""]
-    spent = sum(row["wall"] for row in board.rows.values())
-    page.append(f"{len(board.rows)} runs, {hours(spent)} by the clock, one core each.")
-    (results / "report.md").write_text("\n".join(page) + "\n", encoding="utf-8")
-    return [results / "report.md", *written]
 
 
 def describe(setting: Setting) -> str:

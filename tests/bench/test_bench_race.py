@@ -17,7 +17,7 @@ from apollo_optim.train.config import load_config
 from apollo_optim.train.models import skeleton
 from apollo_optim.train.optimizer import make_optimizer
 from benchmarks.race import __main__ as command
-from benchmarks.race import former, report
+from benchmarks.race import former, page, report
 from benchmarks.race.agenda import Board
 from benchmarks.race.methods import DECAY, HALF_LIFE, METHODS, Method
 from benchmarks.race.protocol import (
@@ -314,6 +314,7 @@ def test_the_table_has_the_seeds_their_pairs_and_all_state(lines):
     cells = dict(zip((c.strip() for c in head.split("|")), (c.strip() for c in rows[0].split("|")), strict=True))
     assert cells["against adamw, paired"] == "-4.9% +- 0.0% (5 seeds)"
     assert cells["state, MB"] == "3.00"
+    assert cells["at 7B, GB"] == "2.11", "APOLLO-Mini's in the table of the README"
     assert len(cells["perplexity, each seed"].split(",")) == 5
     assert cells["off by 2x"].startswith("lr +2/+2 %")
     assert report.table(board, SETTINGS["32k"]) != report.table(board, FIRST)
@@ -357,15 +358,18 @@ def test_the_pictures_and_the_page_are_written(lines, tmp_path):
     for trial in board.finals(FIRST, "adamw"):
         steps = [{"event": "step", "step": k, "tokens": 4096 * k, "loss": 9.0 - k} for k in (1, 2, 3)]
         (tmp_path / "logs" / f"{trial.name}.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    assert report.write(board, tmp_path) == [tmp_path / name for name in ("report.md", "pareto.png", "curves.png")]
+    names = ("report.md", "report.html", "pareto.png", "curves.png")
+    assert page.write(board, tmp_path) == [tmp_path / name for name in names]
     for name in ("pareto.png", "curves.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    page = (tmp_path / "report.md").read_text()
-    assert page.count("| mini |") == len([s for s in SETTINGS if Board.of(lines, TWO).finals(SETTINGS[s], "mini")])
+    text, html = ((tmp_path / name).read_text() for name in names[:2])
+    settings = [name for name, setting in SETTINGS.items() if board.finals(setting, "mini")]
+    assert text.count("| mini |") == html.count("<td>mini</td>") == len(settings)
+    assert html.count('src="data:image/png;base64,') == html.count("<img") == 2
 
 
 def test_nothing_run_yet_is_a_page_that_says_so(tmp_path):
-    report.write(Board.of([], TWO), tmp_path)
+    page.write(Board.of([], TWO), tmp_path)
     assert "0 runs" in (tmp_path / "report.md").read_text()
     assert report.table(Board.of([], TWO), FIRST) == "No full run of 4k yet."
 
