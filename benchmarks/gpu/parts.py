@@ -12,7 +12,7 @@ from benchmarks.cases import Case
 from benchmarks.kit import ROOT, Line
 
 RATES = {"adamw": 2e-3, "apollo": 1e-2, "apollo-mini": 1e-2}
-"""Learning rates of the parts `train` and `race`: nobody's is tuned here."""
+"""Learning rates of the part `train`: nobody's is tuned here."""
 OPTIONAL = ["pytest", "rich", "matplotlib", "tokenizers", "safetensors", "pyyaml"]
 PEERS = ["apollo-torch", "bitsandbytes", "hakuli", "flashoptim", "torchao", "adafactor8bit"]
 
@@ -154,9 +154,9 @@ def graph(setup: Setup) -> list[Case]:
 
 
 def race(setup: Setup) -> list[Case]:
-    """The same tokens for both, each with its whole schedule."""
-    config = {**run_configs(setup), "schedule": "cosine", "rates": RATES, "optimizers": ["adamw", "apollo-mini"]}
-    return [Case("race", "adamw-mini", "benchmarks.gpu.training:race", config)]
+    """The same tokens for all, each with its whole schedule and the rates that docs/rates.md knows."""
+    config = {**run_configs(setup), "schedule": "cosine", "rates": {}, "optimizers": ["adamw", "apollo-mini", "full"]}
+    return [Case("race", "adamw-mini-full", "benchmarks.gpu.training:race", config)]
 
 
 PARTS = [
@@ -167,7 +167,7 @@ PARTS = [
     Part("compiled", "every rule compiled beside itself eager", 60, compiled),
     Part("train", "llama-60m with AdamW, APOLLO and APOLLO-Mini", 115, train, together=True),
     Part("plan", "what apollo_optim.plan says of the part 7b", 60, plan, background=True),
-    Part("race", "llama-60m, AdamW and APOLLO-Mini at equal tokens", 360, race, by_default=False),
+    Part("race", "llama-60m, AdamW, APOLLO-Mini and `full` at equal tokens", 360, race, by_default=False),
     Part("tools", "pretrain and Trainer, resumed to the bit; FSDP2", 180, tools, by_default=False),
     Part("graph", "a whole step as one CUDA graph", 60, graph, by_default=False),
     Part("contract-full", "the test suite's -m gpu", 600, suite, by_default=False),

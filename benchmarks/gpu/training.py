@@ -1,7 +1,8 @@
 """A real run: `pretrain` of llama-60m on text that is there, so many seconds for each optimizer.
 
 How many steps that is, a short run says first. The rate is constant after a warm-up of so many steps, so that runs of
-different lengths can be compared at equal tokens; nobody's rate is tuned here, and the losses are no race.
+different lengths can be compared at equal tokens; nobody's rate is tuned here, and the losses are no race. (`race` has
+whole schedules and the rates that are known; its equal tokens are its equal steps.)
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def run_config(config: Line, optimizer: str, steps: int, out: Path, scratch: Pat
             vocab_size=config["tokens"],
             cache_dir=str(scratch / "text"),
         ),
-        optim=OptimConfig(optimizer, lr=config["rates"][optimizer], compile=config["compile"]),
+        optim=OptimConfig(optimizer, lr=config["rates"].get(optimizer), compile=config["compile"]),
         schedule=ScheduleConfig(config["schedule"], warmup=min(config["warmup"], steps // 2)),
         train=TrainConfig(steps=steps, batch_size=config["batch"], device=config["device"]),
         eval=EvalConfig(every=None, tokens=config["evaluated"]),
@@ -116,7 +117,7 @@ def train(case: Running) -> None:
 
 
 def race(case: Running) -> None:
-    """As many steps for both as both have time for."""
+    """As many steps for each as all have time for."""
     open_device(case.config["device"])
     names, shorts = case.config["optimizers"], []
     for name in names:

@@ -80,6 +80,14 @@ def test_the_papers_hyper_parameters(size: str) -> None:
     assert adamw.optim.lr == lr
 
 
+@pytest.mark.parametrize("path", sorted(RUNS.glob("*-full.yaml")), ids=lambda path: path.stem)
+def test_full_is_run_as_adamw_is(path: Path) -> None:
+    ours, theirs = (
+        to_dict(pretrain.parse(["--config", str(p)]).cfg) for p in (path, Path(str(path).replace("-full", "-adamw")))
+    )
+    assert differences(ours, theirs) == ["optim.name"]
+
+
 LONG = [("apollo", 0.01, 2), ("apollo-mini", 0.01, 384), ("adamw", 0.005, None)]
 
 
@@ -89,7 +97,9 @@ def test_the_runs_of_sequence_1024(name: str, lr: float, scale: float | None) ->
     assert (cfg.data.seq_len, cfg.optim.lr, cfg.optim.knobs.get("scale")) == (1024, lr, scale)
 
 
-@pytest.mark.parametrize("name", ["demo", "llama-60m-adamw", "llama-60m-apollo", "llama-60m-apollo-mini"])
+@pytest.mark.parametrize(
+    "name", ["demo", "llama-60m-adamw", "llama-60m-apollo", "llama-60m-apollo-mini", "llama-60m-full"]
+)
 def test_model_and_optimizer_can_be_built(name: str) -> None:
     cfg = pretrain.parse(["--config", str(RUNS / f"{name}.yaml")]).cfg
     model = skeleton(cfg.model)

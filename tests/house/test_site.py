@@ -74,6 +74,7 @@ def test_every_run_file_of_the_papers_is_on_the_page_with_its_figure() -> None:
     page = (ROOT / "docs" / "reproduce.md").read_text()
     rows = dict(re.findall(r"^\| \[(llama[\w.-]+)\]\S+ \| (.*)$", page, re.MULTILINE))
     files = {path.name: path.read_text() for path in (ROOT / "runs").glob("llama-*.yaml") if "-q-" not in path.name}
+    files = {name: text for name, text in files.items() if not name.endswith("-full.yaml")}  # the race's, in no paper
     assert rows.keys() == files.keys()
     for name, text in files.items():
         figure = re.search(r"C4 validation perplexity ([\d.]+\d)", text)
