@@ -28,7 +28,7 @@ class Muon(Rule):
     affordable.
 
     Evidence: torch.optim.Muon's step within its own noise (`tests/rules/test_parity.py`). With its
-    momentum in 8 bits (`full`) it ends 18 to 26 % below AdamW's perplexity at 4,096 tokens a step, and 37 % below it at
+    momentum in 8 bits (`full`) it ends 18 to 26 % below AdamW's perplexity at 4,096 tokens a step, and 36 % below it at
     32,768 (`docs/race.md`).
     """
 
