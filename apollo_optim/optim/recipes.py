@@ -1,7 +1,8 @@
 """Every optimizer by name: to be registered is to be tested, planned, benched and documented.
 
 Every rule is one: matrices use it, all else AdamW. A recipe says more: other rules for the rest, low-bit weights.
-`full` is what won the race (docs/race.md). `a+b` is a recipe of two rules, made when it is asked for: see `combined`.
+`full`, `lite` and `nano` are the race's best at three budgets (docs/race.md). `a+b` is a recipe of two rules, made when
+it is asked for: see `combined`.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Recipe(NamedTuple):
         return self._replace(groups={**self.groups, **chosen})
 
 
+SLIM: Mapping[str, Any] = {"embedding": "slimadam", "averaged": False, "head": "adam-mini8bit"}
+"""One second moment a token, and of the head a momentum of a byte: for LLaMA-7B 0.13 GB instead of AdamW's 2.1."""
 RECIPES = (
     Recipe(
         "full",
@@ -76,6 +79,20 @@ RECIPES = (
         "The race's best at SGD's memory: Muon on a momentum of a byte a weight, 8-bit AdamW for embedding and head.",
         "docs/race.md; arXiv 2502.16982, 1711.05101",
         groups=MappingProxyType({"rest": "adamw8bit", "state_dtype": "8bit"}),
+    ),
+    Recipe(
+        "lite",
+        "muon",
+        "The race's best in half a byte a weight: Muon on a momentum of 4 bits, one second moment a token of the rest.",
+        "docs/race.md; arXiv 2502.16982, 2503.01843, 2406.16793",
+        groups=MappingProxyType({**SLIM, "state_dtype": "4bit"}),
+    ),
+    Recipe(
+        "nano",
+        "muon",
+        "The race's best in next to no state: each gradient orthogonalised, one second moment a token of the rest.",
+        "docs/race.md; arXiv 2502.16982, 2503.01843, 2406.16793",
+        groups=MappingProxyType({**SLIM, "stateless": True}),
     ),
     Recipe(
         "q-apollo",

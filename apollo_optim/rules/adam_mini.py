@@ -24,8 +24,8 @@ class AdamMini(AdamW):
 
     When: Half of AdamW's state at AdamW's rates.
 
-    Evidence: The authors' step to 2e-7 of its length (`results/parity/rivals.md`). No quality run of it is in the
-    logs yet; the race (`docs/race.md`) has it in its queue.
+    Evidence: The authors' step to 2e-7 of its length (`results/parity/rivals.md`). It steps the head of `lite`
+    and `nano` (`docs/race.md`); no run of it alone is in the logs yet, the race has it in its queue.
     """
 
     name: ClassVar[str] = "adam-mini"

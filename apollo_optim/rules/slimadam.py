@@ -23,8 +23,8 @@ class SlimAdam(AdamW):
 
     When: Embedding and head where memory is short: `embedding="slimadam", averaged=False` keeps a number a token.
 
-    Evidence: The paper's step in fp64 (`tests/rules/test_rivals.py`). No quality run of it is in the logs yet; the race
-    (`docs/race.md`) has it in its queue.
+    Evidence: The paper's step in fp64 (`tests/rules/test_rivals.py`). Without its average it steps the
+    embedding of `lite` and `nano` (`docs/race.md`); of it alone no run is in the logs yet (the race will).
     """
 
     name: ClassVar[str] = "slimadam"

@@ -33,20 +33,16 @@ class Candidate(NamedTuple):
 
 SMALL_REST = {"rest": "adamw8bit"}
 CANDIDATES = (
-    Candidate(
-        "full",
-        {},
-        None,
-        "the lowest perplexity of the race so far, with a byte of momentum for a weight (docs/race.md)",
-    ),
-    Candidate("apollo-mini", SMALL_REST, None, "next to no state: two vectors for a matrix (docs/race.md)"),
+    Candidate("full", {}, None, "the race's best with a byte of state for a weight (docs/race.md)"),
+    Candidate("lite", {}, None, "the race's best with half a byte of state for a weight (docs/race.md)"),
+    Candidate("nano", {}, None, "the race's best with next to no state (docs/race.md)"),
     Candidate(
         "q-apollo-mini", SMALL_REST, 8, "weights of a byte each, level with bfloat16 in our runs (docs/choose.md)"
     ),
     Candidate("q-apollo-mini", SMALL_REST, 4, "half a byte a weight costs 16 % of perplexity, if nothing else fits"),
 )
-"""The best first; each takes less than the one before. APOLLO at rank d/4 keeps two bytes a weight, in fp32: twice what
-the first of them keeps, for a higher perplexity in our runs."""
+"""Each takes less than the one before. APOLLO at rank d/4 keeps two bytes a weight in fp32, APOLLO-Mini more than the
+third of them, both for a higher perplexity in our runs."""
 
 
 class Choice(NamedTuple):

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from apollo_optim.optim.groups import rule_and_codec
+from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.train.config import OptimConfig, RunConfig
 
 NEAR = 4.0  # steps of fewer than so many times the tokens (or of more than that fraction) are alike
@@ -32,13 +33,14 @@ class Rate(NamedTuple):
     log: str
     """Where it was run: a folder of `results/`, or a paper."""
     rest: str = "adamw"
-    """The rule of embedding and head."""
+    """The rule of embedding and head, or that of each: "slimadam, adam-mini"."""
     more: Mapping[str, Any] = MappingProxyType({})
     """Other keys of `optim` that were tuned with them: rates of groups apart, and knobs."""
 
 
 RACE, RACE2, SMALL_BATCH, PAPER = "race/llama-4m", "race2", "llama-60m", "the papers' (arXiv 2412.05270, 2403.03507)"
 NORMS = {"norm_lr": 0.02}  # of all methods there
+SLIM = "slimadam, adam-mini"
 RATES = (
     Rate("apollo-mini", 1_024, 0.001, 0.005, SMALL_BATCH, "adafactor"),
     Rate("q-apollo-mini", 1_024, 0.001, 0.005, SMALL_BATCH, "adafactor"),
@@ -47,10 +49,12 @@ RATES = (
     Rate("q-apollo-mini", 4_096, 0.00125, 0.02, RACE),
     Rate("apollo", 4_096, 0.005, 0.04, RACE, "adafactor"),
     Rate("apollo", 4_096, 0.005, 0.005, RACE, "scale"),
-    # beta2 is a half-life of 72,000 tokens, Muon's momentum one of 13,840
+    # beta2 is a half-life of 72,000 tokens (nano's of 4.6 million), Muon's momentum one of 13,840
     Rate("adamw", 4_096, 0.002, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.16, "betas": (0.9, 0.9613)}),
     Rate("apollo-mini", 4_096, 0.005, 0.02, RACE2, more={**NORMS, "embedding_lr": 0.08, "betas": (0.9, 0.9613)}),
     Rate("muon+adamw8bit", 4_096, 0.008, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.32, "momentum": 0.8145}),
+    Rate("lite", 4_096, 0.016, 0.01, RACE2, SLIM, {**NORMS, "embedding_lr": 0.64, "momentum": 0.8145}),
+    Rate("nano", 4_096, 0.032, 0.02, RACE2, SLIM, {**NORMS, "embedding_lr": 0.64, "betas": (0.9, 0.99938)}),
     # the same half-lives; these two have a search of their own at this batch
     Rate("adamw", 32_768, 0.002, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.08, "betas": (0.9, 0.7295)}),
     Rate("muon+adamw8bit", 32_768, 0.032, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.32, "momentum": 0.1938}),
@@ -116,10 +120,14 @@ def tokens_a_step(cfg: RunConfig) -> int:
     return cfg.train.batch_size * cfg.data.seq_len
 
 
-def _rest(optim: OptimConfig) -> str | None:
-    """The rule of embedding and head; None where they differ. How its state is stored moves no rate."""
-    rules = {rule_and_codec(choice or optim.rest or "adamw")["rule"] for choice in (optim.embedding, optim.head)}
-    return str(rules.pop()) if len(rules) == 1 else None
+def _rest(optim: OptimConfig) -> str:
+    """The rule of embedding and head, or the two of them. How their state is stored moves no rate."""
+    own = find_optimizer(optim.name).groups
+    both = (
+        asked or own.get(kind) or optim.rest or own.get("rest", "adamw")
+        for kind, asked in (("embedding", optim.embedding), ("head", optim.head))
+    )
+    return ", ".join(dict.fromkeys(rule_and_codec(choice)["rule"] for choice in both))
 
 
 def _within(times: float, ratio: float) -> bool:

@@ -155,6 +155,17 @@ class Board:
                 means[name] = sum(losses) / len(losses)
         return dict(sorted(means.items(), key=lambda item: item[1]))
 
+    def front(self) -> list[str]:
+        """Of these the ones that nothing with as little state is better than: the Pareto front of the first setting."""
+        first = SETTINGS[STAGES[0].setting]
+        front, least = [], math.inf
+        for name in self.ranking():
+            size = self.rows[self.finals(first, name)[0]]["state_total"]
+            if size < least:
+                front.append(name)
+                least = size
+        return front
+
     def chosen(self, stage: Stage) -> list[str]:
         """The methods that a stage is for, the baseline always among them."""
         ranking = self.ranking()
@@ -163,7 +174,8 @@ class Board:
         if not ranking:
             return []
         best = min(ranking.values())
-        close = [name for name, loss in ranking.items() if loss <= best + math.log(CLOSE)]
+        near = [name for name, loss in ranking.items() if loss <= best + math.log(CLOSE)]
+        close = list(dict.fromkeys([*self.front(), *near]))
         chosen = {"close": close, "leaders": close[:LEADERS], "winner": close[:1]}[stage.who]
         baseline = next(iter(self.methods))
         return [name for name in self.methods if name in chosen or name == baseline]

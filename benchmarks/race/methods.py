@@ -81,6 +81,10 @@ METHODS: dict[str, Method] = {
     "muon-4bit": Method(
         {"optim.name": "muon+adamw8bit", "optim.state_dtype": "4bit"}, start="muon-8bit", knob=MOMENTUM
     ),
+    # The search of muon-8bit had bracketed the matrices' rate before it found the short half-life.
+    "muon-8bit-again": Method(
+        {"optim.name": "muon+adamw8bit", "optim.state_dtype": "8bit"}, start="muon-4bit", knob=MOMENTUM
+    ),
     "apollo-mini-rest-adafactor": Method({"optim.name": "apollo-mini", "optim.rest": "adafactor"}, start="apollo-mini"),
     # A slim rest: one second moment a token, of the head with a momentum of a byte. With it 7B keeps 3.48 and 0.15 GB.
     "muon-4bit-slim": slim("muon", "muon-4bit", MOMENTUM, state_dtype="4bit"),

@@ -220,10 +220,13 @@ def describe(setting: Setting) -> str:
 def pareto(board: Board, settings: list[Setting], path: Path) -> Path:
     """Loss against bytes of state, a panel a setting. Filled: two seeds and more. The line: what nothing beats."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = Figure(figsize=(6.4 * len(settings), 4.8), layout="constrained")
+    columns = min(2, len(settings))
+    rows = -(-len(settings) // columns)
+    figure = Figure(figsize=(6.4 * columns, 4.8 * rows), layout="constrained")
     for place, setting in enumerate(settings, 1):
-        axes = figure.add_subplot(1, len(settings), place)
+        axes = figure.add_subplot(rows, columns, place)
         finals = {name: trials for name in board.methods if (trials := board.finals(setting, name))}
         one_text((board.rows[trial] for trials in finals.values() for trial in trials), "the picture")
         points = {
@@ -238,8 +241,9 @@ def pareto(board: Board, settings: list[Setting], path: Path) -> Path:
         axes.step([x for x, _ in best], [y for _, y in best], where="post", color="C1", linewidth=1)
         axes.set(title=describe(setting), xlabel="optimizer state, MB", ylabel="validation perplexity", xscale="log")
         axes.margins(0.15)  # room for the names
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=150)

@@ -164,15 +164,20 @@ def test_a_method_starts_at_the_best_of_another_and_names_what_is_its_own():
     assert (first.lr, first.embedding_lr, first.head_lr) == (1e-3, BEST["embedding_lr"], BEST["head_lr"])
 
 
-def test_only_what_is_close_gets_more_seeds():
+@pytest.mark.parametrize(("state", "seeds"), [(12_000_000, [0]), (1_000_000, [0, 1, 2])])
+def test_only_what_is_close_or_the_best_at_its_state_gets_more_seeds(state, seeds):
     far = {**TWO, "far": Method({"optim.name": "apollo"}, {"lr": 1e-3, "embedding_lr": 1e-2, "head_lr": 1e-2})}
     lines: list = []
     while trial := next(Board.of(lines, far).wanted(), None):
         line = stand_in(trial, far)
-        line["loss"] += 0.2 * (trial.method == "far")
+        if trial.method == "far":
+            line["loss"] += 0.2
+            line["state_total"] = state
         lines.append(line)
     finals = [line for line in lines if line["method"] == "far" and not line["search"]]
-    assert [(line["setting"], line["seed"]) for line in finals] == [("4k", 0)]
+    assert [line["seed"] for line in finals if line["setting"] == "4k"] == seeds
+    assert ("9m" in {line["setting"] for line in finals}) == (state < 3_000_000)
+    assert Board.of(lines, far).front() == (["mini", "far"] if state < 3_000_000 else ["mini"])
 
 
 def test_a_line_of_another_definition_is_refused():

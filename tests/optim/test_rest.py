@@ -29,6 +29,7 @@ from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.rules import RULES as REGISTRY
 from apollo_optim.train.config import OptimConfig
 from apollo_optim.train.config.check import check_optimizer
+from benchmarks.race.methods import METHODS
 
 RESTS = ("adamw", "adamw8bit", "adamw4bit", "adafactor", "scale", "scale8bit", "apollo")
 CASES = [
@@ -428,14 +429,33 @@ def test_knobs_of_the_rules_that_are_asked_for_may_be_said():
         check_optimizer(OptimConfig.of(name="muon", averaged=False))
 
 
-def test_full_is_what_was_raced():
-    """Group by group: the race's lines call it muon+adamw8bit, with state in 8 bits."""
-    full, raced = (build_optimizer(*of, targets="mlp", **knobs) for *of, knobs in (
-        ("full", Model(), {}), ("muon+adamw8bit", Model(), {"state_dtype": "8bit"}),
+@pytest.mark.parametrize(
+    ("name", "method", "stored"),
+    [
+        ("full", "muon-8bit", ["8bit", "8bit", "8bit"]),
+        ("lite", "muon-4bit-slim", ["4bit", "4bit", "8bit"]),
+        ("nano", "muon-stateless-slim", ["float32", "float32", "8bit"]),
+    ],
+)
+def test_a_recipe_is_what_was_raced(name, method, stored):
+    """Group by group: the race's methods say it in keys of the run file."""
+    keys = {key.removeprefix("optim."): value for key, value in METHODS[method].keys.items()}
+    recipe, raced = (build_optimizer(*of, targets="mlp", **knobs) for *of, knobs in (
+        (name, Model(), {}), (keys.pop("name"), Model(), keys),
     ))  # fmt: skip
-    of_full, of_raced = ([{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in (full, raced))
-    assert of_full == of_raced
-    assert [g["state_dtype"] for g in of_full if g["name"] in ("matrices", "embedding", "head")] == ["8bit"] * 3
+    ours, theirs = ([{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in (recipe, raced))
+    assert ours == theirs
+    assert [g["state_dtype"] for g in ours if g["name"] in ("matrices", "embedding", "head")] == stored
+
+
+@pytest.mark.parametrize("name", ["full", "lite", "nano"])
+def test_a_recipe_is_for_a_model_whose_head_is_tied(name):
+    model = nn.ModuleDict(
+        {"embedding": nn.Embedding(17, 300), "mlp": nn.Linear(300, 40), "lm_head": nn.Linear(300, 17)}
+    )
+    model.lm_head.weight = model.embedding.weight
+    groups = {group["name"]: group["rule"] for group in build_optimizer(name, model, targets="mlp").param_groups}
+    assert groups == {"matrices": "muon", "embedding": "adamw" if name == "full" else "slimadam", "norms": "adamw"}
 
 
 def test_small_matrices_keep_fp32_moments():

@@ -13,6 +13,8 @@ from apollo_optim.train.pretrain import pretrain
 from apollo_optim.train.rates import PAPER, RACE2, RATES, Rate, advice, table, tokens_a_step, with_known_rates
 
 SAYS_NO_RATE = {"name": "adamw", "lr": None, "rank": None, "update_proj_gap": None}
+RECIPES = {"lite": "muon-4bit-slim", "nano": "muon-stateless-slim"}
+"""What the race calls them (`test_a_recipe_is_what_was_raced`)."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -36,7 +38,8 @@ def test_the_table_of_the_docs_is_that_of_the_code() -> None:
 def test_what_is_known_was_run(row: Rate) -> None:
     folder = RESULTS / row.log
     if row.log == RACE2:
-        method, setting = row.optimizer.replace("+adamw", "-"), {4_096: "4k", 32_768: "32k"}[row.tokens]
+        method = RECIPES.get(row.optimizer, row.optimizer.replace("+adamw", "-"))
+        setting = {4_096: "4k", 32_768: "32k"}[row.tokens]
         lines = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
         lines = [line for line in lines if (line["method"], line["setting"]) == (method, setting)]
         best = min((line for line in lines if line["search"]), key=lambda line: line["loss"])
@@ -82,6 +85,9 @@ def test_keys_that_were_tuned_with_a_rate_come_with_it() -> None:
     assert more("--optim.lr", "0.004") == [0.004, None, None, None, None, None]
     assert more("--train.batch_size", "128") == [0.032, 0.04, 0.32, None, 0.02, 0.1938]
     assert more("--train.batch_size", "512") == [0.032, 0.04, None, None, None, None]  # averages belong to a batch
+    assert more("--optim.name", "lite") == [0.016, 0.01, 0.64, None, 0.02, 0.8145]
+    assert more("--optim.name", "lite", "--optim.head", "adamw") == [0.016, None, None, None, None, 0.8145]
+    assert with_known_rates(asked("--optim.name", "nano")).optim.flat()["betas"] == [0.9, 0.99938]
     mini = ("--optim.name", "apollo-mini", "--optim.rest")
     assert more(*mini, "adamw8bit") == [0.005, 0.02, 0.08, None, 0.02, None]
     assert more(*mini, "scale") == [0.005, None, None, None, None, None]  # rates of another rule
