@@ -171,6 +171,11 @@ class Known:
 
     def __init__(self, p: Tensor, group: Group, knobs: list[Any], state: dict[str, Any], shared: Shared) -> None:
         self.group, self.knobs, self.state, self.shared = group, knobs, state, shared
+        if missing := [name for name, _ in shared.static.slots if name not in state]:
+            raise InputError(
+                f"the state of a parameter of group {group.get('name', '')!r} has no {missing[0]}: a key of the group "
+                "that decides what is kept was changed after its first step. Make the optimizer anew with it"
+            )
         self.given = {name: t for name, t in state.items() if isinstance(t, Tensor) and name != "step"}
         self.tensors = {name: local(t) for name, t in self.given.items()}
         self.sharded = is_sharded(p)

@@ -66,8 +66,13 @@ class Recipe(NamedTuple):
 
     def choosing(self, asked: Mapping[str, Any]) -> Recipe:
         """The same with the rules of the rest that are `asked` for: their knobs may be said, too."""
-        chosen = {key: asked[key] for key in ("rest", *KINDS) if asked.get(key) is not None}
-        return self._replace(groups={**self.groups, **chosen})
+        return self.with_groups({**self.groups} | {k: asked[k] for k in ("rest", *KINDS) if asked.get(k) is not None})
+
+    def with_groups(self, groups: Mapping[str, Any]) -> Recipe:
+        """The same with these. A knob of a rule that is no longer among them goes with it."""
+        made = self._replace(groups=groups)
+        before, after = ({key for cls in one.rules for key in cls.knobs()} for one in (self, made))
+        return made._replace(groups={key: value for key, value in groups.items() if key not in before - after})
 
 
 SLIM: Mapping[str, Any] = {"embedding": "slimadam", "averaged": False, "head": "adam-mini8bit"}
@@ -142,8 +147,9 @@ def combined(first: Recipe, second: str) -> Recipe:
     except InputError as error:
         raise InputError(f"{name!r}: {error}") from None
     summary = f"{first.cls.title} for the hidden matrices, {rest.title} for embedding, head and other matrices."
-    groups = {**first.groups, "rest": second}
-    return Recipe(name, first.rule, summary, f"{first.paper}; {rest.paper}", groups, first.bits)
+    own = {key: value for key, value in first.groups.items() if key not in ("rest", *KINDS)}
+    made = first.with_groups({**own, "rest": second})
+    return made._replace(name=name, summary=summary, paper=f"{first.paper}; {rest.paper}")
 
 
 def check_knobs(recipe: Recipe, knobs: Group) -> None:
@@ -207,7 +213,7 @@ def build_optimizer(
     ranked = "rank" in recipe.cls.knobs()
     if rank is not None and not any("rank" in rule.knobs() for rule in recipe.rules):
         raise InputError(f"optimizer {name!r} has no rank: leave the key out")
-    if rest is not None and "rest" in recipe.groups:
+    if rest is not None and ("rest" in recipe.groups or {"embedding", "head"} <= recipe.groups.keys()):
         raise InputError(f"optimizer {name!r} says what embedding and head use: leave rest={rest!r} out")
     if not ranked and rest == "apollo":
         raise InputError(f"optimizer {name!r} has no rank, so rest='apollo' has no rule to use. Choose another rest")
@@ -215,8 +221,9 @@ def build_optimizer(
         "rest": rest, "embedding": embedding, "head": head, "rest_rank": rest_rank, "rest_lr": rest_lr,
         "embedding_lr": embedding_lr, "head_lr": head_lr, "norm_lr": norm_lr,
     }  # fmt: skip
-    check_knobs(recipe.choosing(asked), knobs)
-    given = {**recipe.groups, **{key: value for key, value in asked.items() if value is not None}, **knobs}
+    chosen = recipe.choosing(asked)
+    check_knobs(chosen, knobs)
+    given = {**chosen.groups, **{key: value for key, value in asked.items() if value is not None}, **knobs}
     given["rank"] = recipe.defaults["rank"] if ranked and rank is None else rank
     of_others = knobs.keys() - known_keys([recipe.cls, find_rule("adamw")])  # `param_groups` must know whose they are
     given["rule"] = recipe.rule if recipe.groups or of_others else None

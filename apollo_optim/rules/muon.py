@@ -29,7 +29,7 @@ class Muon(Rule):
 
     Evidence: torch.optim.Muon's step within its own noise (`tests/rules/test_parity.py`). With its
     momentum in 8 bits (`full`) it ends 18 to 26 % below AdamW's perplexity at 4,096 tokens a step, and 36 % below it at
-    32,768; with 4 bits (`lite`) 19 % and stateless (`nano`) 14 % below it at 4,096 (`docs/race.md`).
+    32,768; with 4 bits (`lite`) 20 % and stateless (`nano`) 14 % below it at 4,096 (`docs/race.md`).
     """
 
     name: ClassVar[str] = "muon"

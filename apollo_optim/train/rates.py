@@ -91,9 +91,9 @@ def with_known_rates(cfg: RunConfig) -> RunConfig:
     rest_lr = row.rest_lr if takes_rest else cfg.optim.rest_lr
     said = cfg.optim.flat()
     near = _within(NEAR, row.tokens / tokens_a_step(cfg))
-    more = {key: value for key, value in row.more.items() if near and said.get(key) is None}
-    if not takes_rest:
-        more = {key: value for key, value in more.items() if not key.endswith("_lr")}
+    # rates of groups belong to `rest_lr`, averages to a batch
+    takes = {key: takes_rest if key.endswith("_lr") else near for key in row.more}
+    more = {key: value for key, value in row.more.items() if takes[key] and said.get(key) is None}
     return dataclasses.replace(cfg, optim=cfg.optim.changed(lr=row.lr, rest_lr=rest_lr, **more))
 
 

@@ -458,6 +458,43 @@ def test_a_recipe_is_for_a_model_whose_head_is_tied(name):
     assert groups == {"matrices": "muon", "embedding": "adamw" if name == "full" else "slimadam", "norms": "adamw"}
 
 
+def test_a_recipes_embedding_may_be_another_and_its_rest_is_said_already():
+    """Its own knob `averaged` goes with the rule that it was of."""
+
+    def rules(name, **asked):
+        return {g["name"]: g["rule"] for g in build_optimizer(name, Model(), targets="mlp", **asked).param_groups}
+
+    assert rules("nano", embedding="adamw")["embedding"] == rules("lite", embedding="adamw8bit")["embedding"] == "adamw"
+    assert rules("lite", head="scale")["head"] == "scale"
+    assert rules("nano+adafactor") == rules("muon+adafactor")
+    with pytest.raises(InputError, match="'nano' says what embedding and head use: leave rest='adamw' out"):
+        build_optimizer("nano", Model(), targets="mlp", rest="adamw")
+
+
+@pytest.mark.parametrize("name", ["muon", "full", "nano"])
+def test_a_scheduler_that_cycles_the_momentum_of_one_rule_can_be_resumed(name):
+    """torch's OneCycleLR writes `momentum` into every group, of a rule that has none, too."""
+    model = Model()
+    optimizer, other = (build_optimizer(name, model, targets="mlp") for _ in range(2))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=4)
+    set_gradients(model, 1)
+    optimizer.step()
+    schedule.step()
+    other.load_state_dict(optimizer.state_dict())
+    groups = {group["name"]: group for group in other.param_groups}
+    assert groups["matrices"]["momentum"] == optimizer.param_groups[0]["momentum"] != 0.95
+    assert "momentum" not in groups["norms"]
+
+
+def test_what_is_kept_does_not_change_in_the_middle():
+    model = Model()
+    optimizer = build_optimizer("nano", model, targets="mlp")
+    run(model, optimizer, [1, 2])
+    optimizer.param_groups[0]["stateless"] = False
+    with pytest.raises(InputError, match="of group 'matrices' has no exp_avg: a key of the group that decides"):
+        optimizer.step()
+
+
 def test_small_matrices_keep_fp32_moments():
     model = nn.ModuleDict({"small": nn.Linear(64, 8), "prime": nn.Linear(257, 64), "embedding": nn.Embedding(100, 64)})
     optimizer = build_optimizer("adamw", model, targets="embedding", exclude="small.weight", rest="adamw8bit")

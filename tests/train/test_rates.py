@@ -84,7 +84,7 @@ def test_keys_that_were_tuned_with_a_rate_come_with_it() -> None:
     assert more("--optim.rest_lr", "0.01") == [0.008, 0.01, None, None, None, 0.8145]
     assert more("--optim.lr", "0.004") == [0.004, None, None, None, None, None]
     assert more("--train.batch_size", "128") == [0.032, 0.04, 0.32, None, 0.02, 0.1938]
-    assert more("--train.batch_size", "512") == [0.032, 0.04, None, None, None, None]  # averages belong to a batch
+    assert more("--train.batch_size", "512") == [0.032, 0.04, 0.32, None, 0.02, None]  # averages belong to a batch
     assert more("--optim.name", "lite") == [0.016, 0.01, 0.64, None, 0.02, 0.8145]
     assert more("--optim.name", "lite", "--optim.head", "adamw") == [0.016, None, None, None, None, 0.8145]
     assert with_known_rates(asked("--optim.name", "nano")).optim.flat()["betas"] == [0.9, 0.99938]
@@ -146,7 +146,7 @@ def test_the_line_is_shown_and_logged_and_a_run_says_what_it_took(tmp_path, caps
     optim = load_config(tmp_path / "run" / "config.yaml").optim
     assert (optim.lr, optim.rest_lr) == (0.002, 0.04)
     (start,) = records(tmp_path / "run", "start")
-    assert start["peak_lr"] == {"lr": 0.002, "lr_rest": 0.04}
+    assert start["peak_lr"] == {"lr": 0.002, "lr_rest": 0.16}, "the embedding's"
     assert start["advice"].startswith("lr 0.002 (rest 0.04) is known of adamw at 4,096 tokens a step, and this run's")
     assert capsys.readouterr().err.count(start["advice"]) == 1
     pretrain(cfg, resume=True)  # from a config that says no rate
