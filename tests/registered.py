@@ -14,7 +14,11 @@ from apollo_optim.optim.recipes import find_optimizer
 from apollo_optim.rules import Rule
 
 NAMES = [info.name for info in list_optimizers()]
-every_optimizer = pytest.mark.parametrize("name", NAMES)
+COMPOSED = ("full", "lite")
+"""Recipes whose rules are all tested by themselves: `nano` stands for them, `make test-all` has them."""
+every_optimizer = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in COMPOSED)) for name in NAMES]
+)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SHORT_GAP = {"update_proj_gap": 3}  # several refreshes in few steps
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from registered import COMPOSED
 from torch import nn
 
 from apollo_optim import build_optimizer, list_optimizers
@@ -45,12 +46,11 @@ from apollo_optim.train.plan import model_of, planned, trace_of
 NAMES = [info.name for info in list_optimizers()]
 every_optimizer = pytest.mark.parametrize("name", NAMES)
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+SHORT = {*(("float32", name) for name in NAMES), ("bfloat16", "apollo"), ("bfloat16", "q-apollo")}
 each_in_float32 = pytest.mark.parametrize(  # and two of them in bfloat16
     ("name", "dtype"),
     [
-        pytest.param(
-            name, dtype, marks=[] if dtype == "float32" or name in ("apollo", "q-apollo") else pytest.mark.slow
-        )
+        pytest.param(name, dtype, marks=[pytest.mark.slow] * (name in COMPOSED or (dtype, name) not in SHORT))
         for dtype in ("float32", "bfloat16")
         for name in NAMES
     ],
