@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.place import is_sharded, whole
-from apollo_optim.optim.knobs import Group, check_group, find_rule, is_lr
+from apollo_optim.optim.knobs import Group, check_group, find_rule, is_lr, known_keys
 from apollo_optim.optim.parameter import init_state
 from apollo_optim.rules import RULES
 
@@ -27,7 +28,7 @@ def fit_groups(ours: list[Group], saved: list[Group], owner: str) -> list[Group]
             f"the saved state has {len(saved)} parameter groups, this {owner} {len(ours)}. Build the model and its "
             "param_groups as they were when it was saved"
         )
-    fitted, everywhere = [], _knobs(saved)
+    fitted, everywhere = [], _keys(saved)
     for number, (mine, theirs) in enumerate(zip(ours, saved, strict=True)):
         if "rule" not in theirs:
             raise InputError(f"this state is not {owner}'s: its param_groups name no rule")
@@ -41,7 +42,7 @@ def fit_groups(ours: list[Group], saved: list[Group], owner: str) -> list[Group]
                 f"group {number} has {len(mine['params'])} parameters here and {len(theirs['params'])} in the saved "
                 "state. Build the model and its param_groups as they were when it was saved"
             )
-        strange = everywhere - _knobs([theirs])  # torch's OneCycleLR gives its `momentum` to every group
+        strange = everywhere - _keys([theirs])  # torch's OneCycleLR gives its `momentum` to every group
         group = {**{key: value for key, value in mine.items() if key not in ("params", "param_names")}, **theirs}
         group = {key: value for key, value in group.items() if key not in strange}
         check_group({**group, "params": []}, f"{owner}, saved state")
@@ -56,10 +57,10 @@ def fit_groups(ours: list[Group], saved: list[Group], owner: str) -> list[Group]
     return fitted
 
 
-def _knobs(groups: list[Group]) -> set[str]:
-    """Of all rules that these groups name."""
+def _keys(groups: list[Group]) -> Set[str]:
+    """What groups of all the rules that these name may say."""
     names = {group.get(key) for group in groups for key in ("rule", "otherwise")}
-    return {knob for name, rule in RULES.items() if name in names for knob in rule.knobs()}
+    return known_keys(rule for name, rule in RULES.items() if name in names).keys()
 
 
 def fit_state(p: Tensor, group: Group, saved: State, label: Any, owner: str) -> State:

@@ -1,8 +1,8 @@
 """Every optimizer by name: to be registered is to be tested, planned, benched and documented.
 
 Every rule is one: matrices use it, all else AdamW. A recipe says more: other rules for the rest, low-bit weights.
-`full`, `lite` and `nano` are the race's best at three budgets (docs/race.md). `a+b` is a recipe of two rules, made when
-it is asked for: see `combined`.
+`full`, `lite` and `nano` come from the race, for three budgets (docs/race.md). `a+b` is a recipe of two rules, made
+when it is asked for: see `combined`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ RECIPES = (
     Recipe(
         "full",
         "muon",
-        "The race's best at SGD's memory: Muon on a momentum of a byte a weight, 8-bit AdamW for embedding and head.",
+        "The race's winner at SGD's memory: Muon on a momentum of a byte a weight, 8-bit AdamW for embedding and head.",
         "docs/race.md; arXiv 2502.16982, 1711.05101",
         groups=MappingProxyType({"rest": "adamw8bit", "state_dtype": "8bit"}),
     ),

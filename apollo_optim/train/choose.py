@@ -33,7 +33,7 @@ class Candidate(NamedTuple):
 
 SMALL_REST = {"rest": "adamw8bit"}
 CANDIDATES = (
-    Candidate("full", {}, None, "the race's best with a byte of state for a weight (docs/race.md)"),
+    Candidate("full", {}, None, "the race's winner with a byte of state for a weight (docs/race.md)"),
     Candidate("lite", {}, None, "the race's best with half a byte of state for a weight (docs/race.md)"),
     Candidate("nano", {}, None, "the race's best with next to no state (docs/race.md)"),
     Candidate(

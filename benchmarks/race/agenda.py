@@ -158,13 +158,11 @@ class Board:
     def front(self) -> list[str]:
         """Of these the ones that nothing with as little state is better than: the Pareto front of the first setting."""
         first = SETTINGS[STAGES[0].setting]
-        front, least = [], math.inf
-        for name in self.ranking():
-            size = self.rows[self.finals(first, name)[0]]["state_total"]
-            if size < least:
-                front.append(name)
-                least = size
-        return front
+        points = {
+            name: (self.rows[self.finals(first, name)[0]]["state_total"], loss) for name, loss in self.ranking().items()
+        }
+        best = front(list(points.values()))
+        return [name for name, point in points.items() if point in best]
 
     def chosen(self, stage: Stage) -> list[str]:
         """The methods that a stage is for, the baseline always among them."""
@@ -190,3 +188,12 @@ class Board:
                 if searched.finished and searched.rates is not None:
                     trials = (self.trial(setting, name, searched.rates, seed) for seed in stage.seeds)
                     yield from (trial for trial in trials if trial not in self.rows)
+
+
+def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those with no other of as few bytes and as low a figure, by bytes."""
+    best: list[tuple[float, float]] = []
+    for size, figure in sorted(points):
+        if not best or figure < best[-1][1]:
+            best.append((size, figure))
+    return best

@@ -86,7 +86,7 @@ METHODS: dict[str, Method] = {
         {"optim.name": "muon+adamw8bit", "optim.state_dtype": "8bit"}, start="muon-4bit", knob=MOMENTUM
     ),
     "apollo-mini-rest-adafactor": Method({"optim.name": "apollo-mini", "optim.rest": "adafactor"}, start="apollo-mini"),
-    # A slim rest: one second moment a token, of the head with a momentum of a byte. With it 7B keeps 3.48 and 0.15 GB.
+    # A slim rest: one second moment a token, of the head with a momentum of a byte. With it 7B keeps 3.47 and 0.15 GB.
     "muon-4bit-slim": slim("muon", "muon-4bit", MOMENTUM, state_dtype="4bit"),
     "apollo-mini-slim": slim("apollo-mini", "apollo-mini"),
     # No state of the matrices at all. Muon's best half-life was 3.4 steps of 4,096 tokens, and 0.4 of 32,768.

@@ -23,7 +23,7 @@ HOPELESS = 0.6
 """A search run whose training loss half way is so much above that of its method's best one is stopped there. High rates
 catch up late: AdamW at twice its best rate is 0.39 behind half way, and 0.18 at the end."""
 CLOSE = 1.10
-"""Clearly behind: a perplexity above so many times the best one's on the first seed, and less state is better, too."""
+"""Clearly behind: a perplexity above so many times the best one's on the first seed, and off the Pareto front."""
 LEADERS = 5
 
 

@@ -1,4 +1,4 @@
-"""The table, the pictures, the page: from the lines alone."""
+"""The table and the pictures, from the lines alone; the page of both is `page.py`'s."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.train.config import from_dict
 from apollo_optim.train.plan import state_of
 from benchmarks.kit import mb
-from benchmarks.race.agenda import Board, Row
+from benchmarks.race.agenda import Board, Row, front
 from benchmarks.race.methods import AXES
 from benchmarks.race.protocol import LEADERS, SEARCH_SHARE, SETTINGS, STAGES, Setting, Trial, config_of
 from benchmarks.race.trial import events
@@ -248,15 +248,6 @@ def pareto(board: Board, settings: list[Setting], path: Path) -> Path:
         axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=150)
     return path
-
-
-def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those with no other of as few bytes and as low a figure, by bytes."""
-    best: list[tuple[float, float]] = []
-    for size, figure in sorted(points):
-        if not best or figure < best[-1][1]:
-            best.append((size, figure))
-    return best
 
 
 def curves(board: Board, setting: Setting, results: Path) -> Path:

@@ -228,7 +228,6 @@ def test_a_worker_goes_on_where_another_was_killed(tmp_path):
 WORKER = """
 import sys, time
 from pathlib import Path
-from types import SimpleNamespace
 sys.path.insert(0, {tests!r})
 from test_bench_race import TWO, stand_in
 from benchmarks.race.store import Store
