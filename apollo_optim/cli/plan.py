@@ -46,6 +46,7 @@ def run(argv: Sequence[str]) -> int:
     parser = make_parser()
     args, keys = parser.parse_beside_keys(argv)
     check_words(args)
+    names = names_of(args)
     cfg, limit = config_of(args, keys), memory_of("--fit" if args.fit else "--memory", args.fit or args.memory)
     models = Models(args.trust_remote_code, args.device)
     if args.choose:
@@ -60,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
     batch = cfg.train.batch_size if args.fit else args.batch or micro_batch(cfg)
     parallel = Parallel(args.parallel, args.gpus, not args.copy_buckets) if args.gpus > 1 else None
 
-    runs = {name: with_optimizer(cfg, name, args.rank) for name in names_of(args)}
+    runs = {name: with_optimizer(cfg, name, args.rank) for name in names}
 
     def budget(run: "RunConfig", model: Any) -> Budget:
         return budget_of(run, model, parallel=parallel, batch=batch, device=args.device)
@@ -210,6 +211,7 @@ def check_words(args: argparse.Namespace) -> None:
 
 def config_of(args: argparse.Namespace, keys: list[str]) -> "RunConfig":
     """The run that is meant: a run file, or a model with the papers' settings; both changed key by key."""
+    from ..train.choose import AUTO
     from ..train.config import check
     from . import pretrain
 
@@ -221,10 +223,16 @@ def config_of(args: argparse.Namespace, keys: list[str]) -> "RunConfig":
     words += ["--model.gradient_checkpointing", "true"] if args.checkpointing else []
     words += ["--train.release", "true"] if args.release else []
     words += ["--quant.bits", str(args.bits)] if args.bits in (4, 8) else []
+    if not file and args.optimizer and len(args.optimizer) == 1:
+        words += ["--optim.name", args.optimizer[0]]  # whose knobs the keys may be
     try:
         cfg = pretrain.parse([*words, *keys]).cfg
     except InputError as error:
         raise InputError(str(error).replace(pretrain.PROG, PROG)) from None
+    if cfg.optim.name == AUTO:  # chosen where the run starts: here the table has all of them
+        cfg = dataclasses.replace(cfg, optim=cfg.optim.changed(name=type(cfg.optim)().name))
+        if not args.choose:
+            say("optim.name=auto: --memory SIZE --choose names what a run would take in so much memory", error=True)
     check(cfg)
     if "tp" in cfg.parallel.mode:
         raise InputError(

@@ -420,6 +420,29 @@ def test_what_a_step_sends_is_beside_what_adamw_sends(tmp_path: Path, capsys: py
     assert "sends" not in capsys.readouterr().out
 
 
+def test_keys_are_knobs_of_the_one_optimizer_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("llama-1m", "--optimizer", "muon", "--optim.stateless", "true") == 0
+    assert re.search(r"state, matrices │ +0\.000 │", capsys.readouterr().out)
+    assert run("llama-1m", "--optimizer", "muon", "adamw", "--optim.momentum", "0.9") == 2
+    assert "it is a key of" in capsys.readouterr().err.lower()
+
+
+def test_a_run_whose_optimizer_is_chosen_later_is_planned_with_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {name: llama-1m, dtype: bfloat16}\noptim: {name: auto}\n")
+    assert run(str(file), "--optimizer", "nano", "adamw") == 0
+    told = capsys.readouterr()
+    assert "nano" in told.out
+    assert "adamw" in told.out
+    assert "--memory SIZE --choose names" in told.err
+    assert run(str(file), "--memory", "1GB", "--choose") == 0
+    told = capsys.readouterr()
+    assert "name: full" in told.out
+    assert "names" not in told.err
+
+
 def test_the_printed_parts_add_up() -> None:
     plans = [plan_of(name) for name in NAMES]
     head, *body = table_rows(plans)
