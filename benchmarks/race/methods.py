@@ -68,6 +68,9 @@ METHODS: dict[str, Method] = {
     "muon-8bit": Method(
         {"optim.name": "muon+adamw8bit", "optim.state_dtype": "8bit"}, {"lr": 4e-3}, start="adamw", knob=MOMENTUM
     ),
+    # AdamW's second look: its rate of the matrices was bracketed before its half-life moved, and at 32,768 tokens a step
+    # its budget was gone before the half-life came up. Here that is first.
+    "adamw-again": Method({"optim.name": "adamw"}, start="adamw", axes=("knob", "lr", "embedding_lr", "head_lr")),
     # Embedding, head and norms use AdamW in these two: their search starts at AdamW's best rates for them.
     "apollo-mini": Method({"optim.name": "apollo-mini"}, {"lr": 1.25e-3}, start="adamw"),
     "apollo": Method({"optim.name": "apollo"}, {"lr": 5e-3}, start="adamw"),
