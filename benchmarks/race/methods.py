@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 AXES = ("lr", "embedding_lr", "head_lr", "knob")
 """What can be searched: three rates and one knob of the method's own."""
@@ -10,22 +10,19 @@ AXES = ("lr", "embedding_lr", "head_lr", "knob")
 
 @dataclass(frozen=True)
 class Knob:
-    """The one number of its own that a method searches."""
+    """The average that a method searches: its half-life in tokens."""
 
     key: str
-    """Of the run file. `optim.betas.1` is the second of the pair."""
+    """Of the run file: the decay a step. `optim.betas.1` is the second of the pair."""
     centre: float
-    """Where the search starts."""
+    """Where the search starts, in tokens."""
     factor: float = 4.0
     """The coarse step of the search."""
-    kind: Literal["value", "half-life"] = "value"
-    """half-life: `centre` counts tokens, and the key is the decay a step that halves an average in so many."""
 
 
-HALF_LIFE = Knob("optim.betas.1", 1.152e6, kind="half-life")
+HALF_LIFE = Knob("optim.betas.1", 1.152e6)
 """Of Adam's second moment. 1.152 M tokens are a beta2 of 0.9975 at 4,096 tokens a step, and of 0.980 at 32,768."""
-DECAY = Knob("optim.weight_decay", 0.1)
-MOMENTUM = Knob("optim.momentum", 55_350, kind="half-life")
+MOMENTUM = Knob("optim.momentum", 55_350)
 """Of a first moment. 55,350 tokens are a decay of 0.95 at 4,096 tokens a step, and of 0.664 at 32,768."""
 
 
@@ -42,6 +39,8 @@ class Method:
     axes: tuple[str, ...] = AXES
     """What is searched, in this order."""
     knob: Knob = HALF_LIFE
+    recipe: str | None = None
+    """The name that the library has for it."""
 
     def __post_init__(self) -> None:
         if missing := {"lr", "embedding_lr", "head_lr"} - set(self.centre):
@@ -54,11 +53,14 @@ def apollo(start: str = "apollo", **keys: Any) -> Method:
     return Method({"optim.name": "apollo"} | {f"optim.{key}": value for key, value in keys.items()}, start=start)
 
 
-def slim(name: str, start: str, knob: Knob = HALF_LIFE, **keys: Any) -> Method:
+def slim(name: str, start: str, knob: Knob = HALF_LIFE, recipe: str | None = None, **keys: Any) -> Method:
     """A rule for the matrices; the embedding keeps one second moment a token, the head a momentum of 8 bits besides."""
     rest = {"embedding": "slimadam", "averaged": False, "head": "adam-mini8bit"}
     return Method(
-        {"optim.name": name} | {f"optim.{key}": v for key, v in (rest | keys).items()}, start=start, knob=knob
+        {"optim.name": name} | {f"optim.{key}": v for key, v in (rest | keys).items()},
+        start=start,
+        knob=knob,
+        recipe=recipe,
     )
 
 
@@ -66,10 +68,14 @@ METHODS: dict[str, Method] = {
     "adamw": Method({"optim.name": "adamw"}, {"lr": 2e-3, "embedding_lr": 0.08, "head_lr": 0.02}),
     # A byte a weight of momentum, in the place of a gradient that is released: no more than SGD's memory.
     "muon-8bit": Method(
-        {"optim.name": "muon+adamw8bit", "optim.state_dtype": "8bit"}, {"lr": 4e-3}, start="adamw", knob=MOMENTUM
+        {"optim.name": "muon+adamw8bit", "optim.state_dtype": "8bit"},
+        {"lr": 4e-3},
+        start="adamw",
+        knob=MOMENTUM,
+        recipe="full",
     ),
-    # AdamW's second look: its rate of the matrices was bracketed before its half-life moved, and at 32,768 tokens a step
-    # its budget was gone before the half-life came up. Here that is first.
+    # AdamW's second look: its rate of the matrices was bracketed before its half-life moved, and at 32,768 tokens a
+    # step its budget was gone before the half-life came up. Here that is first.
     "adamw-again": Method({"optim.name": "adamw"}, start="adamw", axes=("knob", "lr", "embedding_lr", "head_lr")),
     # Embedding, head and norms use AdamW in these two: their search starts at AdamW's best rates for them.
     "apollo-mini": Method({"optim.name": "apollo-mini"}, {"lr": 1.25e-3}, start="adamw"),
@@ -90,10 +96,10 @@ METHODS: dict[str, Method] = {
     ),
     "apollo-mini-rest-adafactor": Method({"optim.name": "apollo-mini", "optim.rest": "adafactor"}, start="apollo-mini"),
     # A slim rest: one second moment a token, of the head with a momentum of a byte. With it 7B keeps 3.47 and 0.15 GB.
-    "muon-4bit-slim": slim("muon", "muon-4bit", MOMENTUM, state_dtype="4bit"),
+    "muon-4bit-slim": slim("muon", "muon-4bit", MOMENTUM, "lite", state_dtype="4bit"),
     "apollo-mini-slim": slim("apollo-mini", "apollo-mini"),
-    # No state of the matrices at all. Muon's best half-life was 3.4 steps of 4,096 tokens, and 0.4 of 32,768.
-    "muon-stateless-slim": slim("muon", "muon-8bit", stateless=True),
+    # No state of the matrices at all. Muon's best half-life was 3.4 steps of 4,096 tokens; a quarter of it was worse.
+    "muon-stateless-slim": slim("muon", "muon-8bit", recipe="nano", stateless=True),
     # At rank d/4 as APOLLO, or at its state. They start at the rate of GaLore's paper, whose scale of 0.25 all have.
     "galore": Method({"optim.name": "galore"}, {"lr": 0.01}, start="adamw"),
     "fira": Method({"optim.name": "fira"}, {"lr": 0.01}, start="adamw"),
@@ -108,9 +114,7 @@ METHODS: dict[str, Method] = {
     "normuon": Method({"optim.name": "normuon+adamw"}, start="muon-8bit", knob=MOMENTUM),
     # RMNP steps rows of noise as far as any other: an RMS of 1e-3 a step was far too much, and here it starts at 1e-4.
     "rmnp": Method({"optim.name": "rmnp+adamw"}, {"lr": 5e-4}, start="adamw", knob=MOMENTUM),
-    "racs": Method(
-        {"optim.name": "racs+adamw"}, {"lr": 0.02}, start="adamw", knob=Knob("optim.beta", 27_000, kind="half-life")
-    ),
+    "racs": Method({"optim.name": "racs+adamw"}, {"lr": 0.02}, start="adamw", knob=Knob("optim.beta", 27_000)),
     "sinkgd": Method({"optim.name": "sinkgd+adamw"}, {"lr": 0.02}, start="adamw"),
     "sinkgd-axolotl": Method(
         {"optim.name": "sinkgd+adamw", "optim.rounds": 1, "optim.base_width": 192}, start="sinkgd"
@@ -128,11 +132,9 @@ METHODS: dict[str, Method] = {
         {"optim.name": "sinkgd", "optim.embedding": "sage", "optim.head": "sage"},
         {"lr": 0.02, "embedding_lr": 0.02, "head_lr": 4e-3},
         start="adamw",
-        knob=Knob("optim.beta2", 282_500, kind="half-life"),
+        knob=Knob("optim.beta2", 282_500),
     ),
-    "lion": Method(
-        {"optim.name": "lion+adamw"}, {"lr": 4e-4}, start="adamw", knob=Knob("optim.beta2", 282_500, kind="half-life")
-    ),
+    "lion": Method({"optim.name": "lion+adamw"}, {"lr": 4e-4}, start="adamw", knob=Knob("optim.beta2", 282_500)),
     "sgd": Method({"optim.name": "sgd+adamw"}, {"lr": 1.0}, start="adamw"),
     "sgd-momentum": Method({"optim.name": "sgd+adamw"}, {"lr": 0.1}, start="adamw", knob=MOMENTUM),
 }

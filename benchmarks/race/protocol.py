@@ -119,7 +119,7 @@ def round_rate(x: float) -> float:
 
 def knob_keys(knob: Knob, value: float, tokens: int) -> dict[str, Any]:
     """The run file's keys for a knob at `value`, with so many tokens a step."""
-    number = value if knob.kind == "value" else round(0.5 ** (tokens / value), 6)
+    number = round(0.5 ** (tokens / value), 6)
     if knob.key == "optim.betas.1":
         return {"optim.betas": [0.9, number]}
     return {knob.key: number}

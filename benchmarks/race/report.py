@@ -57,7 +57,13 @@ def table(board: Board, setting: Setting) -> str:
         "state, MB",
         "at 7B, GB",
     ]
-    head += ["lr matrices / embedding / head", "knob", "search", "off by 2x", "optimizer, ms a step"]
+    head += [
+        "lr matrices / embedding / head",
+        "knob",
+        "search",
+        "off by 2x",
+        "optimizer, ms a step (processors differ)",
+    ]
     cells = [table_row(board, setting, name, finals[name], finals.get(base, [])) for name in order]
     return markdown(head, cells, "llrrlrrrllllr")
 
@@ -73,7 +79,7 @@ def table_row(board: Board, setting: Setting, name: str, trials: list[Trial], ba
         found += f", {', '.join(searched.open_axes)} open"
     slow = [row["step_optimizer"] for row in rows if row["step_optimizer"] is not None]
     return [
-        name,
+        label(board, name),
         ", ".join(f"{p:.2f}" for p in perplexities),
         f"{statistics.mean(perplexities):.2f}",
         f"{statistics.stdev(perplexities):.2f}" if len(trials) > 1 else "",
@@ -82,7 +88,7 @@ def table_row(board: Board, setting: Setting, name: str, trials: list[Trial], ba
         mb(rows[0]["state_total"], ".2f"),
         f"{state_at_7b(board, trial) / 1e9:.2f}",
         f"{trial.lr:g} / {trial.embedding_lr:g} / {trial.head_lr:g}",
-        f"{method.knob.key.removeprefix('optim.')} {method.knob.kind} {trial.knob:g}",
+        f"{method.knob.key.removeprefix('optim.')} half-life {trial.knob:g}",
         found,
         basin(board, searched.tried),
         f"{1e3 * statistics.median(slow):.0f}" if slow else "",
@@ -106,24 +112,32 @@ def mean_loss(board: Board, trials: list[Trial]) -> float:
     return statistics.mean(board.loss(trial) for trial in trials)
 
 
-def paired(board: Board, trials: list[Trial], base: list[Trial]) -> list[float]:
-    """Differences of the loss, seed by seed, where both have the seed."""
-    of_seed = {trial.seed: board.loss(trial) for trial in base}
-    return [board.loss(trial) - of_seed[trial.seed] for trial in trials if trial.seed in of_seed]
+def paired(board: Board, trials: list[Trial], base: list[Trial]) -> list[tuple[Trial, Trial]]:
+    """Seed by seed, where both have the seed and an end."""
+    of_seed = {trial.seed: trial for trial in base}
+    pairs = [(trial, of_seed[trial.seed]) for trial in trials if trial.seed in of_seed]
+    return [pair for pair in pairs if all(math.isfinite(board.loss(trial)) for trial in pair)]
 
 
 def against(board: Board, trials: list[Trial], base: list[Trial]) -> str:
-    """The paired difference in words: `+3.4 % +- 0.2 (3 seeds)`."""
-    differences = [d for d in paired(board, trials, base) if math.isfinite(d)]
-    if not differences or trials == base:
+    """The paired difference and its standard error, of the perplexity: `+3.4% +- 0.2% (3 seeds)`."""
+    pairs = paired(board, trials, base)
+    if not pairs or trials == base:
         return "-"
-    told = f"{math.expm1(statistics.mean(differences)):+.1%}"
-    if len(differences) > 1:
-        told += f" +- {statistics.stdev(differences) / math.sqrt(len(differences)):.1%}"
-    kinds = {board.rows[trial]["hardware"]["capability"] for trial in [*trials, *base]}
-    return f"{told} ({len(differences)} seed{'s' * (len(differences) > 1)})" + " on several processors" * (
-        len(kinds) > 1
-    )
+    differences = [board.loss(one) - board.loss(other) for one, other in pairs]
+    mean = statistics.mean(differences)
+    told = f"{math.expm1(mean):+.1%}"
+    if len(differences) > 1:  # of losses; a small one moves the perplexity by so many times the ratio
+        told += f" +- {math.exp(mean) * statistics.stdev(differences) / math.sqrt(len(differences)):.1%}"
+    told += f" ({len(differences)} seed{'s' * (len(differences) > 1)})"
+    kinds = [{board.rows[trial]["hardware"]["capability"] for trial in pair} for pair in pairs]
+    return told + " on several processors" * any(len(kind) > 1 for kind in kinds)
+
+
+def label(board: Board, name: str) -> str:
+    """A method's name, and the recipe's in the library where it has one."""
+    recipe = board.methods[name].recipe
+    return f"{name} ({recipe})" if recipe else name
 
 
 def basin(board: Board, tried: tuple[Trial, ...]) -> str:
@@ -236,7 +250,7 @@ def pareto(board: Board, settings: list[Setting], path: Path) -> Path:
         }
         for name, (size, perplexity, seeds) in points.items():
             axes.plot(size, perplexity, "o", color="C0", fillstyle="full" if seeds > 1 else "none")
-            axes.annotate(name, (size, perplexity), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(label(board, name), (size, perplexity), xytext=(4, 4), textcoords="offset points", fontsize=7)
         best = front([(size, perplexity) for size, perplexity, _ in points.values()])
         axes.step([x for x, _ in best], [y for _, y in best], where="post", color="C1", linewidth=1)
         axes.set(title=describe(setting), xlabel="optimizer state, MB", ylabel="validation perplexity", xscale="log")
@@ -264,7 +278,13 @@ def curves(board: Board, setting: Setting, results: Path) -> Path:
         tokens = [[record["tokens"] / 1e6 for record in steps] for steps in runs]
         losses = [[record["loss"] for record in steps] for steps in runs]
         together = list(zip(*losses, strict=True))
-        axes.plot(tokens[0], list(map(statistics.mean, together)), color=f"C{number % 10}", linewidth=1, label=name)
+        axes.plot(
+            tokens[0],
+            list(map(statistics.mean, together)),
+            color=f"C{number % 10}",
+            linewidth=1,
+            label=label(board, name),
+        )
         if len(runs) > 1:
             axes.fill_between(
                 tokens[0], list(map(min, together)), list(map(max, together)), color=f"C{number % 10}", alpha=0.2

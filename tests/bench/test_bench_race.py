@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from apollo_optim.train.optimizer import make_optimizer
 from benchmarks.race import __main__ as command
 from benchmarks.race import former, page, report
 from benchmarks.race.agenda import Board
-from benchmarks.race.methods import DECAY, HALF_LIFE, METHODS, Method
+from benchmarks.race.methods import HALF_LIFE, METHODS, MOMENTUM, Method
 from benchmarks.race.protocol import (
     SETTINGS,
     STAGES,
@@ -183,7 +184,7 @@ def test_only_what_is_close_or_the_best_at_its_state_gets_more_seeds(state, seed
 def test_a_line_of_another_definition_is_refused():
     lines: list = []
     finish(lines, steps=2)
-    changed = {**TWO, "adamw": dataclasses.replace(TWO["adamw"], knob=DECAY)}
+    changed = {**TWO, "adamw": dataclasses.replace(TWO["adamw"], knob=MOMENTUM)}
     with pytest.raises(InputError, match="another definition of adamw"):
         Board.of(lines, changed)
 
@@ -205,7 +206,7 @@ def test_a_half_life_in_tokens_is_the_same_average_at_every_batch():
     small, large = (knob_keys(HALF_LIFE, 1e6, tokens)["optim.betas"][1] for tokens in (4096, 32768))
     assert small**8 == pytest.approx(large, rel=1e-4)
     assert small ** (1e6 / 4096) == pytest.approx(0.5, rel=1e-3)
-    assert knob_keys(DECAY, 0.2, 4096) == {"optim.weight_decay": 0.2}
+    assert knob_keys(MOMENTUM, 4096, 4096) == {"optim.momentum": 0.5}
 
 
 # --- workers ---
@@ -227,6 +228,7 @@ def test_a_worker_goes_on_where_another_was_killed(tmp_path):
 
 WORKER = """
 import sys, time
+from collections.abc import Callable
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_bench_race import TWO, stand_in
@@ -348,8 +350,26 @@ def test_the_table_refuses_lines_of_two_corpora(lines):
 
 
 def test_a_pair_on_two_kinds_of_processor_is_told(lines):
-    mixed = [line | {"hardware": {"capability": "AVX512"}} if line["seed"] == 2 else line for line in lines]
-    assert "on several processors" in report.table(Board.of(mixed, TWO), FIRST)
+    def on_another(which: Callable[[dict], bool]) -> str:
+        mixed = [line | {"hardware": {"capability": "AVX512"}} if which(line) else line for line in lines]
+        return report.table(Board.of(mixed, TWO), FIRST)
+
+    assert "on several processors" in on_another(lambda line: line["seed"] == 2 and line["method"] == "mini")
+    assert "on several processors" not in on_another(lambda line: line["seed"] == 2), "each pair is on one"
+
+
+def test_the_error_is_of_the_perplexity_as_the_difference_is():
+    def at(method: str, seed: int) -> Trial:
+        return Trial("4k", method, 1.0, 1.0, 1.0, 1.0, 1.0, seed, 700, False)
+
+    losses = {at("mini", seed): 2.0 + 0.1 * seed for seed in range(3)} | {at("adamw", seed): 3.0 for seed in range(3)}
+    rows = {trial: {"hardware": {"capability": "AVX2"}} for trial in losses}
+    board = SimpleNamespace(loss=losses.__getitem__, rows=rows)
+    minis, base = [*losses][:3], [*losses][3:]
+    wanted = math.exp(-0.9) * 0.1 / math.sqrt(3)
+    assert report.against(board, minis, base) == f"{math.expm1(-0.9):+.1%} +- {wanted:.1%} (3 seeds)"
+    losses[minis[0]] = math.inf
+    assert "(2 seeds)" in report.against(board, minis, base), "a run that diverged has no pair"
 
 
 def test_the_front_is_what_nothing_beats():
