@@ -1,6 +1,7 @@
 """The figures of the page "Will it fit?" (docs/assets/fit/data.json), made by the planner.
 
     python tools/fit.py [MODEL ...]      all models, or these anew; about a minute for each
+    python tools/fit.py --new            of all models the optimizers that the page has not yet
 
 `apollo-optim plan` runs a step on tensors without memory, which a page cannot. But a step's memory is made of tensors
 whose size is a number times some of: rows, tokens, the width of a part of the logits. Two traces of different rows and
@@ -219,8 +220,10 @@ def traced(name: str, bits: int, recompute: bool, layers: int, vocabulary: int, 
     return {"vectors": vectors.lines, "forms": forms}
 
 
-def budgets(name: str, bits: int, layers: int) -> tuple[dict[str, int], dict[str, Any], dict[str, Any]]:
-    """Rows of the parameters; what is held beside the trace, by GPUs; what every optimizer keeps and makes."""
+def budgets(
+    name: str, bits: int, layers: int, known: Iterable[str] = ()
+) -> tuple[dict[str, int], dict[str, Any], dict[str, Any]]:
+    """Rows of the parameters; what is held beside the trace, by GPUs; what each optimizer not known keeps and makes."""
     short = {n: planned(name, bits, ["--model.config.num_hidden_layers", str(n)]) for n in (LAYERS, LAYERS + 1)}
     models = {n: model_of(cfg) for n, cfg in short.items()}
     rows = {alike(key): len(p) for key, p in models[LAYERS].named_parameters()}
@@ -242,7 +245,7 @@ def budgets(name: str, bits: int, layers: int) -> tuple[dict[str, int], dict[str
     kept, deep = dict[str, Any](), planned(name, bits)
     whole = model_of(deep)  # what a step of all parameters together makes grows by no rule with the layers
     for info in list_optimizers():
-        if info.bits and bits == 16:
+        if info.name in known or (info.bits and bits == 16):
             continue
         one = command.with_optimizer(short[LAYERS], info.name, None)
         one.train.release = True
@@ -272,14 +275,29 @@ def figures(name: str) -> dict[str, Any]:
     return told
 
 
+def add_new(name: str, told: dict[str, Any]) -> None:
+    """The optimizers that `told`, all of a model, has not: what a step is made of is the same for all."""
+    for bits, known in told["bits"].items():
+        say(f"{name}, weights of {bits} bits: new optimizers ...", error=True)
+        rows, _, kept = budgets(name, int(bits), told["layers"], known["optimizers"])
+        assert rows == known["parameters"], f"{name} has changed: make it anew"
+        both = known["optimizers"] | kept
+        known["optimizers"] = {info.name: both[info.name] for info in list_optimizers() if info.name in both}
+
+
 def main(argv: Sequence[str]) -> int:
-    """Make the figures of these models, or of all."""
+    """Make the figures of these models, or of all; with `--new` of the optimizers that are not there."""
     data = json.loads(OUT.read_text()) if OUT.is_file() and argv else {"models": {}}
     data |= {"logits": LOGITS, "cards": CARDS, "gpus": GPUS, "parts": COLOURS, "kinds": KINDS, "terms": [*TERMS]}
     assert [*COLOURS] == [*PARTS]
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    for name in argv or MODELS:
-        made = {**data["models"], name: figures(name)}
+    new = [*argv] == ["--new"]
+    made = data["models"]
+    for name in [*made] if new else argv or MODELS:
+        if new:
+            add_new(name, made[name])
+        else:
+            made[name] = figures(name)
         data["models"] = {name: made[name] for name in MODELS if name in made}
         disk.write(OUT, json.dumps(data, separators=(",", ":")) + "\n")  # each at once: the next may take minutes
     say(f"{OUT}: {math.ceil(OUT.stat().st_size / 1000)} kB")
