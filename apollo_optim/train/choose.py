@@ -33,9 +33,9 @@ class Candidate(NamedTuple):
 
 SMALL_REST = {"rest": "adamw8bit"}
 CANDIDATES = (
-    Candidate("full", {}, None, "the race's winner with a byte of state for a weight (docs/race.md)"),
-    Candidate("lite", {}, None, "the race's best with half a byte of state for a weight (docs/race.md)"),
-    Candidate("nano", {}, None, "the race's best with next to no state (docs/race.md)"),
+    Candidate("full", {}, None, "a winner of the race, with a byte of state for a weight (docs/race.md)"),
+    Candidate("lite", {}, None, "the race's lowest so far with half a byte of state for a weight (docs/race.md)"),
+    Candidate("nano", {}, None, "the race's lowest so far with next to no state (docs/race.md)"),
     Candidate(
         "q-apollo-mini", SMALL_REST, 8, "weights of a byte each, level with bfloat16 in our runs (docs/choose.md)"
     ),

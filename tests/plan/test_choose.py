@@ -88,7 +88,7 @@ def test_auto_is_the_best_that_fits_in_what_is_free(
     found = settled(cfg, False, falling)
     assert (found.optim.name, found.optim.flat()["rest"], found.optim.seed) == ("nano", None, 3)
     assert (
-        "optimizer: nano, a plan of 30.00 GB where 33.0 are free: the race's best with next to no state"
+        "optimizer: nano, a plan of 30.00 GB where 33.0 are free: the race's lowest so far with next to no state"
         in capsys.readouterr().out
     )
     assert settled(found, False) is found
