@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from apollo_optim.core.errors import InputError
@@ -165,7 +165,7 @@ class Board:
         return [name for name, point in points.items() if point in best]
 
     def chosen(self, stage: Stage) -> list[str]:
-        """The methods that a stage is for, the baseline always among them."""
+        """The methods that a stage is for, the baseline and its other searches always among them."""
         ranking = self.ranking()
         if stage.who == "all":
             return [*self.methods]
@@ -176,7 +176,11 @@ class Board:
         close = list(dict.fromkeys([*self.front(), *near]))
         chosen = {"close": close, "leaders": close[:LEADERS], "winner": close[:1]}[stage.who]
         baseline = next(iter(self.methods))
-        return [name for name in self.methods if name in chosen or name == baseline]
+        return [name for name in self.methods if name in chosen or name in self.alike(baseline)]
+
+    def alike(self, name: str) -> list[str]:
+        """The methods that are this one but for their search, itself among them."""
+        return [other for other, method in self.methods.items() if method.keys == self.methods[name].keys]
 
     def wanted(self) -> Iterator[Trial]:
         """All that can be run now, first things first."""
@@ -187,7 +191,11 @@ class Board:
                 yield from searched.wanted
                 if searched.finished and searched.rates is not None:
                     trials = (self.trial(setting, name, searched.rates, seed) for seed in stage.seeds)
-                    yield from (trial for trial in trials if trial not in self.rows)
+                    yield from (trial for trial in trials if not self.has(trial))
+
+    def has(self, trial: Trial) -> bool:
+        """Whether its line is there, or that of the same run under a method that is searched otherwise."""
+        return any(replace(trial, method=name) in self.rows for name in self.alike(trial.method))
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

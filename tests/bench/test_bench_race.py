@@ -181,6 +181,23 @@ def test_only_what_is_close_or_the_best_at_its_state_gets_more_seeds(state, seed
     assert Board.of(lines, far).front() == (["mini", "far"] if state < 3_000_000 else ["mini"])
 
 
+@pytest.mark.parametrize("lower", [0.0, 0.3])
+def test_a_second_search_of_the_baseline_goes_wherever_it_goes_and_repeats_no_run(lower):
+    both = {
+        **TWO,
+        "again": Method({"optim.name": "adamw"}, start="adamw", axes=("knob", "lr", "embedding_lr", "head_lr")),
+    }
+    lines: list = []
+    while trial := next(Board.of(lines, both).wanted(), None):
+        line = stand_in(trial, both)
+        line["loss"] += 0.5 * (trial.method != "mini")  # far behind: no leader
+        line["loss"] -= lower * (trial.method == "again" and trial.knob > HALF_LIFE.centre)
+        lines.append(line)
+    again = [(line["setting"], line["search"]) for line in lines if line["method"] == "again"]
+    assert ("32k", True) in again, "it is looked for there, too"
+    assert ((("9m", False) in again), (("4k", False) in again)) == (lower > 0, lower > 0), "same rates: the same run"
+
+
 def test_a_line_of_another_definition_is_refused():
     lines: list = []
     finish(lines, steps=2)
