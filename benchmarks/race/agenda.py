@@ -174,7 +174,7 @@ class Board:
         best = min(ranking.values())
         near = [name for name, loss in ranking.items() if loss <= best + math.log(CLOSE)]
         close = list(dict.fromkeys([*self.front(), *near]))
-        chosen = {"close": close, "leaders": close[:LEADERS], "winner": close[:1]}[stage.who]
+        chosen = {"close": close, "leaders": close[:LEADERS], "winners": self.front()}[stage.who]
         baseline = next(iter(self.methods))
         return [name for name in self.methods if name in chosen or name in self.alike(baseline)]
 

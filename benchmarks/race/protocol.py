@@ -67,7 +67,7 @@ class Stage:
     """A piece of the queue: the search that is missing for it, then these seeds."""
 
     setting: str
-    who: Literal["all", "close", "leaders", "winner"]
+    who: Literal["all", "close", "leaders", "winners"]
     seeds: tuple[int, ...]
 
 
@@ -78,8 +78,8 @@ STAGES = (
     Stage("9m", "close", (0,)),
     Stage("32k", "leaders", (1, 2)),
     Stage("9m", "leaders", (1, 2)),
-    Stage("4k", "winner", (3, 4)),  # seeds that no choice was made on
-    Stage("other-text", "winner", (0, 1, 2)),
+    Stage("4k", "winners", (3, 4)),  # seeds that no choice was made on
+    Stage("other-text", "winners", (0, 1, 2)),
     Stage("4x", "leaders", (0,)),
     Stage("4x", "leaders", (1, 2)),
 )
