@@ -246,7 +246,6 @@ def test_a_worker_goes_on_where_another_was_killed(tmp_path):
 
 WORKER = """
 import sys, time
-from collections.abc import Callable
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_bench_race import TWO, stand_in
