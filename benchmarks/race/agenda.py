@@ -173,10 +173,10 @@ class Board:
             return []
         best = min(ranking.values())
         near = [name for name, loss in ranking.items() if loss <= best + math.log(CLOSE)]
-        close = list(dict.fromkeys([*self.front(), *near]))
-        chosen = {"close": close, "leaders": close[:LEADERS], "winners": self.front()}[stage.who]
-        baseline = next(iter(self.methods))
-        return [name for name in self.methods if name in chosen or name in self.alike(baseline)]
+        winners, always = self.front(), self.alike(next(iter(self.methods)))
+        close = list(dict.fromkeys([*winners, *near]))
+        chosen = {"close": close, "leaders": close[:LEADERS], "winners": winners}[stage.who]
+        return [name for name in self.methods if name in chosen or name in always]
 
     def alike(self, name: str) -> list[str]:
         """The methods that are this one but for their search, itself among them."""

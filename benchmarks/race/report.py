@@ -212,7 +212,7 @@ def ahead(board: Board) -> float:
     for stage in STAGES:
         setting = SETTINGS[stage.setting]
         run = pace * setting.tokens * setting.steps * (2.5 if setting.model == "llama-9m" else 1.0)  # by its parameters
-        most = {"leaders": LEADERS + 1, "winners": LEADERS + 1}.get(stage.who, len(board.methods))
+        most = LEADERS + 1 if stage.who in ("leaders", "winners") else len(board.methods)
         for name in [*dict.fromkeys([*board.chosen(stage), *unknown])][:most]:
             searched = board.searched(setting, name)
             if not searched.finished and (setting.name, name) not in counted:
