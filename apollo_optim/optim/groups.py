@@ -155,7 +155,7 @@ def param_groups(
         if kind == "matrices":
             group |= own
         elif choices[kind] == own_rule and kind != "norms":
-            group |= own | ({} if rest_rank is None else {"rank": rest_rank})
+            group |= _published(kind, own.get("rule")) | own | ({} if rest_rank is None else {"rank": rest_rank})
         else:
             group |= _of_rest(kind, theirs[choices[kind]], knobs, elsewhere, quarter)
         group |= {"view": "conv"} if conv else {}
@@ -173,9 +173,14 @@ def _of_rest(kind: str, their: Group, knobs: Group, elsewhere: Group, quarter: i
     cls = find_rule(their["rule"])
     known = cls.knobs().keys() & {"betas", "eps"} | GENERAL.keys() - {"rule"}
     group = {key: value for key, value in knobs.items() if key in known} | their
-    group |= SCALE_RULES[kind] if cls.name == "scale" else {}
+    group |= _published(kind, cls.name)
     group |= {"rank": quarter} if "rank" in cls.knobs().keys() - cls.defaults().keys() else {}
     return group | {key: value for key, value in elsewhere.items() if key in cls.knobs()}
+
+
+def _published(kind: str, rule: str | None) -> Group:
+    """What a rule's authors do otherwise with this kind than with matrices."""
+    return SCALE_RULES[kind] if rule == "scale" else {}
 
 
 _INSTEAD = {

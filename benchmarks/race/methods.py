@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-AXES = ("lr", "embedding_lr", "head_lr", "knob")
+RATES = ("lr", "embedding_lr", "head_lr")
+AXES = (*RATES, "knob")
 """What can be searched: three rates and one knob of the method's own."""
 
 
@@ -43,7 +44,7 @@ class Method:
     """The name that the library has for it."""
 
     def __post_init__(self) -> None:
-        if missing := {"lr", "embedding_lr", "head_lr"} - set(self.centre):
+        if missing := set(RATES) - set(self.centre):
             assert self.start, f"a method without `start` names every rate; {sorted(missing)} are missing"
         assert set(self.axes) <= set(AXES)
 
@@ -106,6 +107,8 @@ METHODS: dict[str, Method] = {
     "foam": Method({"optim.name": "foam"}, {"lr": 0.01}, start="adamw"),
     # A step is Adafactor's of an average, as long as AdamW's at one rate; its momentum is what it has of its own.
     "flora": Method({"optim.name": "flora"}, start="adamw", knob=MOMENTUM),
+    "adamw8bit": Method({"optim.name": "adamw+adamw8bit", "optim.state_dtype": "8bit"}, start="adamw"),
+    "adafactor": Method({"optim.name": "adafactor+adafactor"}, start="adamw", axes=RATES),
     # Of everything, at AdamW's rates, as its authors recommend. (One v a row for queries and keys, too.)
     "adam-mini": Method({"optim.name": "adam-mini+adam-mini"}, start="adamw"),
     # Other rules of the matrices; embedding, head and norms use AdamW. RACS and SinkGD start at their papers' rates,
@@ -118,6 +121,10 @@ METHODS: dict[str, Method] = {
     "sinkgd": Method({"optim.name": "sinkgd+adamw"}, {"lr": 0.02}, start="adamw"),
     "sinkgd-axolotl": Method(
         {"optim.name": "sinkgd+adamw", "optim.rounds": 1, "optim.base_width": 192}, start="sinkgd"
+    ),
+    # As its paper has it, of everything: the head's rows after a momentum, the embedding's columns. A step's RMS is 1.
+    "scale": Method(
+        {"optim.name": "scale+scale"}, {"lr": 4e-4, "embedding_lr": 5e-3, "head_lr": 5e-3}, start="adamw", axes=RATES
     ),
     # A step's RMS is 1, five times what AdamW's and Muon's are about.
     "swan": Method({"optim.name": "swan+adamw"}, {"lr": 4e-4}, start="adamw"),

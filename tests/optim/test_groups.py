@@ -343,6 +343,20 @@ def test_what_the_first_rule_is_not_for_follows_the_second():
     assert (groups["matrices"]["momentum"], groups["head"]["rank"], groups["head"]["betas"]) == (0.5, 2, (0.5, 0.6))
 
 
+def test_scale_of_everything_is_its_papers():
+    """The head after a momentum, the embedding along its vocabulary; what is said by hand stays as it is said."""
+    groups = {group["name"]: group for group in build_optimizer("scale+scale", llama(), lr=1e-3).param_groups}
+    said = {name: (group.get("normalize"), group.get("momentum")) for name, group in groups.items()}
+    assert said == {
+        "matrices": ("rows", 0.0),
+        "embedding": ("columns", 0.0),
+        "head": ("rows", 0.9),
+        "norms": (None, None),
+    }
+    groups = {group["name"]: group for group in build_optimizer("scale+scale", llama(), momentum=0.5).param_groups}
+    assert (groups["head"]["momentum"], groups["embedding"]["normalize"]) == (0.5, "columns")
+
+
 def test_a_recipe_of_ones_own_is_data():
     lone = nn.ModuleDict({"mlp": nn.Linear(32, 16)})
     rules = rules_of(build_optimizer("muon+adamw", lone, targets="mlp"))
