@@ -101,6 +101,9 @@ METHODS: dict[str, Method] = {
     "apollo-mini-slim": slim("apollo-mini", "apollo-mini"),
     # No state of the matrices at all. Muon's best half-life was 3.4 steps of 4,096 tokens; a quarter of it was worse.
     "muon-stateless-slim": slim("muon", "muon-8bit", recipe="nano", stateless=True),
+    # These two with the rows of each step brought to one size over time, for a number a row.
+    "normuon-stateless-slim": slim("normuon", "muon-stateless-slim", stateless=True),
+    "normuon-4bit-slim": slim("normuon", "muon-4bit-slim", MOMENTUM, state_dtype="4bit"),
     # At rank d/4 as APOLLO, or at its state. They start at the rate of GaLore's paper, whose scale of 0.25 all have.
     "galore": Method({"optim.name": "galore"}, {"lr": 0.01}, start="adamw"),
     "fira": Method({"optim.name": "fira"}, {"lr": 0.01}, start="adamw"),
