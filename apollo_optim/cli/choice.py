@@ -26,9 +26,9 @@ def print_choice(
 
     choice = choose(cfg, memory, plan_of)
     show(title_of(choice.cfg, choice.plan.batch), style="bold")
-    for plan in choice.passed_over:
-        show(f"{plan.optimizer}: {plan.total / 1e9:.2f} GB, too much")
-    show(f"{choice.plan.optimizer}: {choice.plan.total / 1e9:.2f} GB. Why: {choice.why}")
+    for title, plan in choice.passed_over:
+        show(f"{title}: {plan.total / 1e9:.2f} GB, too much")
+    show(f"{choice.title}: {choice.plan.total / 1e9:.2f} GB. Why: {choice.why}")
     sections = to_dict(with_known_rates(choice.cfg))
     names = ("optim", "quant") if choice.cfg.quant.bits else ("optim",)
     said = {name: {key: value for key, value in sections[name].items() if value is not None} for name in names}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -23,26 +23,27 @@ AUTO = "auto"
 
 
 class Candidate(NamedTuple):
-    """Keys of the sections `optim` and `quant`, and why they stand where they do."""
+    """An optimizer, the bits of its weights if they are not the model's own, why it stands there, and its rest."""
 
     name: str
-    optim: Mapping[str, Any]
     bits: Literal[4, 8] | None
     why: str
+    rest: str | None = None
+
+    @property
+    def title(self) -> str:
+        return self.name + (f", weights of {self.bits} bits" if self.bits else "")
 
 
-SMALL_REST = {"rest": "adamw8bit"}
 CANDIDATES = (
-    Candidate("full", {}, None, "a winner of the race, with a byte of state for a weight (docs/race.md)"),
-    Candidate("lite", {}, None, "the race's lowest so far with half a byte of state for a weight (docs/race.md)"),
-    Candidate("nano", {}, None, "the race's lowest so far with next to no state (docs/race.md)"),
-    Candidate(
-        "q-apollo-mini", SMALL_REST, 8, "weights of a byte each, level with bfloat16 in our runs (docs/choose.md)"
-    ),
-    Candidate("q-apollo-mini", SMALL_REST, 4, "half a byte a weight costs 16 % of perplexity, if nothing else fits"),
+    Candidate("full", None, "a winner of the race, with a byte of state for a weight (docs/race.md)"),
+    Candidate("lite", None, "the race's lowest so far with half a byte of state for a weight (docs/race.md)"),
+    Candidate("lite", 8, "level with weights of 32 bits in our run (docs/low-bit.md)"),
+    Candidate("nano", 8, "next to no state, and 3 % above its weights of 32 bits in our run (docs/low-bit.md)"),
+    Candidate("q-apollo-mini", 4, "half a byte a weight costs 16 % of perplexity, if nothing else fits", "adamw8bit"),
 )
-"""Each takes less than the one before. APOLLO at rank d/4 keeps two bytes a weight in fp32, APOLLO-Mini more than the
-third of them, both for a higher perplexity in our runs."""
+"""Each takes less than the one before, and ends no lower in our runs; `nano` with weights of 16 bits would take more
+than `lite` with weights of 8, and ends above it. With weights of 4 bits it is no better than APOLLO-Mini."""
 
 
 class Choice(NamedTuple):
@@ -50,15 +51,17 @@ class Choice(NamedTuple):
 
     Attributes:
         cfg: The run with it; its other keys are those that were given.
+        title: What it is called, with the bits of its weights.
         why: One line.
         plan: Of its fullest moment.
-        passed_over: Plans of what is better and does not fit.
+        passed_over: Titles and plans of what is better and does not fit.
     """
 
     cfg: RunConfig
+    title: str
     why: str
     plan: Plan
-    passed_over: tuple[Plan, ...]
+    passed_over: tuple[tuple[str, Plan], ...]
 
 
 def choose(cfg: RunConfig, memory: float, plan_of: Callable[[RunConfig], Plan] = planned) -> Choice:
@@ -70,22 +73,22 @@ def choose(cfg: RunConfig, memory: float, plan_of: Callable[[RunConfig], Plan] =
     Model, batch, sequence, `train.release` and recomputation are those of `cfg`; what it says of an optimizer is left
     behind. `plan_of`: who plans, if not `planned`. Raises InputError, naming what would help, where nothing fits.
     """
-    passed: list[Plan] = []
+    passed: list[tuple[str, Plan]] = []
     for candidate in CANDIDATES:
         kept = {"targets": cfg.optim.targets, "exclude": cfg.optim.exclude, "seed": cfg.optim.seed}
-        optim = type(cfg.optim).of(name=candidate.name, **kept, **candidate.optim)
+        optim = type(cfg.optim).of(name=candidate.name, rest=candidate.rest, **kept)
         one = dataclasses.replace(cfg, optim=optim, quant=dataclasses.replace(cfg.quant, bits=candidate.bits))
         plan = plan_of(one)
         if plan.total <= memory:
-            return Choice(one, candidate.why, plan, tuple(passed))
-        passed.append(plan)
+            return Choice(one, candidate.title, candidate.why, plan, tuple(passed))
+        passed.append((candidate.title, plan))
     ways = [] if cfg.train.release else ["train.release true"]
     ways += [] if cfg.model.gradient_checkpointing else ["model.gradient_checkpointing true"]
     ways += ["a smaller train.micro_batch or data.seq_len"]
-    least, bits = passed[-1], CANDIDATES[-1].bits
+    title, least = passed[-1]
     raise InputError(
-        f"nothing fits in {memory / 1e9:.1f} GB: {least.optimizer} with weights of {bits} bits takes "
-        f"{least.total / 1e9:.1f} GB. What would help: {', '.join(ways)}"
+        f"nothing fits in {memory / 1e9:.1f} GB: {title}, takes {least.total / 1e9:.1f} GB. "
+        f"What would help: {', '.join(ways)}"
     )
 
 
@@ -111,9 +114,8 @@ def settled(cfg: RunConfig, resume: bool, plan_of: Callable[[RunConfig], Plan] =
         return dataclasses.replace(cfg, optim=begun.optim, quant=begun.quant)
     memory = free_memory(choose_device(cfg))
     choice = choose(cfg, memory, plan_of)
-    storage = f", weights of {choice.cfg.quant.bits} bits" if choice.cfg.quant.bits else ""
     free = f"a plan of {choice.plan.total / 1e9:.2f} GB where {memory / 1e9:.1f} are free"
-    say(f"optimizer: {choice.cfg.optim.name}{storage}, {free}: {choice.why}")
+    say(f"optimizer: {choice.title}, {free}: {choice.why}")
     return choice.cfg
 
 

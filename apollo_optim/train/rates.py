@@ -55,8 +55,8 @@ RATES = (
     Rate("muon+adamw8bit", 4_096, 0.008, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.32, "momentum": 0.8145}),
     Rate("lite", 4_096, 0.016, 0.01, RACE2, SLIM, {**NORMS, "embedding_lr": 0.64, "momentum": 0.8145}),
     Rate("nano", 4_096, 0.032, 0.02, RACE2, SLIM, {**NORMS, "embedding_lr": 0.64, "betas": (0.9, 0.99938)}),
-    # the same half-lives; these have a search of their own at this batch
-    Rate("adamw", 32_768, 0.002, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.08, "betas": (0.9, 0.7295)}),
+    # a search of their own at this batch; the same half-lives, but for AdamW's of 288,000
+    Rate("adamw", 32_768, 0.002, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.16, "betas": (0.9, 0.9242)}),
     Rate("muon+adamw8bit", 32_768, 0.032, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.32, "momentum": 0.1938}),
     Rate("nano", 32_768, 0.032, 0.02, RACE2, SLIM, {**NORMS, "embedding_lr": 1.28, "betas": (0.9, 0.9951)}),
     Rate("adamw", 131_072, 0.001, 0.001, PAPER),

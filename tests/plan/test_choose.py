@@ -32,7 +32,8 @@ def test_the_best_that_fits_is_taken(memory: float, place: int) -> None:
     choice = choose(RunConfig(), memory, falling)
     assert (choice.cfg.optim.name, choice.cfg.quant.bits) == (CANDIDATES[place].name, CANDIDATES[place].bits)
     assert choice.why == CANDIDATES[place].why
-    assert [plan.optimizer for plan in choice.passed_over] == [c.name for c in CANDIDATES[:place]]
+    assert [title for title, _ in choice.passed_over] == [c.title for c in CANDIDATES[:place]]
+    assert choice.title == CANDIDATES[place].title
     assert choice.plan.total <= memory
 
 
@@ -86,9 +87,9 @@ def test_auto_is_the_best_that_fits_in_what_is_free(
     monkeypatch.setattr("apollo_optim.train.choose.free_memory", lambda device: 33e9)
     cfg = tiny(tmp_path, optim={**dict.fromkeys(tiny(tmp_path).optim.flat()), "name": "auto", "seed": 3})
     found = settled(cfg, False, falling)
-    assert (found.optim.name, found.optim.flat()["rest"], found.optim.seed) == ("nano", None, 3)
+    assert (found.optim.name, found.quant.bits, found.optim.seed) == ("lite", 8, 3)
     assert (
-        "optimizer: nano, a plan of 30.00 GB where 33.0 are free: the race's lowest so far with next to no state"
+        "optimizer: lite, weights of 8 bits, a plan of 30.00 GB where 33.0 are free: level with weights of 32 bits"
         in capsys.readouterr().out
     )
     assert settled(found, False) is found
