@@ -24,12 +24,12 @@ def print_choice(
     from ..train.config import to_dict
     from ..train.rates import with_known_rates
 
-    choice = choose(cfg, memory, plan_of)
-    show(title_of(choice.cfg, choice.plan.batch), style="bold")
-    for title, plan in choice.passed_over:
-        show(f"{title}: {plan.total / 1e9:.2f} GB, too much")
-    show(f"{choice.title}: {choice.plan.total / 1e9:.2f} GB. Why: {choice.why}")
-    sections = to_dict(with_known_rates(choice.cfg))
-    names = ("optim", "quant") if choice.cfg.quant.bits else ("optim",)
+    found, choice = choose(cfg, memory, plan_of)
+    show(title_of(found, choice.plan.batch), style="bold")
+    for candidate, plan in choice.passed_over:
+        show(f"{candidate.title}: {plan.total / 1e9:.2f} GB, too much")
+    show(f"{choice.chosen.title}: {choice.plan.total / 1e9:.2f} GB. Why: {choice.chosen.why}")
+    sections = to_dict(with_known_rates(found))
+    names = ("optim", "quant") if found.quant.bits else ("optim",)
     said = {name: {key: value for key, value in sections[name].items() if value is not None} for name in names}
     say("\n# for a run file\n" + yaml.safe_dump(said, sort_keys=False))

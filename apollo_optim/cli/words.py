@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,27 +9,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..core.errors import InputError, nearest
 from ..core.printing import printable, say
+from ..core.sizes import size_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 CONSENT = "--trust-remote-code"  # never a key of a file: files come from anywhere
 CONSENT_HELP = "run the Python code that a model or tokenizer brings along; only if you have read it"
-UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def memory_of(flag: str, text: str | None) -> float | None:
     """Bytes of what a flag says: "24GB", "24" (GB, too) or "80 GiB"; None where it is not given."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
-    try:
-        size = float(found[1]) * UNITS[found[2].upper() or "GB"] if found else 0.0
-    except (ValueError, KeyError):
-        size = 0.0
-    if size <= 0:
-        raise InputError(f"{flag} {text}: give a size such as 24GB or 80GiB")
-    return size
+    return None if text is None else size_of(flag, text)
 
 
 def home(path: str) -> Path:

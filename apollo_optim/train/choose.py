@@ -1,11 +1,10 @@
-"""Which optimizer for this memory: the best by the evidence of docs/choose.md whose plan fits."""
+"""Which optimizer for this run and this memory."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import torch
 
@@ -13,6 +12,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.core.printing import say
 from apollo_optim.parallel.world import launched
 from apollo_optim.plan import Plan
+from apollo_optim.plan.choose import Candidate, Choice, first_that_fits
 from apollo_optim.train.build import choose_device
 from apollo_optim.train.config import RunConfig, load_config
 from apollo_optim.train.plan import planned
@@ -22,74 +22,26 @@ AUTO = "auto"
 """`optim.name` of a run whose optimizer is chosen when it starts."""
 
 
-class Candidate(NamedTuple):
-    """An optimizer, the bits of its weights if they are not the model's own, why it stands there, and its rest."""
-
-    name: str
-    bits: Literal[4, 8] | None
-    why: str
-    rest: str | None = None
-
-    @property
-    def title(self) -> str:
-        return self.name + (f", weights of {self.bits} bits" if self.bits else "")
-
-
-CANDIDATES = (
-    Candidate("full", None, "a winner of the race, with a byte of state for a weight (docs/race.md)"),
-    Candidate("lite", None, "the race's lowest so far with half a byte of state for a weight (docs/race.md)"),
-    Candidate("lite", 8, "level with weights of 32 bits in our run (docs/low-bit.md)"),
-    Candidate("nano", 8, "next to no state, and 3 % above its weights of 32 bits in our run (docs/low-bit.md)"),
-    Candidate("q-apollo-mini", 4, "half a byte a weight costs 16 % of perplexity, if nothing else fits", "adamw8bit"),
-)
-"""Each takes less than the one before, and ends no lower in our runs; `nano` with weights of 16 bits would take more
-than `lite` with weights of 8, and ends above it. With weights of 4 bits it is no better than APOLLO-Mini."""
-
-
-class Choice(NamedTuple):
-    """What fits.
-
-    Attributes:
-        cfg: The run with it; its other keys are those that were given.
-        title: What it is called, with the bits of its weights.
-        why: One line.
-        plan: Of its fullest moment.
-        passed_over: Titles and plans of what is better and does not fit.
-    """
-
-    cfg: RunConfig
-    title: str
-    why: str
-    plan: Plan
-    passed_over: tuple[tuple[str, Plan], ...]
-
-
-def choose(cfg: RunConfig, memory: float, plan_of: Callable[[RunConfig], Plan] = planned) -> Choice:
+def choose(cfg: RunConfig, memory: float, plan_of: Callable[[RunConfig], Plan] = planned) -> tuple[RunConfig, Choice]:
     """The best optimizer for a run whose weights, gradients, activations and state together may take `memory` bytes.
 
-    >>> choice = choose(RunConfig(model=ModelConfig("llama-7b", dtype="bfloat16")), 24e9)
-    >>> choice.cfg.optim.name, choice.why, choice.plan.total
+    >>> run, choice = choose(RunConfig(model=ModelConfig("llama-7b", dtype="bfloat16")), 24e9)
+    >>> run.optim.name, choice.chosen.why, choice.plan.total
 
     Model, batch, sequence, `train.release` and recomputation are those of `cfg`; what it says of an optimizer is left
     behind. `plan_of`: who plans, if not `planned`. Raises InputError, naming what would help, where nothing fits.
     """
-    passed: list[tuple[str, Plan]] = []
-    for candidate in CANDIDATES:
-        kept = {"targets": cfg.optim.targets, "exclude": cfg.optim.exclude, "seed": cfg.optim.seed}
+    kept = {"targets": cfg.optim.targets, "exclude": cfg.optim.exclude, "seed": cfg.optim.seed}
+
+    def run_of(candidate: Candidate) -> RunConfig:
         optim = type(cfg.optim).of(name=candidate.name, rest=candidate.rest, **kept)
-        one = dataclasses.replace(cfg, optim=optim, quant=dataclasses.replace(cfg.quant, bits=candidate.bits))
-        plan = plan_of(one)
-        if plan.total <= memory:
-            return Choice(one, candidate.title, candidate.why, plan, tuple(passed))
-        passed.append((candidate.title, plan))
+        return dataclasses.replace(cfg, optim=optim, quant=dataclasses.replace(cfg.quant, bits=candidate.bits))
+
     ways = [] if cfg.train.release else ["train.release true"]
     ways += [] if cfg.model.gradient_checkpointing else ["model.gradient_checkpointing true"]
     ways += ["a smaller train.micro_batch or data.seq_len"]
-    title, least = passed[-1]
-    raise InputError(
-        f"nothing fits in {memory / 1e9:.1f} GB: {title}, takes {least.total / 1e9:.1f} GB. "
-        f"What would help: {', '.join(ways)}"
-    )
+    choice = first_that_fits(lambda candidate: plan_of(run_of(candidate)), memory, ways)
+    return run_of(choice.chosen), choice
 
 
 def settled(cfg: RunConfig, resume: bool, plan_of: Callable[[RunConfig], Plan] = planned) -> RunConfig:
@@ -113,10 +65,10 @@ def settled(cfg: RunConfig, resume: bool, plan_of: Callable[[RunConfig], Plan] =
         begun = load_config(run_of(cfg) / "config.yaml")
         return dataclasses.replace(cfg, optim=begun.optim, quant=begun.quant)
     memory = free_memory(choose_device(cfg))
-    choice = choose(cfg, memory, plan_of)
+    found, choice = choose(cfg, memory, plan_of)
     free = f"a plan of {choice.plan.total / 1e9:.2f} GB where {memory / 1e9:.1f} are free"
-    say(f"optimizer: {choice.title}, {free}: {choice.why}")
-    return choice.cfg
+    say(f"optimizer: {choice.chosen.title}, {free}: {choice.chosen.why}")
+    return found
 
 
 def free_memory(where: torch.device) -> int:

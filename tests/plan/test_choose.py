@@ -13,12 +13,16 @@ from apollo_optim.cli.plan import run
 from apollo_optim.core.storage import nbytes
 from apollo_optim.optim.describe import state_bytes
 from apollo_optim.parallel.world import MEETING
-from apollo_optim.plan import Moment, Plan
-from apollo_optim.train.choose import CANDIDATES, choose, free_memory, settled
+from apollo_optim.plan import CANDIDATES, Moment, Plan
+from apollo_optim.plan import choose as choose_for
+from apollo_optim.train.choose import choose, free_memory, settled
 from apollo_optim.train.config import RunConfig, check, load_config
+from apollo_optim.train.loss import summed_loss
 from apollo_optim.train.optimizer import make_optimizer
-from apollo_optim.train.plan import model_of
+from apollo_optim.train.plan import model_of, planned
 from apollo_optim.train.pretrain import pretrain
+
+WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
 
 
 def falling(cfg: RunConfig) -> Plan:
@@ -29,17 +33,16 @@ def falling(cfg: RunConfig) -> Plan:
 
 @pytest.mark.parametrize(("memory", "place"), [(1e12, 0), (50e9, 0), (49e9, 1), (35e9, 2), (20e9, 3), (10e9, 4)])
 def test_the_best_that_fits_is_taken(memory: float, place: int) -> None:
-    choice = choose(RunConfig(), memory, falling)
-    assert (choice.cfg.optim.name, choice.cfg.quant.bits) == (CANDIDATES[place].name, CANDIDATES[place].bits)
-    assert choice.why == CANDIDATES[place].why
-    assert [title for title, _ in choice.passed_over] == [c.title for c in CANDIDATES[:place]]
-    assert choice.title == CANDIDATES[place].title
+    found, choice = choose(RunConfig(), memory, falling)
+    assert (found.optim.name, found.quant.bits) == (CANDIDATES[place].name, CANDIDATES[place].bits)
+    assert choice.chosen == CANDIDATES[place]
+    assert [candidate for candidate, _ in choice.passed_over] == list(CANDIDATES[:place])
     assert choice.plan.total <= memory
 
 
 def test_where_nothing_fits_it_is_said_what_would_help() -> None:
     cfg = RunConfig()
-    with pytest.raises(InputError, match=r"nothing fits in 9.0 GB: .* takes 10.0 GB. .*train.release true, model.grad"):
+    with pytest.raises(InputError, match=r"nothing fits in 9 GB: .* takes 10 GB. .*train.release true, model.grad"):
         choose(cfg, 9e9, falling)
     cfg.train.release = cfg.model.gradient_checkpointing = True
     with pytest.raises(InputError, match=r"What would help: a smaller train\.micro_batch or data\.seq_len"):
@@ -58,11 +61,40 @@ def test_every_candidate_is_a_run_and_takes_less_state_than_the_one_before(tmp_p
         sizes.append(state)
         return Plan(cfg.optim.name, 1, [Moment("update", {"weights": state})])
 
-    wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
     with pytest.raises(InputError, match="nothing fits"):
-        choose(tiny(tmp_path, model={"config": wide, "dtype": "bfloat16"}), 1, plan_of)
+        choose(tiny(tmp_path, model={"config": WIDE, "dtype": "bfloat16"}), 1, plan_of)
     assert len(sizes) == len(CANDIDATES)
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_model_of_ones_own_is_planned_as_the_runs_is(tmp_path: Any) -> None:
+    """In the library: a model on the meta device and words for the memory, and not a byte of another plan."""
+    cfg = tiny(tmp_path, model={"config": WIDE, "dtype": "bfloat16"}, train={"release": True, "loss": "auto"})
+    model = model_of(cfg, 300)
+    ways: dict[str, Any] = {
+        "batch": 4,
+        "seq": cfg.data.seq_len,
+        "release": True,
+        "loss": lambda *args: summed_loss(*args, how="auto"),
+    }
+    sizes: list[int] = []
+
+    def plan_of(one: RunConfig) -> Plan:
+        one.train.micro_batch = one.train.batch_size = 4
+        sizes.append((found := planned(one, vocab_size=300)).total)
+        return found
+
+    with pytest.raises(InputError, match="nothing fits"):
+        choose(cfg, 1, plan_of)
+    for place, size in enumerate(sizes):
+        choice = choose_for(model, size, **ways)
+        assert (choice.chosen, choice.plan.total) == (CANDIDATES[place], size)
+    assert not any(hasattr(p, "bits") for p in model.parameters()), "the model is left as it is"
+    assert choose_for(model, "1 GB", **ways).chosen.name == "full"
+    with pytest.raises(InputError, match=r"memory 12 gallons: give a size such as 24GB"):
+        choose_for(model, "12 gallons")
+    with pytest.raises(InputError, match=r"nothing fits in 0.001 GB: q-apollo-mini, .* help: release=True"):
+        choose_for(model, "1MB")
 
 
 def test_the_command_names_it_and_its_run_file(capsys: pytest.CaptureFixture[str]) -> None:
