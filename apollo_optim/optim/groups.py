@@ -36,11 +36,6 @@ from apollo_optim.optim.knobs import (
 from apollo_optim.optim.parameter import applies
 from apollo_optim.rules import RULES
 
-SCALE_RULES: dict[str, Group] = {  # what SCALE's authors do with each kind
-    "embedding": {"normalize": "columns"},
-    "head": {"normalize": "rows", "momentum": 0.9},
-    "others": {"normalize": "rows"},
-}
 KINDS = ("matrices", "embedding", "head", "norms", "others")
 CODES = ("8bit", "4bit")
 
@@ -155,7 +150,11 @@ def param_groups(
         if kind == "matrices":
             group |= own
         elif choices[kind] == own_rule and kind != "norms":
-            group |= _published(kind, own.get("rule")) | own | ({} if rest_rank is None else {"rank": rest_rank})
+            group |= {
+                **find_rule(own.get("rule", own_rule)).by_kind.get(kind, {}),
+                **own,
+                **({} if rest_rank is None else {"rank": rest_rank}),
+            }
         else:
             group |= _of_rest(kind, theirs[choices[kind]], knobs, elsewhere, quarter)
         group |= {"view": "conv"} if conv else {}
@@ -173,14 +172,9 @@ def _of_rest(kind: str, their: Group, knobs: Group, elsewhere: Group, quarter: i
     cls = find_rule(their["rule"])
     known = cls.knobs().keys() & {"betas", "eps"} | GENERAL.keys() - {"rule"}
     group = {key: value for key, value in knobs.items() if key in known} | their
-    group |= _published(kind, cls.name)
+    group |= cls.by_kind.get(kind, {})
     group |= {"rank": quarter} if "rank" in cls.knobs().keys() - cls.defaults().keys() else {}
     return group | {key: value for key, value in elsewhere.items() if key in cls.knobs()}
-
-
-def _published(kind: str, rule: str | None) -> Group:
-    """What a rule's authors do otherwise with this kind than with matrices."""
-    return SCALE_RULES[kind] if rule == "scale" else {}
 
 
 _INSTEAD = {

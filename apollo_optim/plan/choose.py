@@ -97,8 +97,9 @@ def choose(
 
     @functools.cache
     def stored(bits: Literal[4, 8] | None) -> tuple[nn.Module, Trace]:
-        twin = copy.deepcopy(model)
+        twin = model
         if bits is not None:
+            twin = copy.deepcopy(model)
             quantize_weights(twin, bits, targets=targets)
         return twin, trace_step(twin, loss or own_loss, batch, seq, device)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -138,6 +139,8 @@ class Rule:
     no product of matrices is made but `core.matrix.project`'s: that of a stack is rounded otherwise."""
     per_step: ClassVar[frozenset[str]] = frozenset()
     """Knobs that only `scalars` reads: a compiled step is not made anew for another value of them."""
+    by_kind: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+    """Knobs that its authors set otherwise for an "embedding", a "head" or "others" than for matrices."""
     lr: ClassVar[float] = 1e-3
     """A learning rate to begin with."""
 

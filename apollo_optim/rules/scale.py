@@ -31,6 +31,11 @@ class Scale(Rule):
     summary: ClassVar[str] = "The gradient, each row brought to one size; state 0, or dn with a momentum."
     view: ClassVar = "matrix"
     stacks: ClassVar = True
+    by_kind: ClassVar = {
+        "embedding": {"normalize": "columns"},
+        "head": {"normalize": "rows", "momentum": 0.9},
+        "others": {"normalize": "rows"},
+    }
 
     normalize: str = knob(one_of("rows", "columns"), "What is brought to an RMS of 1.", "rows")
     momentum: float = knob(BETA, "Decay of the gradient's average, which is normalised instead of it; 0: none.", 0.0)

@@ -33,15 +33,15 @@ def choose(cfg: RunConfig, memory: float, plan_of: Callable[[RunConfig], Plan] =
     """
     kept = {"targets": cfg.optim.targets, "exclude": cfg.optim.exclude, "seed": cfg.optim.seed}
 
-    def run_of(candidate: Candidate) -> RunConfig:
+    def run_with(candidate: Candidate) -> RunConfig:
         optim = type(cfg.optim).of(name=candidate.name, rest=candidate.rest, **kept)
         return dataclasses.replace(cfg, optim=optim, quant=dataclasses.replace(cfg.quant, bits=candidate.bits))
 
     ways = [] if cfg.train.release else ["train.release true"]
     ways += [] if cfg.model.gradient_checkpointing else ["model.gradient_checkpointing true"]
     ways += ["a smaller train.micro_batch or data.seq_len"]
-    choice = first_that_fits(lambda candidate: plan_of(run_of(candidate)), memory, ways)
-    return run_of(choice.chosen), choice
+    choice = first_that_fits(lambda candidate: plan_of(run_with(candidate)), memory, ways)
+    return run_with(choice.chosen), choice
 
 
 def settled(cfg: RunConfig, resume: bool, plan_of: Callable[[RunConfig], Plan] = planned) -> RunConfig:

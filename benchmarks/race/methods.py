@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 RATES = ("lr", "embedding_lr", "head_lr")
+"""Of matrices, embedding and head."""
 AXES = (*RATES, "knob")
 """What can be searched: three rates and one knob of the method's own."""
 
