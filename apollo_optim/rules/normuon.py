@@ -23,7 +23,7 @@ class NorMuon(Muon):
     When: Where Muon is, for one more number a row.
 
     Evidence: Muon with its rows normalised, checked against that definition (`tests/rules/test_rivals.py`). Stateless,
-    with a slim rest, it ends 1.7 % above Muon so (`docs/race.md`, one seed); with a momentum it is in the queue.
+    with a slim rest, it ends 1.6 % above Muon so (`docs/race.md`, one seed); with a momentum it is in the queue.
     """
 
     name: ClassVar[str] = "normuon"
