@@ -44,13 +44,13 @@ SLIM = "slimadam, adam-mini"
 RATES = (
     Rate("apollo-mini", 1_024, 0.001, 0.005, SMALL_BATCH, "adafactor"),
     Rate("q-apollo-mini", 1_024, 0.001, 0.005, SMALL_BATCH, "adafactor"),
-    Rate("apollo", 4_096, 0.005, 0.08, RACE),
     Rate("q-apollo", 4_096, 0.005, 0.08, RACE),
     Rate("q-apollo-mini", 4_096, 0.00125, 0.02, RACE),
     Rate("apollo", 4_096, 0.005, 0.04, RACE, "adafactor"),
     Rate("apollo", 4_096, 0.005, 0.005, RACE, "scale"),
     # beta2 is a half-life of 72,000 tokens (nano's of 4.6 million), Muon's momentum one of 13,840
     Rate("adamw", 4_096, 0.002, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.16, "betas": (0.9, 0.9613)}),
+    Rate("apollo", 4_096, 0.01, 0.02, RACE2, more={**NORMS, "embedding_lr": 0.16, "betas": (0.9, 0.9613)}),
     Rate("apollo-mini", 4_096, 0.005, 0.02, RACE2, more={**NORMS, "embedding_lr": 0.08, "betas": (0.9, 0.9613)}),
     Rate("muon+adamw8bit", 4_096, 0.008, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.32, "momentum": 0.8145}),
     Rate("lite", 4_096, 0.016, 0.01, RACE2, SLIM, {**NORMS, "embedding_lr": 0.64, "momentum": 0.8145}),
