@@ -5,6 +5,7 @@ whatever differs is the optimizer's doing. One process's run is made on plain te
 """
 
 import contextlib
+import faulthandler
 import json
 import logging
 import math
@@ -35,7 +36,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.multiprocessing.spawn import start_processes
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from apollo_optim import AdamW, Apollo, InputError, RuleOptimizer, build_optimizer, release
 from apollo_optim.core import place
@@ -697,7 +698,11 @@ WHOLE_ZOO = [rests_of_all]
 
 
 def work(rank: int, world: int, folder: str, checks: list[Callable[[], Found]]) -> None:
-    """One process of ``world``: what ``checks`` find goes to ``folder``/found.json."""
+    """One process of ``world``: what ``checks`` find goes to ``folder``/found.json.
+
+    Where it was when a signal ended it is written beside that.
+    """
+    faulthandler.enable(Path(folder, f"process {rank}.died").open("w"))  # noqa: SIM115 - as long as it lives
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)  # what a 2-D mesh could do with fewer messages
@@ -718,7 +723,7 @@ def work(rank: int, world: int, folder: str, checks: list[Callable[[], Found]]) 
 
 
 def find(world: int, folder: Path, checks: list[Callable[[], Found]] | None = None) -> dict[str, list[Row]]:
-    """Run ``work`` in ``world`` processes of one thread each. An exception in one of them is raised here.
+    """Run ``work`` in ``world`` processes of one thread each. An exception in one of them is raised here, and a death.
 
     They are forks of one process that has imported everything and has no thread: an import takes seconds.
     """
@@ -726,6 +731,11 @@ def find(world: int, folder: Path, checks: list[Callable[[], Found]] | None = No
         ["apollo_optim", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo"]
     )
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
-        start_processes(work, (world, str(folder), checks or CHECKS[world]), world, start_method="forkserver")
+        try:
+            start_processes(work, (world, str(folder), checks or CHECKS[world]), world, start_method="forkserver")
+        except ProcessExitedException as error:
+            for place in folder.glob("*.died"):
+                error.add_note(f"{place.name}: {place.read_text()}")
+            raise
     found: dict[str, list[Row]] = json.loads((folder / "found.json").read_text())
     return found

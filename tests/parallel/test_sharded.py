@@ -8,12 +8,15 @@ import itertools
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from sharded import COMPILED, ON_FOUR, ON_TWO, RESTS, WHOLE_ZOO, Row, find
 from torch import nn
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from apollo_optim import AdamW, Apollo, ApolloMini, InputError
 
@@ -34,6 +37,17 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Found:
 def far(rows: list[Row], limit: float = LIMIT) -> list[Row]:
     assert rows
     return [row for row in rows if not row["distance"] <= limit]  # NaN is far
+
+
+def test_a_process_that_dies_says_where(tmp_path: Path) -> None:
+    with pytest.raises(ProcessExitedException, match="SIGABRT") as died:
+        find(1, tmp_path, [abort])
+    assert "in abort" in "".join(died.value.__notes__)
+
+
+def abort() -> Iterator[Any]:
+    """A check that ends its process as a broken heap would."""
+    os.abort()
 
 
 @pytest.mark.parametrize("where", ON_TWO)
