@@ -1,4 +1,4 @@
-"""APOLLO: AdamW-level training at SGD-level memory (arXiv 2412.05270).
+"""Train language models with a small part of AdamW's memory: APOLLO (arXiv 2412.05270), and recipes beside it.
 
 from apollo_optim import ApolloMini, param_groups
 optimizer = ApolloMini(param_groups(model, rank=1), lr=1e-2)

@@ -37,7 +37,7 @@ COMMANDS = {
 
 HELP = f"""usage: apollo-optim COMMAND [...]
 
-Train language models with APOLLO: AdamW-level training at SGD-level memory.
+Train language models with a small part of AdamW's memory: with APOLLO, or recipes of Muon.
 
 commands:
 {"".join(f"  {name:<12}{summary}{chr(10)}" for name, summary in COMMANDS.items())}

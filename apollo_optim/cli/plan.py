@@ -30,7 +30,7 @@ EPILOG = """\
 examples:
   apollo-optim plan llama-7b --release                        what fits where, as in the paper's Figure 2
   apollo-optim plan llama-7b --release --checkpointing --memory 24GB
-  apollo-optim plan llama-7b --release --memory 24GB --choose  the best optimizer that fits, and its run file
+  apollo-optim plan llama-7b --release --memory 24GB --device cuda --choose  the best that fits, and its run file
   apollo-optim plan llama-7b --optimizer apollo adamw --rank 256 --optim.state_dtype bfloat16
   apollo-optim plan llama-13b --optimizer apollo-mini --gpus 8 --parallel ddp
   apollo-optim plan llama-7b --gpus 8 --parallel fsdp2         also what a step sends to other GPUs, beside AdamW's
@@ -51,7 +51,8 @@ def run(argv: Sequence[str]) -> int:
     models = Models(args.trust_remote_code, args.device)
     if args.choose:
         assert limit is not None  # check_words
-        print_choice(cfg, limit, lambda one: models.plan_of(one, args.batch), lambda one, n: title_of(args, one, n))
+        ways = (lambda one: models.plan_of(one, args.batch)), (lambda one, n: title_of(args, one, n))
+        print_choice(cfg, limit, *ways, args.device)
         return 0
     from ..plan import Budget, Parallel, Sends, largest_batch
     from ..plan.cuda import advice
@@ -200,10 +201,12 @@ def check_words(args: argparse.Namespace) -> None:
     if args.pace and not args.fit:
         raise InputError("--pace is for --fit SIZE, which says how many tokens a step has")
     beside = args.optimizer, args.rank, args.gpus > 1, args.bits in (4, 8), args.out
-    if args.choose and (not args.memory or any(beside)):
+    if args.choose and not args.memory:
+        raise InputError("--choose needs to know how much there is: --memory 24GB")
+    if args.choose and any(beside):
         raise InputError(
-            "--choose needs --memory 24GB, and chooses optimizer and bits for one device: leave --optimizer, --rank, "
-            "--bits, --gpus and --out out"
+            "--choose finds optimizer and bits itself, for one device: leave --optimizer, --rank, --bits, --gpus and "
+            "--out out"
         )
     if args.bits in BITS and args.dtype not in (None, BITS[args.bits]):
         raise InputError(f"--bits {args.bits} and --dtype {args.dtype} contradict each other: leave one out")
@@ -229,6 +232,8 @@ def config_of(args: argparse.Namespace, keys: list[str]) -> "RunConfig":
         cfg = pretrain.parse([*words, *keys]).cfg
     except InputError as error:
         raise InputError(str(error).replace(pretrain.PROG, PROG)) from None
+    if not file and not args.batch and (rows := cfg.train.micro_batch) and "--train.batch_size" not in keys:
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=rows))
     if cfg.optim.name == AUTO:  # chosen where the run starts: here the table has all of them
         cfg = dataclasses.replace(cfg, optim=cfg.optim.changed(name=type(cfg.optim)().name))
         if not args.choose:

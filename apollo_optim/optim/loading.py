@@ -11,18 +11,20 @@ from torch import Tensor
 
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.place import is_sharded, whole
-from apollo_optim.optim.knobs import Group, check_group, find_rule, is_lr, known_keys
+from apollo_optim.optim.knobs import Group, check_group, find_rule, is_lr, known_keys, make_rule
 from apollo_optim.optim.parameter import init_state
 from apollo_optim.rules import RULES
 
 State = dict[str, Any]
 
 
-def fit_groups(ours: list[Group], saved: list[Group], owner: str) -> list[Group]:
+def fit_groups(ours: list[Group], saved: list[Group] | None, owner: str) -> list[Group]:
     """The saved groups, their parameters in our order where both sides have names, new keys at their present values.
 
-    Raises InputError for groups that are not of this library, or use another rule.
+    Raises InputError for groups that are not of this library, or use another rule, or keep something else.
     """
+    if saved is None:
+        raise InputError(f"this is no state of an optimizer: it has no param_groups. {owner}.state_dict() makes one")
     if len(saved) != len(ours):
         raise InputError(
             f"the saved state has {len(saved)} parameter groups, this {owner} {len(ours)}. Build the model and its "
@@ -50,11 +52,24 @@ def fit_groups(ours: list[Group], saved: list[Group], owner: str) -> list[Group]
             raise InputError(
                 f"{owner}, saved state: initial_lr={peak!r} of group {number}, but it must be a number >= 0"
             )
+        if (here := _kept(mine)) != (there := _kept(group)):
+            raise InputError(
+                f"group {number} keeps {here} of a matrix here and {there} in the saved state: build the "
+                "optimizer as it was when it was saved"
+            )
         if "param_names" in mine and sorted(mine["param_names"]) == sorted(theirs.get("param_names", ())):
             ids = dict(zip(theirs["param_names"], theirs["params"], strict=True))
             group["params"], group["param_names"] = [ids[name] for name in mine["param_names"]], mine["param_names"]
         fitted.append(group)
     return fitted
+
+
+def _kept(group: Group) -> str:
+    """What its rule keeps, in words: `muon` has a momentum, or is stateless."""
+    cls = find_rule(group["rule"])
+    if not group.keys() >= cls.knobs().keys() - cls.defaults().keys():  # it has no matrices, and so no rank
+        return "nothing"
+    return ", ".join(make_rule(cls.name, group).slots((8, 8))) or "nothing"
 
 
 def _keys(groups: list[Group]) -> Set[str]:

@@ -18,7 +18,7 @@ from apollo_optim.optim.compiled import Graphs, Memo, is_compiled, prepare_compi
 from apollo_optim.optim.describe import warn_of_others
 from apollo_optim.optim.knobs import GENERAL, PASSED, PER_STEP, Group, check_group, find_rule, known_keys, refuse_flat
 from apollo_optim.optim.loading import fit_groups, fit_state
-from apollo_optim.optim.parameter import Known, Shared, chosen_rule, init_state, static_of
+from apollo_optim.optim.parameter import Known, Shared, chosen_rule, init_state, listed, static_of
 from apollo_optim.optim.together import Given, Prepared, alike, take_steps, together
 
 
@@ -85,7 +85,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             "stochastic_rounding": stochastic_rounding, "seed": seed, "view": view, "maximize": maximize,
             "grad_power": grad_power, "cautious_decay": cautious_decay,
         }  # fmt: skip
-        entries = list(params) if not isinstance(params, (dict, set)) else params
+        entries = params if isinstance(params, (dict, set)) else listed(params, self.name)
         self._some_rank = any(isinstance(entry, dict) and "rank" in entry for entry in entries)
         super().__init__(entries, defaults)
         if rule is not None:  # torch's schedulers look there for betas or a momentum to cycle
@@ -271,7 +271,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         incoming: dict[Tensor, Any] = {}
 
         def fit(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            groups = fit_groups(self.param_groups, saved["param_groups"], self.name)
+            groups = fit_groups(self.param_groups, saved.get("param_groups"), self.name)
             for mine, theirs in zip(self.param_groups, groups, strict=True):
                 for p, number in zip(mine["params"], theirs["params"], strict=True):
                     if saved["state"].get(number):

@@ -26,6 +26,16 @@ from apollo_optim.rules.base import Slot
 OURS = ("step", "seed", "skipped")  # what the optimizer keeps for every parameter, beside the rule's slots
 
 
+def listed(params: Any, owner: str) -> list[Any]:
+    """Parameters or groups, as a list. Raises InputError for a model in their place."""
+    if isinstance(params, torch.nn.Module):
+        raise InputError(
+            f"{owner} takes parameters or groups, not a {type(params).__name__}: {owner}(param_groups(model, ...)), or "
+            "build_optimizer(name, model)"
+        )
+    return list(params)
+
+
 def chosen_rule(p: Tensor, group: Group) -> Rule:
     """The rule that steps `p`: its group's, or what the group names for those that this one does not apply to.
 

@@ -37,6 +37,8 @@ class Recipe(NamedTuple):
         groups: What else is not as by default, as arguments of `param_groups`: the rules of `embedding`, `head` and
             `others`, or of all of them (`rest`), and knobs.
         bits: Of the weights it is for: `quantize_weights(model, bits)` comes first.
+        rates: What is taken where nobody says an `lr`: rates, and averages that were tuned with them, as arguments of
+            `build_optimizer`.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Recipe(NamedTuple):
     paper: str = ""
     groups: Mapping[str, Any] = MappingProxyType({})
     bits: int | None = None
+    rates: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def cls(self) -> type[Rule]:
@@ -61,7 +64,8 @@ class Recipe(NamedTuple):
     def defaults(self) -> dict[str, Any]:
         """Keys of its matrices' group: the rule's, and the learning rate."""
         own = {"lr": self.cls.lr, "weight_decay": 1e-2 if self.rule == "adamw" else 0.0, **self.cls.defaults()}
-        own |= {key: value for key, value in self.groups.items() if key in self.cls.knobs()}
+        said = {**self.groups, **self.rates}
+        own |= {key: value for key, value in said.items() if key == "lr" or key in self.cls.knobs()}
         return {"rank": "auto", **own} if "rank" in self.cls.knobs() else own
 
     def choosing(self, asked: Mapping[str, Any]) -> Recipe:
@@ -77,6 +81,11 @@ class Recipe(NamedTuple):
 
 SLIM: Mapping[str, Any] = {"embedding": "slimadam", "averaged": False, "head": "adam-mini8bit"}
 """One second moment a token, and of the head a momentum of a byte: for LLaMA-7B 0.13 GB instead of AdamW's 2.1."""
+# Of the race at 4,096 tokens a step, on a model of 3.3 million parameters. A momentum of 0.8145 is a half-life of
+# 13,840 tokens, a beta2 of 0.99938 one of 4.6 million (docs/rates.md).
+OF_FULL = {"lr": 0.008, "rest_lr": 0.04, "embedding_lr": 0.32, "norm_lr": 0.02, "momentum": 0.8145}
+OF_LITE = {"lr": 0.016, "rest_lr": 0.01, "embedding_lr": 0.64, "norm_lr": 0.02, "momentum": 0.8145}
+OF_NANO = {"lr": 0.032, "rest_lr": 0.02, "embedding_lr": 0.64, "norm_lr": 0.02, "betas": (0.9, 0.99938)}
 RECIPES = (
     Recipe(
         "full",
@@ -84,6 +93,7 @@ RECIPES = (
         "A winner of the race: Muon on a momentum of a byte a weight, 8-bit AdamW for embedding and head.",
         "docs/race.md; arXiv 2502.16982, 1711.05101",
         groups=MappingProxyType({"rest": "adamw8bit", "state_dtype": "8bit"}),
+        rates=MappingProxyType(OF_FULL),
     ),
     Recipe(
         "lite",
@@ -91,6 +101,7 @@ RECIPES = (
         "The race's lowest so far in half a byte a weight: Muon on 4 bits, one second moment a token of the rest.",
         "docs/race.md; arXiv 2502.16982, 2503.01843, 2406.16793",
         groups=MappingProxyType({**SLIM, "state_dtype": "4bit"}),
+        rates=MappingProxyType(OF_LITE),
     ),
     Recipe(
         "nano",
@@ -98,6 +109,7 @@ RECIPES = (
         "The race's lowest so far in next to no state: Muon without a momentum, one second moment a token of the rest.",
         "docs/race.md; arXiv 2502.16982, 2503.01843, 2406.16793",
         groups=MappingProxyType({**SLIM, "stateless": True}),
+        rates=MappingProxyType(OF_NANO),
     ),
     Recipe(
         "q-apollo",
@@ -123,6 +135,8 @@ def list_optimizers() -> list[Recipe]:
 
 def find_optimizer(name: str) -> Recipe:
     """The entry of this name, or `a+b`. Raises InputError, naming the nearest, where there is none."""
+    if not isinstance(name, str):
+        raise InputError(f'an optimizer\'s name is a string, such as "lite", or a Recipe: {name!r} is neither')
     known = {recipe.name: recipe for recipe in list_optimizers()}
     first, plus, second = name.partition("+")
     if first not in known:
@@ -149,7 +163,7 @@ def combined(first: Recipe, second: str) -> Recipe:
     summary = f"{first.cls.title} for the hidden matrices, {rest.title} for embedding, head and other matrices."
     own = {key: value for key, value in first.groups.items() if key not in ("rest", *KINDS)}
     made = first.with_groups({**own, "rest": second})
-    return made._replace(name=name, summary=summary, paper=f"{first.paper}; {rest.paper}")
+    return made._replace(name=name, summary=summary, paper=f"{first.paper}; {rest.paper}", rates={})
 
 
 def check_knobs(recipe: Recipe, knobs: Group) -> None:
@@ -187,7 +201,9 @@ def build_optimizer(
 
     Args:
         name: One of `list_optimizers()`; two rules, as in "muon+adamw" (see `combined`); or a recipe of your own.
-        lr: Of the matrices, and of everything else unless `rest_lr` says otherwise.
+        lr: Of the matrices, and of everything else unless `rest_lr` says otherwise. None: the rule's own, or for
+            `full`, `lite` and `nano` what the race found for each group of a new model, with its averages
+            (`Recipe.rates`; docs/rates.md).
         rest_lr: Of embedding, head, norms and all else that does not use the optimizer's rule.
         embedding_lr: Of the embedding apart; falls back to `rest_lr`, and that to `lr`. So do `head_lr` and `norm_lr`.
         head_lr: Of the head.
@@ -203,7 +219,12 @@ def build_optimizer(
     no matrix would use the rule, a second rule that nothing uses, the rate of a group that the model does not
     have, and for a float model where the optimizer is one for low-bit weights.
     """
-    recipe = find_optimizer(name) if isinstance(name, str) else name
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            "build_optimizer(name, model): the whole model comes second, whose modules say what to step how; "
+            f"{type(model).__name__} is none"
+        )
+    recipe = name if isinstance(name, Recipe) else find_optimizer(name)
     name = recipe.name
     if recipe.bits is not None and not any(writes_itself(p) for p in model.parameters()):
         raise InputError(
@@ -223,12 +244,17 @@ def build_optimizer(
     }  # fmt: skip
     chosen = recipe.choosing(asked)
     check_knobs(chosen, knobs)
-    given = {**chosen.groups, **{key: value for key, value in asked.items() if value is not None}, **knobs}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    tuned = recipe.rates if lr is None else {}
+    averages = {key: value for key, value in tuned.items() if not key.endswith("lr")}
+    given = {**chosen.groups, **averages, **asked, **knobs}
     given["rank"] = recipe.defaults["rank"] if ranked and rank is None else rank
     of_others = knobs.keys() - known_keys([recipe.cls, find_rule("adamw")])  # `param_groups` must know whose they are
     given["rule"] = recipe.rule if recipe.groups or of_others else None
     groups = param_groups(model, targets=targets, exclude=exclude, no_decay=no_decay, **given)
-    settings: dict[str, Any] = {"lr": recipe.cls.lr if lr is None else lr, "compile": compile}
+    if tuned:
+        _set_rates(groups, tuned, leave=asked)
+    settings: dict[str, Any] = {"lr": recipe.defaults["lr"] if lr is None else lr, "compile": compile}
     make = CLASSES.get(recipe.rule, partial(RuleOptimizer, rule=recipe.rule))
     optimizer: RuleOptimizer = make(groups, **settings)
     if not _is_followed(recipe.rule, optimizer, ndim=2):
@@ -246,6 +272,14 @@ def build_optimizer(
 
 
 ARGUMENTS = frozenset(inspect.signature(build_optimizer).parameters) - {"name", "model", "knobs"}
+
+
+def _set_rates(groups: list[Group], tuned: Mapping[str, Any], leave: Mapping[str, Any]) -> None:
+    """Of all that is not of the matrices, but for what is asked for: another rule there, or another rate."""
+    for group in groups:
+        kind = group["name"].partition("_")[0]
+        if kind != "matrices" and not leave.keys() & {kind, "rest"}:
+            group.setdefault("lr", tuned.get(f"{kind.removesuffix('s')}_lr", tuned["rest_lr"]))
 
 
 def _is_followed(rule: str, optimizer: RuleOptimizer, ndim: int = 0) -> bool:

@@ -165,6 +165,7 @@ class Budget:
         strange = next((p for p in model.parameters() if p.device.type != "meta"), None)
         if strange is not None:
             raise InputError(f"the model to plan must be on the meta device, this one is on {strange.device}")
+        device = cuda.kind_of(device)
         self.name = name or type(optimizer).__name__
         self.release, self.sharded = release, parallel is not None and parallel.kind == "fsdp2"
         self.keeps = not (release or accumulate or self.sharded or (parallel and parallel.bucket_view))

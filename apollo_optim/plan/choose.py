@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -36,12 +37,15 @@ class Candidate(NamedTuple):
         return self.name + (f", weights of {self.bits} bits" if self.bits else "")
 
 
+RACE = "3 to 9 million parameters, docs/race.md"
+RUN = "one run of 3 million parameters, docs/low-bit.md"
+HALF = "if nothing else fits: 16 % above the perplexity of 16 bits, a third above AdamW's (docs/choose.md)"
 CANDIDATES = (
-    Candidate("full", None, "a winner of the race, with a byte of state for a weight (docs/race.md)"),
-    Candidate("lite", None, "the race's lowest so far with half a byte of state for a weight (docs/race.md)"),
-    Candidate("lite", 8, "level with weights of 32 bits in our run (docs/low-bit.md)"),
-    Candidate("nano", 8, "next to no state, and 3 % above its weights of 32 bits in our run (docs/low-bit.md)"),
-    Candidate("q-apollo-mini", 4, "half a byte a weight costs 16 % of perplexity, if nothing else fits", "adamw8bit"),
+    Candidate("full", None, f"a winner of the race, with a byte of state for a weight ({RACE})"),
+    Candidate("lite", None, f"the race's lowest so far with half a byte of state for a weight ({RACE})"),
+    Candidate("lite", 8, f"1 % below its perplexity with weights of 32 bits ({RUN})"),
+    Candidate("nano", 8, f"next to no state, and 3 % above its weights of 32 bits ({RUN})"),
+    Candidate("q-apollo-mini", 4, HALF, "adamw8bit"),
 )
 """Of a large model each takes less than the one before, and ends no lower in our runs; `nano` with weights of 16 bits
 would take more than `lite` with weights of 8, and ends above it. With weights of 4 bits it is no better than
@@ -95,6 +99,15 @@ def choose(
     naming what would help.
     """
 
+    if not isinstance(model, nn.Module):
+        raise InputError(f"choose(model, memory): the model comes first, and {type(model).__name__} is none")
+    for name, number in (("batch", batch), ("seq", seq)):
+        if not isinstance(number, int) or number < 1:
+            raise InputError(f"{name}={number!r}: a whole number, at least 1")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError("no parameter of this model is trained (requires_grad): there is nothing to choose for")
+    size = size_of("memory", memory)
+
     @functools.cache
     def stored(bits: Literal[4, 8] | None) -> tuple[nn.Module, Trace]:
         twin = model
@@ -109,11 +122,17 @@ def choose(
         return plan(twin, candidate.name, trace, release=release, device=device, targets=targets, **knobs)
 
     ways = [] if release else ["release=True, with step_in_backward"]
-    return first_that_fits(plan_of, size_of("memory", memory), [*ways, "a smaller batch or seq", "recomputation"])
+    return first_that_fits(plan_of, size, [*ways, "a smaller batch or seq", "recomputation"])
 
 
 def own_loss(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """Of a model that computes its loss itself."""
+    """Of a model that computes its loss itself. Raises InputError where its forward takes no labels."""
+    takes = inspect.signature(model.forward).parameters
+    if not takes.keys() >= {"input_ids", "labels"} and all(p.kind is not p.VAR_KEYWORD for p in takes.values()):
+        raise InputError(
+            f"{type(model).__name__}.forward takes ({', '.join(takes)}), not input_ids and labels: say "
+            "loss=(model, input_ids, labels) -> the loss"
+        )
     loss: Tensor = model(input_ids=input_ids, labels=labels).loss
     return loss
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
+
+from apollo_optim.core.errors import InputError
+
 MIB = 1 << 20
 ROUND = 512
 SMALL, SMALL_SEGMENT = MIB, 2 * MIB
@@ -18,6 +22,17 @@ LARGE_ROUND = 2 * MIB
 CONTEXT = 500_000_000
 """Bytes of the context of a process: kernels, cuBLAS and its workspaces. NOT MEASURED HERE: public figures for PyTorch
 lie between 0.3 and 0.6 GB, by card and version; a log of `benchmarks.gpu` in results/gpu replaces it."""
+
+
+def kind_of(device: str | torch.device) -> str:
+    """ "cpu" or "cuda" of a device or its name, "cuda:0" as well. Raises InputError for what is not planned."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f'device={str(device)!r}: a plan is of "cpu" or of "cuda"')
+    return kind
 
 
 def up(size: int, step: int) -> int:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from apollo_optim.core.blocks import few_blocks
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import parts, rebuilt
+from apollo_optim.plan.cuda import kind_of
 
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
 """(model, input_ids, labels) -> the loss: what the training loop calls."""
@@ -144,7 +145,7 @@ def trace_step(model: nn.Module, loss: Loss, batch: int, seq: int, device: str =
             p.register_post_accumulate_grad_hook(hook(name))  # type: ignore[no-untyped-call]
     twin.train()
     try:
-        with ordinary_positions(), few_blocks(device), mode, recorder:
+        with ordinary_positions(), few_blocks(kind_of(device)), mode, recorder:
             rows = torch.zeros((batch, seq), dtype=torch.int64)
             total = loss(twin, rows, torch.zeros_like(rows))
             backward = recorder.now + 1

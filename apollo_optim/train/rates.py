@@ -41,6 +41,14 @@ class Rate(NamedTuple):
 RACE, RACE2, SMALL_BATCH, PAPER = "race/llama-4m", "race2", "llama-60m", "the papers' (arXiv 2412.05270, 2403.03507)"
 NORMS = {"norm_lr": 0.02}  # of all methods there
 SLIM = "slimadam, adam-mini"
+
+
+def _of_recipe(name: str, rest: str, called: str | None = None) -> Rate:
+    """What a recipe is built with where nobody says a rate, as a row."""
+    more = dict(find_optimizer(name).rates)
+    return Rate(called or name, 4_096, more.pop("lr"), more.pop("rest_lr"), RACE2, rest, more)
+
+
 RATES = (
     Rate("apollo-mini", 1_024, 0.001, 0.005, SMALL_BATCH, "adafactor"),
     Rate("q-apollo-mini", 1_024, 0.001, 0.005, SMALL_BATCH, "adafactor"),
@@ -48,13 +56,13 @@ RATES = (
     Rate("q-apollo-mini", 4_096, 0.00125, 0.02, RACE),
     Rate("apollo", 4_096, 0.005, 0.04, RACE, "adafactor"),
     Rate("apollo", 4_096, 0.005, 0.005, RACE, "scale"),
-    # beta2 is a half-life of 72,000 tokens (nano's of 4.6 million), Muon's momentum one of 13,840
+    # beta2 is a half-life of 72,000 tokens
     Rate("adamw", 4_096, 0.002, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.16, "betas": (0.9, 0.9613)}),
     Rate("apollo", 4_096, 0.01, 0.02, RACE2, more={**NORMS, "embedding_lr": 0.16, "betas": (0.9, 0.9613)}),
     Rate("apollo-mini", 4_096, 0.005, 0.02, RACE2, more={**NORMS, "embedding_lr": 0.08, "betas": (0.9, 0.9613)}),
-    Rate("muon+adamw8bit", 4_096, 0.008, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.32, "momentum": 0.8145}),
-    Rate("lite", 4_096, 0.016, 0.01, RACE2, SLIM, {**NORMS, "embedding_lr": 0.64, "momentum": 0.8145}),
-    Rate("nano", 4_096, 0.032, 0.02, RACE2, SLIM, {**NORMS, "embedding_lr": 0.64, "betas": (0.9, 0.99938)}),
+    _of_recipe("full", "adamw", "muon+adamw8bit"),
+    _of_recipe("lite", SLIM),
+    _of_recipe("nano", SLIM),
     # a search of their own at this batch; the same half-lives, but for AdamW's of 288,000
     Rate("adamw", 32_768, 0.002, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.16, "betas": (0.9, 0.9242)}),
     Rate("muon+adamw8bit", 32_768, 0.032, 0.04, RACE2, more={**NORMS, "embedding_lr": 0.32, "momentum": 0.1938}),

@@ -155,6 +155,13 @@ def test_words_change_the_run_file(tmp_path: Path) -> None:
     assert pretrain.parse([])[0] == RunConfig()
 
 
+def test_targets_may_be_one_word() -> None:
+    """As the library takes them, and as its errors recommend."""
+    for words, targets in (("all-linear", "all-linear"), ("[attn, mlp]", ["attn", "mlp"])):
+        assert pretrain.parse(["--optim.targets", words]).cfg.optim.targets == targets
+    assert pretrain.parse(["--quant.bits", "8", "--quant.targets", "mlp"]).cfg.quant.targets == "mlp"
+
+
 def test_every_knob_of_every_rule_is_a_key(tmp_path: Path) -> None:
     """Without a line written by hand: as the rule's default, it is what the rule has."""
     path = tmp_path / "run.yaml"

@@ -391,8 +391,50 @@ def test_two_rules_are_refused_where_they_make_no_sense():
         assert message in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["full", "lite", "nano"])
+def test_a_recipe_without_a_rate_has_those_of_the_race(name):
+    """All of them together, or none: they belong to one another."""
+    rates = find_optimizer(name).rates
+
+    def built(model=None, **said):
+        groups = build_optimizer(name, model or llama(), exclude="v_proj", **said).param_groups
+        average = {key: group[key] for group in groups for key in ("momentum", "betas") if key in rates.keys() & group}
+        return {group["name"]: group["lr"] for group in groups}, average
+
+    matrices, rest = rates["lr"], rates["rest_lr"]
+    raced = {"matrices": matrices, "embedding": rates["embedding_lr"], "head": rest, "norms": 0.02, "others": rest}
+    found, average = built()
+    assert found == raced
+    assert average == {key: rates[key] for key in average}
+    assert built(head_lr=0.5)[0] == {**raced, "head": 0.5}
+    assert built(rest_lr=0.5)[0] == {**dict.fromkeys(raced, 0.5), "matrices": matrices}
+    assert built(embedding="scale")[0] == {**raced, "embedding": matrices}, "the raced one is another rule's"
+    found, average = built(lr=1e-4)
+    assert set(found.values()) == {1e-4}
+    assert average in ({"momentum": 0.95}, {"betas": (0.9, 0.999)})
+    del raced["head"]
+    assert built(llama(tie_word_embeddings=True))[0] == raced
+    bare = nn.Sequential(nn.Linear(8, 8, bias=False))
+    assert build_optimizer(name, bare, targets="0").param_groups[0]["lr"] == matrices
+
+
+def test_the_state_of_another_recipe_is_refused():
+    """`lite` and `nano` are one rule, of which one keeps a momentum."""
+    made = {name: build_optimizer(name, llama().to_empty(device="cpu")) for name in ("lite", "nano")}
+    for mine, theirs, here, there in (("lite", "nano", "exp_avg", "nothing"), ("nano", "lite", "nothing", "exp_avg")):
+        before = made[mine].state_dict()["param_groups"]
+        with pytest.raises(InputError, match=f"keeps {here} of a matrix here and {there} in the saved state"):
+            made[mine].load_state_dict(made[theirs].state_dict())
+        assert made[mine].state_dict()["param_groups"] == before
+    with pytest.raises(InputError, match=r"no state of an optimizer: it has no param_groups"):
+        made["nano"].load_state_dict({})
+
+
 def test_building_refuses_what_it_does_not_know():
     for call, message in [
+        (lambda: build_optimizer("full", llama().parameters()), "the whole model comes second"),
+        (lambda: build_optimizer(3, llama()), 'a string, such as "lite", or a Recipe: 3 is neither'),
+        (lambda: ApolloMini(llama()), "ApolloMini takes parameters or groups, not a LlamaForCausalLM"),
         (lambda: build_optimizer("apolo", llama()), "Did you mean 'apollo'"),
         (lambda: build_optimizer("apollo", llama(), scael=2), "Did you mean 'scale'"),
         (lambda: build_optimizer("apollo", llama(), target=["attn"]), "unknown key 'target'. Did you mean 'targets'"),

@@ -441,7 +441,7 @@ def test_a_recipe_is_what_was_raced(name, method, stored):
     """Group by group: the race's methods say it in keys of the run file."""
     keys = {key.removeprefix("optim."): value for key, value in METHODS[method].keys.items()}
     recipe, raced = (build_optimizer(*of, targets="mlp", **knobs) for *of, knobs in (
-        (name, Model(), {}), (keys.pop("name"), Model(), keys),
+        (name, Model(), {"lr": 1e-3}), (keys.pop("name"), Model(), {"lr": 1e-3, **keys}),
     ))  # fmt: skip
     ours, theirs = ([{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in (recipe, raced))
     assert ours == theirs

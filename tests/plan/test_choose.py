@@ -98,19 +98,57 @@ def test_a_model_of_ones_own_is_planned_as_the_runs_is(tmp_path: Any) -> None:
 
 
 def test_the_command_names_it_and_its_run_file(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["llama-1m", "--memory", "1GB", "--choose", "--model.config.num_hidden_layers", "1", "--batch", "16"]
+    words = ["llama-1m", "--memory", "1GB", "--choose", "--model.config.num_hidden_layers", "1", "--batch", "2"]
     assert run(words) == 0
     told, _, section = capsys.readouterr().out.partition("# for a run file\n")
     assert "full: 0." in told
     assert "docs/race.md" in told
-    optim = yaml.safe_load(section)["optim"]
-    assert (optim["name"], optim["lr"], optim["momentum"]) == ("full", 0.008, 0.8145)
+    said = yaml.safe_load(section)
+    model = {"name": "llama-1m", "config": {"num_hidden_layers": 1}, "dtype": "bfloat16"}
+    assert said == {"model": model, "train": {"batch_size": 2}, "optim": {"name": "full"}}
+    assert "# lr 0.008, rest_lr 0.04, embedding_lr 0.32, norm_lr 0.02, momentum 0.8145\n" in section
+    assert run([*words, "--release", "--seq", "8"]) == 0
+    said = yaml.safe_load(capsys.readouterr().out.partition("# for a run file\n")[2])
+    assert (said["train"], said["data"]) == ({"batch_size": 2, "release": True}, {"seq_len": 8})
 
 
-@pytest.mark.parametrize("more", [[], ["--memory", "1GB", "--optimizer", "adamw"], ["--memory", "1GB", "--bits", "8"]])
-def test_a_choice_needs_a_memory_and_leaves_the_rest_open(more: list[str]) -> None:
-    with pytest.raises(InputError, match="--choose needs --memory 24GB"):
-        run(["llama-1m", "--choose", *more])
+def test_a_choice_needs_a_memory_and_leaves_the_rest_open() -> None:
+    with pytest.raises(InputError, match=r"--choose needs .* --memory 24GB"):
+        run(["llama-1m", "--choose"])
+    for more in (["--optimizer", "adamw"], ["--bits", "8"]):
+        with pytest.raises(InputError, match="--choose finds optimizer and bits itself"):
+            run(["llama-1m", "--choose", "--memory", "1GB", *more])
+
+
+def test_what_cannot_be_chosen_for_is_said() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    wrong: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        (("llama-7b", "24GB"), {}, r"choose\(model, memory\): the model comes first"),
+        ((model, 24), {}, r'memory 24: a number is bytes, and that is no model\'s: write "24GB"'),
+        ((model, None), {}, "memory None: give a size"),
+        ((model, "24G"), {"batch": 0}, "batch=0: a whole number, at least 1"),
+        ((model, "24G"), {"seq": 1.5}, "seq=1.5: a whole number"),
+        ((model, "24G"), {}, r"Sequential.forward takes \(input\), not input_ids and labels: say loss="),
+        ((model, "24G"), {"device": "gpu", "loss": lambda m, x, y: m(torch.zeros(1, 8)).sum()}, "device='gpu': a plan"),
+    ]
+    for words, more, told in wrong:
+        with pytest.raises(InputError, match=told):
+            choose_for(*words, **more)
+    with pytest.raises(InputError, match="no parameter of this model is trained"):
+        choose_for(model.requires_grad_(False), "24G")
+
+
+def test_a_gpu_is_planned_by_any_of_its_names(tmp_path: Any) -> None:
+    model = model_of(tiny(tmp_path, model={"dtype": "bfloat16"}), 300)
+    totals = [choose_for(model, "9GB", batch=1, seq=8, device=name).plan.total for name in ("cuda", "cuda:1", "cpu")]
+    assert totals[0] == totals[1] > totals[2]
+
+
+def test_rows_of_a_named_model(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, rows in (([], 1), (["--train.micro_batch", "4"], 4), (["--batch", "3"], 3)):
+        assert run(["llama-1m", "--optimizer", "nano", *words]) == 0
+        assert f"micro-batch {rows} x 256 tokens" in capsys.readouterr().out
 
 
 def test_auto_is_the_best_that_fits_in_what_is_free(
@@ -121,7 +159,7 @@ def test_auto_is_the_best_that_fits_in_what_is_free(
     found = settled(cfg, False, falling)
     assert (found.optim.name, found.quant.bits, found.optim.seed) == ("lite", 8, 3)
     assert (
-        "optimizer: lite, weights of 8 bits, a plan of 30.00 GB where 33.0 are free: level with weights of 32 bits"
+        "optimizer: lite, weights of 8 bits, a plan of 30.00 GB where 33.0 are free: 1 % below its perplexity"
         in capsys.readouterr().out
     )
     assert settled(found, False) is found

@@ -42,7 +42,7 @@ class QuantConfig:
     """Bits of a weight; None: those of the optimizer (8 for q-apollo and q-apollo-mini), float weights for others."""
     group_size: int = 128
     """So many neighbours in a row share a bfloat16 scale."""
-    targets: list[str] = field(default_factory=lambda: ["attn", "mlp"])
+    targets: list[str] | str = field(default_factory=lambda: ["attn", "mlp"])
     """Module names (part of a name, glob, re:regex) whose matrices are stored so; embedding and head must be named."""
     exclude: list[str] = field(default_factory=list)
     """Parameter names that are left in float, whatever `targets` says."""
@@ -90,7 +90,7 @@ class OptimConfig:
     """Round bfloat16 weights stochastically when they are written."""
     seed: int | None = None
     """Seed of the random projections and of the rounding."""
-    targets: list[str] | None = None
+    targets: list[str] | str | None = None
     """Module names (part of a name, glob or regex, or "all-linear") whose matrices use the rule."""
     exclude: list[str] | None = None
     """Module names that do not, whatever `targets` says."""
