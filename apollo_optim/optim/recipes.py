@@ -255,6 +255,8 @@ def build_optimizer(
     if tuned:
         _set_rates(groups, tuned, leave=asked)
     settings: dict[str, Any] = {"lr": recipe.defaults["lr"] if lr is None else lr, "compile": compile}
+    later = recipe.cls.knobs().keys() - {"rank"} | {"state_dtype"}  # for groups that are added
+    settings |= {key: value for key, value in given.items() if key in later}
     make = CLASSES.get(recipe.rule, partial(RuleOptimizer, rule=recipe.rule))
     optimizer: RuleOptimizer = make(groups, **settings)
     if not _is_followed(recipe.rule, optimizer, ndim=2):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from apollo_optim.core.errors import InputError
+from apollo_optim.core.errors import InputError, nearest
 from apollo_optim.core.place import local
 from apollo_optim.data.foreign import check_size, context_of, explained
 from apollo_optim.optim.recipes import find_optimizer
@@ -235,8 +235,8 @@ def model_config(
             config = LlamaConfig(**fields | cfg.config)
         check_size(config, cfg.name)
         return config
-    if not Path(name).exists() and name.startswith("llama-"):
-        raise InputError(f"model.name={cfg.name}: no such size; there are {', '.join(SIZES)}")
+    if not Path(name).exists() and name.lower().startswith("llama") and "/" not in name:  # the hub has none so called
+        raise InputError(f"model.name={cfg.name}: no such size{nearest(name, SIZES)}; there are {', '.join(SIZES)}")
     with explained(f"model.name={cfg.name}: neither a size ({', '.join(SIZES)}) nor a readable model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     if cfg.vocab_size is not None:

@@ -418,6 +418,14 @@ def test_a_recipe_without_a_rate_has_those_of_the_race(name):
     assert build_optimizer(name, bare, targets="0").param_groups[0]["lr"] == matrices
 
 
+@pytest.mark.parametrize("name", ["full", "lite", "nano"])
+def test_a_group_that_is_added_to_a_recipe_is_one_of_it(name):
+    optimizer = build_optimizer(name, llama())
+    optimizer.add_param_group({"params": [nn.Parameter(torch.empty(8, 8, device="meta"))]})
+    matrices, *_, added = optimizer.param_groups
+    assert {key for key in added if added[key] != matrices.get(key)} <= {"params", "param_names"}
+
+
 def test_the_state_of_another_recipe_is_refused():
     """`lite` and `nano` are one rule, of which one keeps a momentum."""
     made = {name: build_optimizer(name, llama().to_empty(device="cpu")) for name in ("lite", "nano")}

@@ -477,7 +477,8 @@ def test_a_plan_says_what_every_group_follows_and_keeps() -> None:
     [
         ("", "nothing to plan: name a size (llama-7b)"),
         ("llama-1m --config x.yaml", "both WHAT and --config"),
-        ("llama-7c", "no such size; there are llama-1m"),
+        ("llama-7c", "no such size (did you mean llama-7b?); there are llama-1m"),
+        ("llama7b", "no such size (did you mean llama-7b?)"),
         ("./no/where", "neither a size"),
         ("nowhere.yaml", "cannot read the run file nowhere.yaml"),
         ("llama-1m --optimizer apolo", "--optimizer apolo: no such optimizer (did you mean apollo?)"),
