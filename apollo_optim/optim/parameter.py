@@ -28,7 +28,7 @@ OURS = ("step", "seed", "skipped")  # what the optimizer keeps for every paramet
 
 def listed(params: Any, owner: str) -> list[Any]:
     """Parameters or groups, as a list. Raises InputError for a model in their place."""
-    if isinstance(params, torch.nn.Module):
+    if isinstance(params, torch.nn.Module) and not isinstance(params, torch.nn.ParameterList):
         raise InputError(
             f"{owner} takes parameters or groups, not a {type(params).__name__}: {owner}(param_groups(model, ...)), or "
             "build_optimizer(name, model)"

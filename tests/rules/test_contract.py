@@ -380,15 +380,14 @@ def test_deepcopy_and_lr_tensor(name):
 def compiled_cases() -> list:
     """The first rule of each kind wide in bf16, AdamW tall in fp32, a stack; others are slow: 10 s a graph.
 
-    Of a kind: what they see, whether they draw, how their state is split, whether they multiply in a precision.
+    Of a kind: what they see, whether they draw, whether they multiply in a precision.
     """
     tall, wide, stack, vector = (96, 40), (40, 96), (3, 24, 40), (50,)
     cases = [pytest.param("apollo-mini", torch.bfloat16, [stack], id="bf16-stack-apollo-mini")]
     kinds = set()
     for name in sorted({rule_named(name): name for name in reversed(NAMES)}.values(), key=NAMES.index):
         rule = rule_named(name)(**rank_of(name, 8))
-        splits = frozenset(slot.split for slot in rule.slots(tall).values())
-        kind = rule.view, bool(rule.draws(1)), splits, has(name, "precision")
+        kind = rule.view, bool(rule.draws(1)), has(name, "precision")
         seldom = rule.phase(1) != rule.phase(2) or kind in kinds
         kinds.add(kind)
         for dtype, one, other in ((torch.float32, tall, wide), (torch.bfloat16, wide, tall)):
