@@ -232,7 +232,7 @@ def config_of(args: argparse.Namespace, keys: list[str]) -> "RunConfig":
         cfg = pretrain.parse([*words, *keys]).cfg
     except InputError as error:
         raise InputError(str(error).replace(pretrain.PROG, PROG)) from None
-    if not file and not args.batch and (rows := cfg.train.micro_batch) and "--train.batch_size" not in keys:
+    if not file and not args.batch and (rows := cfg.train.micro_batch or 0) > cfg.train.batch_size:
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=rows))
     if cfg.optim.name == AUTO:  # chosen where the run starts: here the table has all of them
         cfg = dataclasses.replace(cfg, optim=cfg.optim.changed(name=type(cfg.optim)().name))

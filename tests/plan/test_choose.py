@@ -146,7 +146,8 @@ def test_a_gpu_is_planned_by_any_of_its_names(tmp_path: Any) -> None:
 
 
 def test_rows_of_a_named_model(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, rows in (([], 1), (["--train.micro_batch", "4"], 4), (["--batch", "3"], 3)):
+    several = ["--train.batch_size=8", "--train.micro_batch=2"]
+    for words, rows in (([], 1), (["--train.micro_batch", "4"], 4), (["--batch", "3"], 3), (several, 2)):
         assert run(["llama-1m", "--optimizer", "nano", *words]) == 0
         assert f"micro-batch {rows} x 256 tokens" in capsys.readouterr().out
 
