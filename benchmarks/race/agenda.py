@@ -95,7 +95,7 @@ class Board:
         losses: dict[Point, float] = {}
         while True:
             try:
-                found = find(losses, len(method.axes), setting.budget, setting.extra)
+                found = find(losses, len(method.axes), setting.budget, setting.extra + method.more.get(setting.name, 0))
             except Needs as needs:
                 wanted = [point for point in needs.points if trial(point) not in self.rows]
                 losses |= {point: self.loss(trial(point)) for point in needs.points if point not in wanted}

@@ -43,6 +43,8 @@ class Method:
     knob: Knob = HALF_LIFE
     recipe: str | None = None
     """The name that the library has for it."""
+    more: Mapping[str, int] = field(default_factory=dict)
+    """Search runs beyond what every method has, by setting: for axes of the baseline that a claim waits for."""
 
     def __post_init__(self) -> None:
         if missing := set(RATES) - set(self.centre):
@@ -78,7 +80,12 @@ METHODS: dict[str, Method] = {
     ),
     # AdamW's second look: its rate of the matrices was bracketed before its half-life moved, and at 32,768 tokens a
     # step its budget was gone before the half-life came up. Here that is first.
-    "adamw-again": Method({"optim.name": "adamw"}, start="adamw", axes=("knob", "lr", "embedding_lr", "head_lr")),
+    "adamw-again": Method(
+        {"optim.name": "adamw"},
+        start="adamw",
+        axes=("knob", "lr", "embedding_lr", "head_lr"),
+        more={"32k": 6},
+    ),
     # Embedding, head and norms use AdamW in these two: their search starts at AdamW's best rates for them.
     "apollo-mini": Method({"optim.name": "apollo-mini"}, {"lr": 1.25e-3}, start="adamw"),
     "apollo": Method({"optim.name": "apollo"}, {"lr": 5e-3}, start="adamw"),

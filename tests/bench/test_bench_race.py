@@ -20,7 +20,7 @@ from apollo_optim.train.optimizer import make_optimizer
 from benchmarks.race import __main__ as command
 from benchmarks.race import former, page, report
 from benchmarks.race.agenda import Board
-from benchmarks.race.methods import HALF_LIFE, METHODS, MOMENTUM, RATES, Method
+from benchmarks.race.methods import BASELINE, HALF_LIFE, METHODS, MOMENTUM, RATES, Method
 from benchmarks.race.protocol import (
     SETTINGS,
     STAGES,
@@ -156,6 +156,22 @@ def test_every_method_has_the_same_budget_and_a_point_early():
     for stage in STAGES:
         done = {(t.setting, t.seed) for t in order if not t.search}
         assert {(stage.setting, seed) for seed in stage.seeds} <= done
+
+
+def test_more_search_than_all_have_is_for_the_baseline_alone():
+    assert {name for name, method in METHODS.items() if method.more} <= set(Board.of([]).alike(BASELINE))
+    methods = {
+        "adamw": METHODS["adamw"],
+        "again": dataclasses.replace(METHODS["adamw"], start="adamw", more={"32k": 3}),
+    }
+    order: list[Trial] = []
+    lines: list = []
+    while (trial := next(Board.of(lines, methods).wanted(), None)) is not None:
+        order.append(trial)
+        lines.append({**stand_in(trial, methods), "loss": 3 + len(order) / 1000})  # the first one of a search is best
+    setting = SETTINGS["32k"]
+    searched = {name: sum(t.search and (t.setting, t.method) == ("32k", name) for t in order) for name in methods}
+    assert searched == {"adamw": setting.budget + setting.extra, "again": setting.budget + setting.extra + 3}
 
 
 def test_a_method_starts_at_the_best_of_another_and_names_what_is_its_own():
