@@ -177,9 +177,10 @@ def _of_rest(kind: str, their: Group, knobs: Group, elsewhere: Group, quarter: i
     return group | {key: value for key, value in elsewhere.items() if key in cls.knobs()}
 
 
-_INSTEAD = {
+INSTEAD = {
     "embedding": "No nn.Embedding has weights here: leave the key out",
-    "head": "A head tied to the embedding uses embedding_lr, one that is a target uses lr: leave the key out",
+    "head": "A head tied to the embedding goes with it (embedding_lr), one that is a target with the matrices (lr): "
+    "leave the key out",
     "norms": "No parameter of it is 0-D or 1-D: leave the key out",
 }
 
@@ -188,7 +189,7 @@ def _rates(rest_lr: float | None, apart: dict[str, float | None], kinds: set[str
     """Of every kind but `matrices`, its own learning rate or the rest's; None: the optimizer's."""
     for kind, lr in apart.items():
         if lr is not None and kind not in kinds:
-            raise InputError(f"{kind.removesuffix('s')}_lr={lr}: this model has no such group. {_INSTEAD[kind]}")
+            raise InputError(f"{kind.removesuffix('s')}_lr={lr}: this model has no such group. {INSTEAD[kind]}")
     return {kind: rest_lr if lr is None else lr for kind, lr in apart.items()} | {"others": rest_lr}
 
 

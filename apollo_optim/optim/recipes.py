@@ -18,7 +18,7 @@ from torch import nn
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.optim.classes import AdamW, Apollo, ApolloMini, ApolloSvd
-from apollo_optim.optim.groups import KINDS, param_groups, rule_and_codec
+from apollo_optim.optim.groups import INSTEAD, KINDS, param_groups, rule_and_codec
 from apollo_optim.optim.knobs import Group, check_keys, find_rule, known_keys, nearest, tidy
 from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.optim.parameter import chosen_rule
@@ -175,6 +175,11 @@ def check_knobs(recipe: Recipe, knobs: Group) -> None:
     tidy(knobs)
     rules = recipe.rules + ([find_rule(knobs["otherwise"])] if "otherwise" in knobs else [])
     check_keys(knobs, rules, where, "optimizer", ARGUMENTS)
+    if {**recipe.groups, **knobs}.get("stateless") and (idle := sorted(knobs.keys() & {"momentum", "nesterov"})):
+        raise InputError(
+            f"{where} is stateless: {idle[0]}={knobs[idle[0]]!r} would change nothing. Leave it out, or ask for a "
+            'momentum of 4 bits a weight ("lite") or of 8 ("full")'
+        )
 
 
 def build_optimizer(
@@ -252,6 +257,9 @@ def build_optimizer(
     of_others = knobs.keys() - known_keys([recipe.cls, find_rule("adamw")])  # `param_groups` must know whose they are
     given["rule"] = recipe.rule if recipe.groups or of_others else None
     groups = param_groups(model, targets=targets, exclude=exclude, no_decay=no_decay, **given)
+    for kind in ("embedding", "head"):
+        if kind in asked and not any(group["name"].startswith(kind) for group in groups):
+            raise InputError(f"{kind}={asked[kind]!r}: this model has no such group. {INSTEAD[kind]}")
     if tuned:
         _set_rates(groups, tuned, leave=asked)
     settings: dict[str, Any] = {"lr": recipe.defaults["lr"] if lr is None else lr, "compile": compile}

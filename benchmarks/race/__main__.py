@@ -126,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         store = Store(args.results, args.work)
         started = time.time()
+        if not store.path.exists() and args.action != "status":  # a race that has not begun has a status
+            raise InputError(f"there are no lines in {store.path}: start in a checkout, or name the folder: --results")
         if args.action == "status":
             print(report.status(store.board(), store.running()))
         elif args.action == "table":

@@ -482,6 +482,12 @@ def test_the_command_says_where_the_race_stands(tmp_path, capsys):
     assert "ahead: about" in told
 
 
+@pytest.mark.parametrize("action", ["table", "picture", "config"])
+def test_a_folder_without_lines_is_refused(action, tmp_path, capsys):
+    assert command.main([action, "--results", str(tmp_path / "r")]) == 2
+    assert f"there are no lines in {tmp_path}/r/trials.jsonl: start in a checkout" in capsys.readouterr().err
+
+
 def test_an_unknown_method_is_refused(tmp_path, capsys):
     assert command.main(["run", "--only", "adam", "--results", str(tmp_path)]) == 2
     assert "--only adam: no such method; there are adamw" in capsys.readouterr().err

@@ -242,8 +242,8 @@ def test_the_rate_of_a_group_that_is_not_there_is_an_error_that_says_what_to_nam
     bare = nn.Sequential(nn.Linear(8, 8, bias=False))
     tied = llama(tie_word_embeddings=True)
     for model, kwargs, message in [
-        (tied, {"head_lr": 1e-2}, "head_lr=0.01: .*tied to the embedding uses embedding_lr"),
-        (llama(), {"head_lr": 1e-2, "targets": ["lm_head", "mlp"]}, "one that is a target uses lr"),
+        (tied, {"head_lr": 1e-2}, "head_lr=0.01: .*tied to the embedding goes with it .embedding_lr"),
+        (llama(), {"head_lr": 1e-2, "targets": ["lm_head", "mlp"]}, "one that is a target with the matrices .lr"),
         (bare, {"embedding_lr": 1e-2, "targets": "0"}, "embedding_lr=0.01: this model has no such group"),
         (bare, {"norm_lr": 1e-2, "targets": "0"}, "norm_lr=0.01: this model has no such group"),
     ]:

@@ -471,6 +471,26 @@ def test_a_recipes_embedding_may_be_another_and_its_rest_is_said_already():
         build_optimizer("nano", Model(), targets="mlp", rest="adamw")
 
 
+def test_what_would_change_nothing_is_refused():
+    for knobs in ({"momentum": 0.9}, {"nesterov": False}):
+        with pytest.raises(InputError, match=r"'nano' is stateless: .* would change nothing. Leave it out, or ask"):
+            build_optimizer("nano", Model(), targets="mlp", **knobs)
+    with pytest.raises(InputError, match=r"stateless: momentum=0.9"):
+        build_optimizer("muon", Model(), targets="mlp", stateless=True, momentum=0.9)
+    group = build_optimizer("nano", Model(), targets="mlp", stateless=False, momentum=0.9).param_groups[0]
+    assert group["momentum"] == 0.9
+
+
+def test_a_rule_for_a_group_that_the_model_lacks_is_refused():
+    model = Model()
+    model.lm_head.weight = model.embedding.weight
+    with pytest.raises(InputError, match=r"head='adamw': this model has no such group. A head tied to"):
+        build_optimizer("nano", model, targets="mlp", head="adamw")
+    bare = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(InputError, match=r"embedding='adamw': this model has no such group. No nn.Embedding"):
+        build_optimizer("muon", bare, targets="0", embedding="adamw")
+
+
 @pytest.mark.parametrize("name", ["muon", "full", "nano"])
 def test_a_scheduler_that_cycles_the_momentum_of_one_rule_can_be_resumed(name):
     """torch's OneCycleLR writes `momentum` into every group, of a rule that has none, too."""
