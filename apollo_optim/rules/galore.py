@@ -22,8 +22,8 @@ class Galore(Projected):
 
     When: To compare with the paper. APOLLO at the same rank keeps no basis and needs no decomposition.
 
-    Evidence: galore-torch's step to 4e-7 of its length (`results/parity/rivals.md`). At rank d/4, tuned as hard, it ends
-    3.7 % above AdamW's perplexity, level with APOLLO (`llama-4m`, one seed, `docs/race.md`).
+    Evidence: galore-torch's step to 4e-7 of its length (`results/parity/rivals.md`). At rank d/4, tuned as hard, it
+    ends 3.7 % above AdamW's perplexity, level with APOLLO (`llama-4m`, one seed, `docs/race.md`).
     """
 
     name: ClassVar[str] = "galore"
