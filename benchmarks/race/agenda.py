@@ -182,6 +182,17 @@ class Board:
         """The methods that are this one but for their search, itself among them."""
         return [other for other, method in self.methods.items() if method.keys == self.methods[name].keys]
 
+    def baseline(self, setting: Setting) -> str:
+        """What the others are compared to: of the baseline's searches the one that ended best, on the seeds of both."""
+        best, *others = self.alike(next(iter(self.methods)))
+        for name in others:
+            known = {trial.seed: trial for trial in self.finals(setting, best)}
+            pairs = [(trial, known[trial.seed]) for trial in self.finals(setting, name) if trial.seed in known]
+            pairs = [(new, old) for new, old in pairs if replace(new, method=best) != old]  # the same run, repeated
+            if sum(self.loss(new) - self.loss(old) for new, old in pairs) < 0:
+                best = name
+        return best
+
     def wanted(self) -> Iterator[Trial]:
         """All that can be run now, first things first."""
         for stage in STAGES:

@@ -45,7 +45,7 @@ def table(board: Board, setting: Setting) -> str:
     one_text((board.rows[trial] for trials in finals.values() for trial in trials), f"the table of {setting.name}")
     if not finals:
         return f"No full run of {setting.name} yet."
-    base = next(iter(board.methods))
+    base = board.baseline(setting)
     order = sorted(finals, key=lambda name: mean_loss(board, finals[name]))
     head = [
         "method",

@@ -174,6 +174,22 @@ def test_more_search_than_all_have_is_for_the_baseline_alone():
     assert searched == {"adamw": setting.budget + setting.extra, "again": setting.budget + setting.extra + 3}
 
 
+def test_all_are_compared_to_the_better_search_of_the_baseline():
+    methods = {"adamw": METHODS["adamw"], "again": dataclasses.replace(METHODS["adamw"], start="adamw")}
+    lines: list = []
+    while (trial := next(Board.of(lines, methods).wanted(), None)) is not None and trial.setting in ("4k", "32k"):
+        lines.append(stand_in(trial, methods))
+    assert Board.of(lines, methods).baseline(FIRST) == "adamw"  # the other one found the same point
+    moved = {**METHODS["adamw"].centre, "lr": 7e-4}
+    methods["again"] = dataclasses.replace(METHODS["adamw"], centre=moved)  # it has a point of its own
+    for worse, better in (("adamw", "again"), ("again", "adamw")):
+        lines = []
+        while (trial := next(Board.of(lines, methods).wanted(), None)) is not None and trial.setting == "4k":
+            lines.append(stand_in(trial, methods))
+            lines[-1]["loss"] += (trial.method == worse) * (not trial.search)
+        assert Board.of(lines, methods).baseline(FIRST) == better
+
+
 def test_a_method_starts_at_the_best_of_another_and_names_what_is_its_own():
     lines: list = []
     order = finish(lines)
