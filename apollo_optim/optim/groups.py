@@ -177,7 +177,7 @@ def _of_rest(kind: str, their: Group, knobs: Group, elsewhere: Group, quarter: i
     return group | {key: value for key, value in elsewhere.items() if key in cls.knobs()}
 
 
-INSTEAD = {
+_INSTEAD = {
     "embedding": "No nn.Embedding has weights here: leave the key out",
     "head": "A head tied to the embedding goes with it (embedding_lr), one that is a target with the matrices (lr): "
     "leave the key out",
@@ -188,9 +188,20 @@ INSTEAD = {
 def _rates(rest_lr: float | None, apart: dict[str, float | None], kinds: set[str]) -> dict[str, float | None]:
     """Of every kind but `matrices`, its own learning rate or the rest's; None: the optimizer's."""
     for kind, lr in apart.items():
-        if lr is not None and kind not in kinds:
-            raise InputError(f"{kind.removesuffix('s')}_lr={lr}: this model has no such group. {INSTEAD[kind]}")
+        if lr is not None:
+            refuse_missing(f"{kind.removesuffix('s')}_lr={lr}", kind, kinds)
     return {kind: rest_lr if lr is None else lr for kind, lr in apart.items()} | {"others": rest_lr}
+
+
+def kind_of(group: Group) -> str:
+    """Of a group of `param_groups`, whose name begins with it: `head` of `head_no_decay`."""
+    return str(group["name"]).partition("_")[0]
+
+
+def refuse_missing(said: str, kind: str, kinds: set[str]) -> None:
+    """Raise InputError for what is `said` of the group of a kind that the model does not have."""
+    if kind not in kinds:
+        raise InputError(f"{said}: this model has no such group. {_INSTEAD[kind]}")
 
 
 def rule_and_codec(choice: str) -> Group:

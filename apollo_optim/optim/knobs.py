@@ -109,6 +109,16 @@ def check_keys(
             raise InputError(f"{where}: {key}={value!r}, but it must be {known[key].wanted}")
 
 
+def check_idle(said: Mapping[str, Any], rule: type[Rule], group: Group, where: str) -> None:
+    """Refuse a knob that was said although a switch of the group leaves it nothing to do (`Rule.idle`)."""
+    for switch, knobs in rule.idle.items():
+        if group.get(switch) and (idle := sorted(knobs & said.keys())):
+            raise InputError(
+                f"{where} is {switch}: {idle[0]}={said[idle[0]]!r} would change nothing. Leave it out, or ask for "
+                f"{switch}=False"
+            )
+
+
 def check_group(group: Group, owner: str) -> None:
     """Refuse what a group must not say, naming the key, and bring it into the form in which it is kept.
 

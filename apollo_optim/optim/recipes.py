@@ -18,8 +18,8 @@ from torch import nn
 from apollo_optim.core.errors import InputError
 from apollo_optim.core.storage import writes_itself
 from apollo_optim.optim.classes import AdamW, Apollo, ApolloMini, ApolloSvd
-from apollo_optim.optim.groups import INSTEAD, KINDS, param_groups, rule_and_codec
-from apollo_optim.optim.knobs import Group, check_keys, find_rule, known_keys, nearest, tidy
+from apollo_optim.optim.groups import KINDS, kind_of, param_groups, refuse_missing, rule_and_codec
+from apollo_optim.optim.knobs import Group, check_idle, check_keys, find_rule, known_keys, nearest, tidy
 from apollo_optim.optim.optimizer import RuleOptimizer
 from apollo_optim.optim.parameter import chosen_rule
 from apollo_optim.rules import RULES, Rule
@@ -175,11 +175,7 @@ def check_knobs(recipe: Recipe, knobs: Group) -> None:
     tidy(knobs)
     rules = recipe.rules + ([find_rule(knobs["otherwise"])] if "otherwise" in knobs else [])
     check_keys(knobs, rules, where, "optimizer", ARGUMENTS)
-    if {**recipe.groups, **knobs}.get("stateless") and (idle := sorted(knobs.keys() & {"momentum", "nesterov"})):
-        raise InputError(
-            f"{where} is stateless: {idle[0]}={knobs[idle[0]]!r} would change nothing. Leave it out, or ask for a "
-            'momentum of 4 bits a weight ("lite") or of 8 ("full")'
-        )
+    check_idle(knobs, recipe.cls, {**recipe.groups, **knobs}, where)
 
 
 def build_optimizer(
@@ -257,9 +253,10 @@ def build_optimizer(
     of_others = knobs.keys() - known_keys([recipe.cls, find_rule("adamw")])  # `param_groups` must know whose they are
     given["rule"] = recipe.rule if recipe.groups or of_others else None
     groups = param_groups(model, targets=targets, exclude=exclude, no_decay=no_decay, **given)
+    kinds = {kind_of(group) for group in groups}
     for kind in ("embedding", "head"):
-        if kind in asked and not any(group["name"].startswith(kind) for group in groups):
-            raise InputError(f"{kind}={asked[kind]!r}: this model has no such group. {INSTEAD[kind]}")
+        if kind in asked:
+            refuse_missing(f"{kind}={asked[kind]!r}", kind, kinds)
     if tuned:
         _set_rates(groups, tuned, leave=asked)
     settings: dict[str, Any] = {"lr": recipe.defaults["lr"] if lr is None else lr, "compile": compile}
@@ -287,7 +284,7 @@ ARGUMENTS = frozenset(inspect.signature(build_optimizer).parameters) - {"name", 
 def _set_rates(groups: list[Group], tuned: Mapping[str, Any], leave: Mapping[str, Any]) -> None:
     """Of all that is not of the matrices, but for what is asked for: another rule there, or another rate."""
     for group in groups:
-        kind = group["name"].partition("_")[0]
+        kind = kind_of(group)
         if kind != "matrices" and not leave.keys() & {kind, "rest"}:
             group.setdefault("lr", tuned.get(f"{kind.removesuffix('s')}_lr", tuned["rest_lr"]))
 

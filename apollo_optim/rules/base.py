@@ -141,6 +141,8 @@ class Rule:
     """Knobs that only `scalars` reads: a compiled step is not made anew for another value of them."""
     by_kind: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
     """Knobs that its authors set otherwise for an "embedding", a "head" or "others" than for matrices."""
+    idle: ClassVar[Mapping[str, frozenset[str]]] = MappingProxyType({})
+    """Knobs that mean nothing where a switch is on, by that switch: `build_optimizer` refuses them there."""
     lr: ClassVar[float] = 1e-3
     """A learning rate to begin with."""
 

@@ -5,6 +5,7 @@ Training", Liu et al., arXiv 2502.16982.
 """
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from torch import Tensor
@@ -39,6 +40,7 @@ class Muon(Rule):
     summary: ClassVar[str] = "The gradient's average, orthogonalised; state dn per matrix, or 0 if stateless."
     view: ClassVar = "matrix"
     per_step: ClassVar[frozenset[str]] = frozenset({"momentum"})
+    idle: ClassVar = MappingProxyType({"stateless": frozenset({"momentum", "nesterov"})})
     lr: ClassVar[float] = 2e-3
 
     momentum: float = knob(BETA, "Decay of the gradient's average.", 0.95)

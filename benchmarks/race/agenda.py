@@ -186,8 +186,7 @@ class Board:
         """What the others are compared to: of the baseline's searches the one that ended best, on the seeds of both."""
         best, *others = self.alike(next(iter(self.methods)))
         for name in others:
-            known = {trial.seed: trial for trial in self.finals(setting, best)}
-            pairs = [(trial, known[trial.seed]) for trial in self.finals(setting, name) if trial.seed in known]
+            pairs = paired(self, self.finals(setting, name), self.finals(setting, best))
             pairs = [(new, old) for new, old in pairs if replace(new, method=best) != old]  # the same run, repeated
             if sum(self.loss(new) - self.loss(old) for new, old in pairs) < 0:
                 best = name
@@ -207,6 +206,13 @@ class Board:
     def has(self, trial: Trial) -> bool:
         """Whether its line is there, or that of the same run under a method that is searched otherwise."""
         return any(replace(trial, method=name) in self.rows for name in self.alike(trial.method))
+
+
+def paired(board: Board, trials: list[Trial], base: list[Trial]) -> list[tuple[Trial, Trial]]:
+    """Seed by seed, where both have the seed and an end."""
+    of_seed = {trial.seed: trial for trial in base}
+    pairs = [(trial, of_seed[trial.seed]) for trial in trials if trial.seed in of_seed]
+    return [pair for pair in pairs if all(math.isfinite(board.loss(trial)) for trial in pair)]
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

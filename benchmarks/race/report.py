@@ -12,7 +12,7 @@ from apollo_optim.core.errors import InputError
 from apollo_optim.train.config import from_dict
 from apollo_optim.train.plan import state_of
 from benchmarks.kit import mb
-from benchmarks.race.agenda import Board, Row, front
+from benchmarks.race.agenda import Board, Row, front, paired
 from benchmarks.race.methods import AXES
 from benchmarks.race.protocol import LEADERS, SEARCH_SHARE, SETTINGS, STAGES, Setting, Trial, config_of
 from benchmarks.race.trial import events
@@ -110,13 +110,6 @@ def _state_at_7b(optim: str) -> int:
 def mean_loss(board: Board, trials: list[Trial]) -> float:
     """Over the seeds."""
     return statistics.mean(board.loss(trial) for trial in trials)
-
-
-def paired(board: Board, trials: list[Trial], base: list[Trial]) -> list[tuple[Trial, Trial]]:
-    """Seed by seed, where both have the seed and an end."""
-    of_seed = {trial.seed: trial for trial in base}
-    pairs = [(trial, of_seed[trial.seed]) for trial in trials if trial.seed in of_seed]
-    return [pair for pair in pairs if all(math.isfinite(board.loss(trial)) for trial in pair)]
 
 
 def against(board: Board, trials: list[Trial], base: list[Trial]) -> str:

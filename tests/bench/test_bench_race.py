@@ -130,12 +130,12 @@ def test_a_run_that_diverged_is_worse_than_any_other():
 # --- the queue ---
 
 
-def finish(lines: list, steps: int = 10_000) -> list[Trial]:
+def finish(lines: list, steps: int = 10_000, methods: dict = TWO, line=stand_in) -> list[Trial]:
     """Run the queue on the stand-in; the trials in their order."""
     order = []
-    while (trial := next(Board.of(lines, TWO).wanted(), None)) and len(order) < steps:
+    while (trial := next(Board.of(lines, methods).wanted(), None)) and len(order) < steps:
         order.append(trial)
-        lines.append(stand_in(trial))
+        lines.append(line(trial, methods))
     return order
 
 
@@ -164,11 +164,9 @@ def test_more_search_than_all_have_is_for_the_baseline_alone():
         "adamw": METHODS["adamw"],
         "again": dataclasses.replace(METHODS["adamw"], start="adamw", more={"32k": 3}),
     }
-    order: list[Trial] = []
     lines: list = []
-    while (trial := next(Board.of(lines, methods).wanted(), None)) is not None:
-        order.append(trial)
-        lines.append({**stand_in(trial, methods), "loss": 3 + len(order) / 1000})  # the first one of a search is best
+    # the first one of a search is best
+    order = finish(lines, methods=methods, line=lambda *args: {**stand_in(*args), "loss": 3 + len(lines) / 1000})
     setting = SETTINGS["32k"]
     searched = {name: sum(t.search and (t.setting, t.method) == ("32k", name) for t in order) for name in methods}
     assert searched == {"adamw": setting.budget + setting.extra, "again": setting.budget + setting.extra + 3}
@@ -177,16 +175,15 @@ def test_more_search_than_all_have_is_for_the_baseline_alone():
 def test_all_are_compared_to_the_better_search_of_the_baseline():
     methods = {"adamw": METHODS["adamw"], "again": dataclasses.replace(METHODS["adamw"], start="adamw")}
     lines: list = []
-    while (trial := next(Board.of(lines, methods).wanted(), None)) is not None and trial.setting in ("4k", "32k"):
-        lines.append(stand_in(trial, methods))
+    finish(lines, methods=methods)
     assert Board.of(lines, methods).baseline(FIRST) == "adamw"  # the other one found the same point
     moved = {**METHODS["adamw"].centre, "lr": 7e-4}
     methods["again"] = dataclasses.replace(METHODS["adamw"], centre=moved)  # it has a point of its own
     for worse, better in (("adamw", "again"), ("again", "adamw")):
         lines = []
-        while (trial := next(Board.of(lines, methods).wanted(), None)) is not None and trial.setting == "4k":
-            lines.append(stand_in(trial, methods))
-            lines[-1]["loss"] += (trial.method == worse) * (not trial.search)
+        finish(lines, methods=methods)
+        for line in lines:
+            line["loss"] += (line["method"] == worse) * (not line["search"])
         assert Board.of(lines, methods).baseline(FIRST) == better
 
 
