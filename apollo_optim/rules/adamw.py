@@ -18,8 +18,8 @@ class AdamW(Rule):
     When: Memory is no concern, and the baseline of every comparison; also what embedding, head and norms use by
     default.
 
-    Evidence: Perplexity 21.17 on `llama-4m`, above the 16.3 to 18.4 of Muon's recipes and below all others whose final
-    runs are in the logs (`docs/race.md`). It is torch's AdamW (`tests/rules/test_parity.py`).
+    Evidence: Perplexity 21.17 on `llama-4m`, above the 16.3 to 18.5 of Muon and NorMuon and below all others
+    whose final runs are in the logs (`docs/race.md`). It is torch's AdamW (`tests/rules/test_parity.py`).
     """
 
     name: ClassVar[str] = "adamw"

@@ -30,8 +30,8 @@ class Muon(Rule):
 
     Evidence: torch.optim.Muon's step within its own noise (`tests/rules/test_parity.py`). With its
     momentum in 8 bits (`full`; 8 bits lose nothing at 2.7B in arXiv 2509.23106) it ends 18 to 26 % below AdamW's
-    perplexity at 4,096 tokens a step, on models of up to ten million parameters; with 4 bits (`lite`) 20 % and
-    stateless (`nano`) 14 % below it (`docs/race.md`).
+    perplexity at 4,096 tokens a step, on models of up to ten million parameters; with 4 bits (`lite`) 20 to
+    25 % and stateless (`nano`) 13 to 14 % below it (`docs/race.md`).
     """
 
     name: ClassVar[str] = "muon"

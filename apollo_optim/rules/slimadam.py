@@ -24,7 +24,8 @@ class SlimAdam(AdamW):
     When: Embedding and head where memory is short: `embedding="slimadam", averaged=False` keeps a number a token.
 
     Evidence: The paper's step in fp64 (`tests/rules/test_rivals.py`). Without its average it steps the
-    embedding of `lite` and `nano` (`docs/race.md`); of it alone no run is in the logs yet (the race will).
+    embedding of `lite` and `nano` (`docs/race.md`); no run of it alone is in the logs yet, the race has it
+    in its queue.
     """
 
     name: ClassVar[str] = "slimadam"
