@@ -14,7 +14,7 @@ from apollo_optim.train.plan import state_of
 from benchmarks.kit import mb
 from benchmarks.race.agenda import Board, Row, front, paired
 from benchmarks.race.methods import AXES
-from benchmarks.race.names import name_points
+from benchmarks.race.names import keep_apart
 from benchmarks.race.protocol import LEADERS, SEARCH_SHARE, SETTINGS, STAGES, Setting, Trial, config_of
 from benchmarks.race.trial import events
 from benchmarks.table import markdown
@@ -242,18 +242,19 @@ def pareto(board: Board, settings: list[Setting], path: Path) -> Path:
             for name, trials in finals.items()
             if math.isfinite(mean_loss(board, trials))
         }
-        for size, perplexity, seeds in points.values():
+        for name, (size, perplexity, seeds) in points.items():
             axes.plot(size, perplexity, "o", color="C0", fillstyle="full" if seeds > 1 else "none")
+            axes.annotate(label(board, name), (size, perplexity), xytext=(4, 4), textcoords="offset points", fontsize=7)
         best = front([(size, perplexity) for size, perplexity, _ in points.values()])
         axes.step([x for x, _ in best], [y for _, y in best], where="post", color="C1", linewidth=1)
         axes.set(title=describe(setting), xlabel="optimizer state, MB", ylabel="validation perplexity", xscale="log")
         axes.margins(0.15)  # room for the names
-        name_points(axes, {label(board, name): (size, perplexity) for name, (size, perplexity, _) in points.items()})
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.3, which="both")
+    keep_apart(figure)
     figure.savefig(path, dpi=150)
     return path
 
