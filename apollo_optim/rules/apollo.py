@@ -35,8 +35,9 @@ class Apollo(Projected):
     When: Optimizer state does not fit, from scratch or in full fine-tuning, and a rank is affordable: at d/4 it
     keeps a quarter of AdamW's moments of a square matrix. Think of embedding and head then, too (`docs/rest.md`).
 
-    Evidence: `llama-4m`, three seeds, AdamW tuned as hard: +3.4 % perplexity at rank d/4 (+2.5 to +4.0 %), +5.2 %
-    at d/8 (`results/README.md`). The step is apollo-torch's to 6e-7 of its length (`results/parity.md`).
+    Evidence: `llama-4m`, AdamW tuned as hard: +3.7 % perplexity at rank d/4 (one seed, `docs/race.md`); by the race's
+    former protocol +3.4 % (three seeds, +2.5 to +4.0 %), +5.2 % at d/8 (`results/README.md`). The step is
+    apollo-torch's to 6e-7 of its length (`results/parity.md`).
     """
 
     name: ClassVar[str] = "apollo"
@@ -128,9 +129,9 @@ class ApolloMini(Apollo):
     When: Memory for next to no state: two vectors for a matrix, whatever its size. Embedding and head are then
     nearly all that is kept; store their moments in 8 bits or take Adafactor (`docs/rest.md`).
 
-    Evidence: `llama-4m`, three seeds, AdamW tuned as hard: +14.5 % perplexity (+12.6 to +15.9 %;
-    `results/README.md`). LLaMA-7B in 8 bits trains in 8.1 GB of memory (`results/README.md`). The step is
-    apollo-torch's to 7e-7 (`results/parity.md`).
+    Evidence: `llama-4m`, AdamW tuned as hard: +7.8 % perplexity (one seed, `docs/race.md`); by the race's former
+    protocol +14.5 % (three seeds, +12.6 to +15.9 %). LLaMA-7B in 8 bits trains in 8.1 GB of memory
+    (`results/README.md`). The step is apollo-torch's to 7e-7 (`results/parity.md`).
     """
 
     name: ClassVar[str] = "apollo-mini"

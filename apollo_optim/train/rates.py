@@ -1,7 +1,7 @@
 """Learning rates that are known to work, by optimizer and tokens a step: one table for defaults, warnings and docs.
 
-Rates belong to a batch: what the papers use for 131,072 tokens a step, 0.01 for everything, is far too much for the
-4,096 of a first run. What is in the table was run; its log is named.
+Rates belong to a batch: what the papers use for 131,072 tokens a step, 0.01 for everything, is far too much for
+APOLLO-Mini at the 4,096 of a first run. What is in the table was run, and its log is named, or is said to be a paper's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Rate(NamedTuple):
     """Other keys of `optim` that were tuned with them: rates of groups apart, and knobs."""
 
 
-RACE, RACE2, SMALL_BATCH, PAPER = "race/llama-4m", "race2", "llama-60m", "the papers' (arXiv 2412.05270, 2403.03507)"
+RACE, RACE2, SMALL_BATCH = "race/llama-4m", "race2", "llama-60m"
+PAPER = "the papers' (arXiv 2412.05270, 2403.03507); AdamW's is our run files'"
 NORMS = {"norm_lr": 0.02}  # of all methods there
 SLIM = "slimadam, adam-mini"
 
